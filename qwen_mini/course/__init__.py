@@ -1,0 +1,29 @@
+"""The hand-written machinery that no chapter teaches: scales, artifacts, claims, figures, the runner, the command line.
+
+Importing it loads neither a chapter module nor Jupyter nor matplotlib.
+"""
+
+from . import artifacts, figures, hardware
+from .artifacts import ArtifactError, MissingStage
+from .claims import claim
+from .errors import CourseError
+from .paths import home, runs
+from .scales import ScaleConfig, ScaleError, load_scale
+from .session import oracle, start
+
+__all__ = [
+    "ArtifactError",
+    "CourseError",
+    "MissingStage",
+    "ScaleConfig",
+    "ScaleError",
+    "artifacts",
+    "claim",
+    "figures",
+    "hardware",
+    "home",
+    "load_scale",
+    "oracle",
+    "runs",
+    "start",
+]

@@ -1,0 +1,59 @@
+"""One style for every figure: colours that colour-blind readers can tell apart, and PNG files equal byte for byte."""
+
+# Okabe and Ito (2008), the order of first use.
+COLORS = {
+    "blue": "#0072B2",
+    "orange": "#E69F00",
+    "green": "#009E73",
+    "vermillion": "#D55E00",
+    "purple": "#CC79A7",
+    "sky": "#56B4E9",
+    "yellow": "#F0E442",
+    "black": "#000000",
+}
+
+STYLE = {
+    "figure.dpi": 96,
+    "savefig.dpi": 96,
+    "figure.figsize": (6, 3),
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "image.cmap": "cividis",
+    "svg.hashsalt": "qwen_mini",
+}
+
+
+def palette(n: int) -> list[str]:
+    """The first `n` colours; they repeat after eight."""
+    colors = list(COLORS.values())
+    return [colors[i % len(colors)] for i in range(n)]
+
+
+def apply_style() -> None:
+    """Set matplotlib's defaults, and the notebook's figures to PNG without dates or versions; nothing without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    from cycler import cycler
+
+    matplotlib.rcParams.update({**STYLE, "axes.prop_cycle": cycler(color=palette(len(COLORS)))})
+    _plain_png()
+
+
+def _plain_png() -> None:
+    """Inside a notebook, leave the software's name and version out of the figures."""
+    try:
+        from IPython import get_ipython
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:
+        return
+    if get_ipython() is not None:
+        set_matplotlib_formats("png", metadata={"Software": None})

@@ -1,0 +1,272 @@
+"""Scales: one TOML file each, read into frozen dataclasses that accept no unknown, missing, mistyped or impossible value."""
+
+import dataclasses
+import tomllib
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import CourseError
+
+FOLDER = Path(__file__).parent / "scales"
+CONTROL_TOKENS = 22
+
+
+class ScaleError(CourseError):
+    """A scale that does not exist or does not make sense; the message names the file, the section and the key."""
+
+
+class _Impossible(ScaleError):
+    """A value of the right type that cannot work."""
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(f"{key} {reason}")
+        self.key, self.reason = key, reason
+
+
+def _require(holds: bool, key: str, reason: str) -> None:
+    if not holds:
+        raise _Impossible(key, reason)
+
+
+def _positive(section, *keys: str) -> None:
+    for key in keys:
+        _require(getattr(section, key) > 0, key, f"must be above 0, got {getattr(section, key)}")
+
+
+def _share(section, *keys: str) -> None:
+    for key in keys:
+        _require(0 <= getattr(section, key) <= 1, key, f"must lie between 0 and 1, got {getattr(section, key)}")
+
+
+def _not_negative(section, *keys: str) -> None:
+    for key in keys:
+        _require(getattr(section, key) >= 0, key, f"must not be negative, got {getattr(section, key)}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The machine: `threads` 0 means all cores, `memory_gib` is the budget of one notebook."""
+
+    threads: int
+    memory_gib: float
+    dtype: typing.Literal["auto", "float32", "bfloat16"]
+
+    def __post_init__(self):
+        _not_negative(self, "threads")
+        _positive(self, "memory_gib")
+
+
+@dataclass(frozen=True)
+class TokenizerScale:
+    """`vocab_size` counts every id, the 22 control tokens included."""
+
+    vocab_size: int
+    training_bytes: int
+
+    def __post_init__(self):
+        least = 256 + CONTROL_TOKENS
+        _require(self.vocab_size >= least, "vocab_size", f"must be at least {least}: 256 bytes and 22 control tokens")
+        _positive(self, "training_bytes")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The architecture, with the field names of Hugging Face's `Qwen2Config`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    initializer_range: float
+
+    def __post_init__(self):
+        _positive(self, *(field.name for field in dataclasses.fields(self) if field.name != "tie_word_embeddings"))
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        _require(heads % groups == 0, "num_key_value_heads", f"must divide the {heads} query heads, got {groups}")
+        _require(self.head_dim % 2 == 0, "head_dim", f"must be even to form channel pairs, got {self.head_dim}")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is read and made; `max_bytes_per_source` 0 means everything."""
+
+    sources: tuple[str, ...]
+    max_bytes_per_source: int
+    heldout_fraction: float
+    max_heldout_bytes: int
+    task_documents: int
+    chat_documents: int
+    needle_rows: int
+    needle_lengths: tuple[int, ...]
+
+    def __post_init__(self):
+        _not_negative(self, "max_bytes_per_source", "task_documents", "chat_documents", "needle_rows")
+        _positive(self, "max_heldout_bytes")
+        _require(0 < self.heldout_fraction < 1, "heldout_fraction", "must lie strictly between 0 and 1")
+        _require(len(self.sources) > 0, "sources", "must name at least one source")
+        _require(all(length > 0 for length in self.needle_lengths), "needle_lengths", "must all be above 0")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of pre-training: `tokens` in windows of `length`, drawn from the domains of `mixture` by their shares."""
+
+    tokens: int
+    length: int
+    mixture: dict[str, float]
+
+    def __post_init__(self):
+        _positive(self, "tokens", "length")
+        total = sum(self.mixture.values())
+        _require(all(share > 0 for share in self.mixture.values()), "mixture", "must hold shares above 0 only")
+        _require(abs(total - 1) < 1e-6, "mixture", f"must sum to 1, got {total:g}")
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """The training loop's numbers; `matrix_learning_rate` is read by the optimizer `muon` alone."""
+
+    batch_tokens: int
+    optimizer: typing.Literal["adamw", "muon"]
+    learning_rate: float
+    matrix_learning_rate: float
+    min_lr_ratio: float
+    warmup_steps: int
+    schedule: typing.Literal["cosine", "wsd"]
+    decay_fraction: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    grad_accumulation: int
+    eval_every: int
+    eval_tokens: int
+    checkpoint_every: int
+    phases: tuple[Phase, ...]
+
+    def __post_init__(self):
+        _positive(self, "batch_tokens", "learning_rate", "matrix_learning_rate", "eps", "clip_norm")
+        _positive(self, "grad_accumulation", "eval_every", "eval_tokens", "checkpoint_every")
+        _not_negative(self, "warmup_steps", "weight_decay")
+        _share(self, "min_lr_ratio", "decay_fraction")
+        for key in ("beta1", "beta2"):
+            _require(0 <= getattr(self, key) < 1, key, f"must be at least 0 and below 1, got {getattr(self, key)}")
+        _require(len(self.phases) > 0, "phases", "must hold at least one phase")
+        for phase in self.phases:
+            rows, rest = divmod(self.batch_tokens, phase.length * self.grad_accumulation)
+            reason = f"must be a multiple of length x grad_accumulation = {phase.length} x {self.grad_accumulation}"
+            _require(rows > 0 and rest == 0, "batch_tokens", reason)
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    """One scale, whole: `config.model.hidden_size`, `config.pretraining.phases[0].tokens`, …"""
+
+    name: str
+    run: Run
+    tokenizer: TokenizerScale
+    model: Model
+    corpus: Corpus
+    pretraining: Pretraining
+
+    def __post_init__(self):
+        _require(
+            self.model.vocab_size >= self.tokenizer.vocab_size,
+            "model.vocab_size",
+            f"must be at least the tokenizer's {self.tokenizer.vocab_size}, got {self.model.vocab_size}",
+        )
+        longest = max(phase.length for phase in self.pretraining.phases)
+        _require(
+            longest <= self.model.max_position_embeddings,
+            "model.max_position_embeddings",
+            f"must reach the longest training window, {longest}, got {self.model.max_position_embeddings}",
+        )
+
+
+def scale_names() -> list[str]:
+    """The scales that come with the course, in order of size."""
+    known = [path.stem for path in FOLDER.glob("*.toml")]
+    order = ["quick", "laptop", "gpu", "cluster"]
+    return sorted(known, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def scale_file(scale: str | Path) -> Path:
+    """The TOML file of a scale: a known name, or the path of a file of your own."""
+    path = FOLDER / f"{scale}.toml"
+    if str(scale) in scale_names():
+        return path
+    own = Path(scale)
+    if own.suffix == ".toml" and own.is_file():
+        return own.resolve()
+    raise ScaleError(f"there is no scale {str(scale)!r}: use one of {', '.join(scale_names())}, or the path of a .toml file")
+
+
+def load_scale(scale: str | Path) -> ScaleConfig:
+    """Read and check a scale by name (`"quick"`) or by the path of a TOML file, whose stem becomes the name."""
+    path = scale_file(scale)
+    where = path.name if path.parent == FOLDER else str(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ScaleError(f"{where} is not valid TOML: {error}") from None
+    return _build(ScaleConfig, {"name": path.stem, **table}, where, "")
+
+
+def _build(kind, table: dict, where: str, section: str):
+    """`kind(**table)` after checking names and types; `section` is the dotted name of the table, for messages."""
+    hints = typing.get_type_hints(kind)
+    inside = f"{where}: [{section}]" if section else f"{where}: top level"
+    for key in table:
+        if key not in hints:
+            raise ScaleError(f"{inside} has an unknown key {key!r}; known keys: {', '.join(hints)}")
+    for key in hints:
+        if key not in table:
+            raise ScaleError(f"{inside} lacks the key {key!r}")
+    values = {
+        key: _value(hint, table[key], where, f"{section}.{key}" if section else key) for key, hint in hints.items()
+    }
+    try:
+        return kind(**values)
+    except _Impossible as problem:
+        place, _, key = f"{section}.{problem.key}".strip(".").rpartition(".")
+        raise ScaleError(f"{where}: [{place}] key {key!r} {problem.reason}") from None
+
+
+def _value(hint, value, where: str, key: str):
+    """`value` as the type `hint`, or a ScaleError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    section, _, last = key.rpartition(".")
+
+    def wrong(expected: str) -> ScaleError:
+        return ScaleError(f"{where}: [{section}] key {last!r} must be {expected}, got {value!r}")
+
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ScaleError(f"{where}: {key!r} must be a section [{key}], got {value!r}")
+        return _build(hint, value, where, key)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise wrong("one of " + ", ".join(arguments))
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise wrong("a list")
+        return tuple(_value(arguments[0], item, where, key) for item in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise wrong("a table")
+        return {name: _value(arguments[1], item, where, f"{key}.{name}") for name, item in value.items()}
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise wrong({int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[hint])
+    return value

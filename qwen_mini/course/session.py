@@ -1,0 +1,34 @@
+"""The first line of every notebook: `config = course.start("03_attention", scale=scale, seed=seed)`."""
+
+import importlib
+import os
+import random
+from types import ModuleType
+
+from . import claims, figures
+from .scales import ScaleConfig, load_scale
+
+
+def start(notebook: str, scale: str = "laptop", seed: int = 0) -> ScaleConfig:
+    """Load the scale, seed every generator, set threads and figure style, and begin a fresh list of claims."""
+    import numpy as np
+    import torch
+
+    config = load_scale(scale)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+    figures.apply_style()
+    claims.open_notebook(notebook, config.name, seed)
+    print(f"scale {config.name} · seed {seed}")
+    return config
+
+
+def oracle(module: str, what: str = "the result") -> ModuleType | None:
+    """Import an optional reference implementation; if it is not installed, say what it would have compared."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        print(f"{module} is not installed: would have compared {what}")
+        return None
