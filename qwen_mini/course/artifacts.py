@@ -1,4 +1,4 @@
-"""Stages on disk: a folder appears whole or not at all, and the previous version stays loadable until the next is complete."""
+"""Stages on disk: a folder appears whole or not at all, and the old one stays loadable until the next is complete."""
 
 import contextlib
 import errno
@@ -47,9 +47,8 @@ def find(scale_name: str, stage: str) -> Path:
     if shipped_dir(stage).is_dir():
         print(f"using the shipped checkpoint {shown(shipped_dir(stage))}: {shown(path)} has not been made yet")
         return shipped_dir(stage)
-    raise MissingStage(
-        f"the stage {stage!r} of scale {scale_name!r} is missing: make it with `qwen-mini run {stage} --scale {scale_name}`"
-    )
+    command = f"qwen-mini run {stage} --scale {scale_name}"
+    raise MissingStage(f"the stage {stage!r} of scale {scale_name!r} is missing: make it with `{command}`")
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def palette(n: int) -> list[str]:
 
 
 def apply_style() -> None:
-    """Set matplotlib's defaults, and the notebook's figures to PNG without dates or versions; nothing without matplotlib."""
+    """Set matplotlib's defaults, and a notebook's figures to PNG without versions; does nothing without matplotlib."""
     try:
         import matplotlib
     except ImportError:

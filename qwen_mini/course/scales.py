@@ -1,4 +1,4 @@
-"""Scales: one TOML file each, read into frozen dataclasses that accept no unknown, missing, mistyped or impossible value."""
+"""Scales: one TOML file each, read into frozen dataclasses that accept no unknown, missing or impossible value."""
 
 import dataclasses
 import tomllib
@@ -117,7 +117,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of pre-training: `tokens` in windows of `length`, drawn from the domains of `mixture` by their shares."""
+    """One phase of pre-training: `tokens` in windows of `length`, drawn from the domains by the shares of `mixture`."""
 
     tokens: int
     length: int
@@ -207,7 +207,8 @@ def scale_file(scale: str | Path) -> Path:
     own = Path(scale)
     if own.suffix == ".toml" and own.is_file():
         return own.resolve()
-    raise ScaleError(f"there is no scale {str(scale)!r}: use one of {', '.join(scale_names())}, or the path of a .toml file")
+    known = ", ".join(scale_names())
+    raise ScaleError(f"there is no scale {str(scale)!r}: use one of {known}, or the path of a .toml file")
 
 
 def load_scale(scale: str | Path) -> ScaleConfig:
