@@ -1,0 +1,102 @@
+"""Notebooks as data: reading, the chapters in order, the parameters cell, and the hash that tells stale outputs."""
+
+import ast
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from .errors import CourseError
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """One notebook file, parsed once."""
+
+    path: Path
+
+    @cached_property
+    def data(self) -> dict:
+        try:
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise CourseError(f"{self.path} cannot be read as a notebook: {error}") from None
+
+    @property
+    def name(self) -> str:
+        """`03_attention`."""
+        return self.path.stem
+
+    @property
+    def number(self) -> int:
+        """3; a notebook without a number comes last."""
+        digits = re.match(r"\d+", self.name)
+        return int(digits.group()) if digits else 10_000
+
+    @property
+    def cells(self) -> list[dict]:
+        return self.data["cells"]
+
+    @cached_property
+    def code(self) -> list[str]:
+        return [source(cell) for cell in self.cells if cell["cell_type"] == "code"]
+
+    @cached_property
+    def module(self) -> str | None:
+        """`attention` from `#| default_exp attention`, None if the notebook exports nothing."""
+        found = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(self.code), re.MULTILINE)
+        return found.group(1) if found else None
+
+    @cached_property
+    def code_hash(self) -> str:
+        """Hash of the code cells: prose may change without making the outputs stale."""
+        return hashlib.sha256("\0".join(self.code).encode()).hexdigest()[:16]
+
+    def parameter_cells(self) -> list[dict]:
+        return [cell for cell in self.cells if "parameters" in cell["metadata"].get("tags", [])]
+
+    def parameters(self) -> dict:
+        """Names and values of the one `parameters` cell; ValueError says what is wrong with it."""
+        cells = self.parameter_cells()
+        if len(cells) != 1:
+            raise ValueError(f"needs exactly one cell tagged `parameters`, has {len(cells)}")
+        values = {}
+        for node in ast.parse(source(cells[0])).body:
+            if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+                raise ValueError(f"has a parameters cell with more than assignments: `{ast.unparse(node)}`")
+            try:
+                values[node.targets[0].id] = ast.literal_eval(node.value)
+            except ValueError:
+                raise ValueError(f"has a parameter that is no literal: `{ast.unparse(node)}`") from None
+        return values
+
+
+def source(cell: dict) -> str:
+    """A cell's text, which files store as a string or a list of lines."""
+    return "".join(cell["source"])
+
+
+def notebooks(root: Path) -> list[Notebook]:
+    """The course's notebooks in reading order."""
+    return sorted((Notebook(path) for path in (root / "notebooks").glob("*.ipynb")), key=lambda nb: (nb.number, nb.name))
+
+
+def select(root: Path, wanted: list[str]) -> list[Notebook]:
+    """Notebooks by path, name (`08_pretraining`), number (`08`) or subject (`pretraining`); all of them for an empty list."""
+    known = notebooks(root)
+    if not wanted:
+        return known
+    chosen = []
+    for word in wanted:
+        if word.endswith(".ipynb"):
+            if not Path(word).is_file():
+                raise CourseError(f"there is no notebook {word}")
+            chosen.append(Notebook(Path(word).resolve()))
+            continue
+        found = [nb for nb in known if word in (nb.name, nb.name.partition("_")[0], nb.name.partition("_")[2])]
+        if not found:
+            raise CourseError(f"there is no notebook {word!r}: use one of {', '.join(nb.name for nb in known)}")
+        chosen += found
+    return chosen

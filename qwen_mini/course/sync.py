@@ -1,0 +1,54 @@
+"""Generate the modules of `qwen_mini/` from their notebooks: `python -m qwen_mini.course.sync [notebook ...]`."""
+
+import contextlib
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from .artifacts import write_file
+from .errors import CourseError
+from .nb import Notebook, select
+from .paths import home
+
+
+def generate(root: Path, books: list[Notebook]) -> dict[str, str]:
+    """Module name -> text that nbdev makes of the notebooks, generated aside in a copy of the project's skeleton."""
+    from nbdev.export import nb_export
+
+    modules = {}
+    with tempfile.TemporaryDirectory() as folder:
+        aside = Path(folder).resolve()
+        shutil.copy(root / "pyproject.toml", aside)
+        (aside / "notebooks").mkdir()
+        for nb in books:
+            if nb.module is None:
+                continue
+            copy = shutil.copy(nb.path, aside / "notebooks")
+            with contextlib.chdir(aside):
+                nb_export(copy, lib_path=aside / "qwen_mini")
+            made = aside / "qwen_mini" / f"{nb.module}.py"
+            if not made.exists():
+                raise CourseError(f"{nb.path.name} names the module {nb.module} but exports no cell")
+            modules[nb.module] = made.read_text(encoding="utf-8")
+    return modules
+
+
+def main(words: list[str] | None = None) -> int:
+    """Write the modules of the named notebooks, or of all."""
+    root = home()
+    try:
+        modules = generate(root, select(root, sys.argv[1:] if words is None else words))
+    except CourseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name, text in modules.items():
+        path = root / "qwen_mini" / f"{name}.py"
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_file(path, text)
+            print(f"wrote qwen_mini/{name}.py")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
