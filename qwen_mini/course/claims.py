@@ -12,8 +12,14 @@ _current: dict = {"notebook": None, "scale": None, "seed": None}
 def open_notebook(notebook: str, scale: str, seed: int) -> None:
     """Remember which notebook claims and forget what it claimed before."""
     _current.update(notebook=notebook, scale=scale, seed=seed)
-    kept = [record for record in read_claims(scale) if record["notebook"] != notebook]
-    if claims_file(scale).exists():
+    forget(scale, notebook)
+
+
+def forget(scale: str, notebook: str) -> None:
+    """Remove a notebook's claims from the record."""
+    records = read_claims(scale)
+    kept = [record for record in records if record["notebook"] != notebook]
+    if len(kept) < len(records):
         write_file(claims_file(scale), "".join(_line(record) for record in kept))
 
 

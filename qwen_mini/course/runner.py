@@ -1,0 +1,364 @@
+"""Execute notebooks one after the other, each in its own kernel, and tell what ran, what it cost and what it showed."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+from .. import __version__
+from .artifacts import write_file
+from .claims import forget, read_claims
+from .errors import CourseError
+from .nb import Notebook, notebooks, source
+from .paths import PACKAGE, home, runs, shown
+from .scales import ScaleConfig, load_scale, scale_file
+
+CELL_TIMEOUT = 3600  # seconds
+WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
+
+
+@dataclass
+class Result:
+    """What one notebook did: status is "passed", "up to date" or "failed"."""
+
+    notebook: str
+    status: str
+    seconds: float = 0.0
+    peak_mib: float = 0.0
+    claims_held: int = 0
+    claims: int = 0
+    problem: str = ""
+    failed_claims: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.status != "failed"
+
+
+def run(books: list[Notebook], scale: str = "quick", seed: int = 0, force=False, keep_going=False, timeout=CELL_TIMEOUT):
+    """Execute `books` at a scale, print progress and a table, write the reports; returns the list of `Result`.
+
+    Finished notebooks whose inputs are unchanged are skipped unless `force`; after a failure the rest is left out
+    unless `keep_going`. `timeout` is in seconds per cell.
+    """
+    config = load_scale(scale)
+    state = State(config.name)
+    results = []
+    for number, nb in enumerate(books, start=1):
+        label = f"[{number}/{len(books)}] {nb.name}"
+        fingerprint = fingerprint_of(nb, scale, seed)
+        if not force and state.up_to_date(nb, fingerprint):
+            results.append(state.result(nb))
+            print(f"{label}: up to date")
+            continue
+        before = state.stages()
+        with Watch(label, state.seconds(nb)) as watch:
+            problem = execute(nb, scale, config, seed, timeout)
+        results.append(_judge(nb, config.name, problem, watch))
+        state.record(nb, results[-1], fingerprint, before)
+        watch.finish(results[-1])
+        if not results[-1].ok:
+            _print_failure(results[-1], config.name)
+            if not keep_going:
+                break
+    print(table(results, config.name, seed))
+    _write_reports(results, config.name, seed)
+    return results
+
+
+def execute(nb: Notebook, scale: str, config: ScaleConfig, seed: int, timeout: float) -> str:
+    """Execute one notebook into `runs/<scale>/notebooks/`; returns what went wrong, "" if nothing did."""
+    import papermill
+
+    forget(config.name, nb.name)
+    target = executed_path(config.name, nb)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
+    own = str(scale_file(scale)) if str(scale).endswith(".toml") else scale
+    try:
+        unknown = {"scale", "seed"} - set(nb.parameters())
+        if unknown:
+            return f"its parameters cell does not know {' and '.join(sorted(unknown))}"
+        with _environment(config), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            papermill.execute_notebook(
+                str(nb.path),
+                str(target),
+                parameters={"scale": own, "seed": seed},
+                kernel_name="python3",
+                cwd=str(nb.path.parent),
+                progress_bar=False,
+                execution_timeout=timeout,
+                extra_arguments=["--Application.log_level=50"],  # its errors are in the notebook
+            )
+    except papermill.PapermillExecutionError as error:
+        return _cell_report(error.source, "\n".join(error.traceback) or f"{error.ename}: {error.evalue}")
+    except Exception as error:  # a dead kernel, a timeout, a notebook without a parameters cell, …
+        first_lines = " ".join(str(error).split("\n")[:2]).strip()
+        return _cell_report(_last_started(target), f"{type(error).__name__}: {first_lines}")
+    return hidden_error(json.loads(target.read_text(encoding="utf-8")))
+
+
+def hidden_error(data: dict) -> str:
+    """An error in an executed notebook that papermill takes for success, "" if there is none.
+
+    That is `sys.exit(0)`, and an exception inside a widget's callback, whose traceback goes to the widget's own output
+    or to the standard error.
+    """
+    for cell in data["cells"]:
+        for output in cell.get("outputs", []):
+            if text := _error_text(output):
+                return _cell_report(source(cell), text)
+    widgets = data["metadata"].get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
+    for widget in widgets.values():
+        for output in widget.get("state", {}).get("outputs", []):
+            if text := _error_text(output):
+                return _cell_report("(inside a widget's callback)", text)
+    return ""
+
+
+def _error_text(output: dict) -> str:
+    if output["output_type"] == "error":
+        return "\n".join(output["traceback"]) or f"{output['ename']}: {output['evalue']}"
+    text = "".join(output.get("text", ""))
+    if output.get("name") == "stderr" and "Traceback (most recent call last)" in text:
+        return text
+    return ""
+
+
+def _last_started(target: Path) -> str:
+    """Source of the last cell that papermill began, from the notebook it saved on the way."""
+    if not target.exists():
+        return ""
+    cells = json.loads(target.read_text(encoding="utf-8"))["cells"]
+    started = [cell for cell in cells if cell["metadata"].get("papermill", {}).get("start_time")]
+    return source(started[-1]) if started else ""
+
+
+def _cell_report(cell: str, error: str, cell_lines: int = 12, error_lines: int = 12) -> str:
+    """A cell's first lines and its error's last ones, without colours."""
+    code = cell.strip().splitlines()
+    shortened = code[:cell_lines] + (["…"] if len(code) > cell_lines else [])
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", error).strip().splitlines()[-error_lines:]
+    return "\n".join([*(f"  | {line}" for line in shortened), *(f"  {line}" for line in plain)])
+
+
+@contextlib.contextmanager
+def _environment(config: ScaleConfig):
+    """What the kernel inherits: the scale's threads, this package, and no randomness from hashing."""
+    threads = str(config.run.threads or os.cpu_count() or 1)
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    settings = {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "PYTHONHASHSEED": "0",
+        "PYTHONPATH": path,
+        "QWEN_MINI_HOME": str(home()),
+        "QWEN_MINI_RUNS": str(runs()),
+    }
+    old = {key: os.environ.get(key) for key in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for key, value in old.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+def _judge(nb: Notebook, scale_name: str, problem: str, watch: "Watch") -> Result:
+    """Passed only if it ran without an error and everything it claimed holds."""
+    records = read_claims(scale_name, nb.name)
+    broken = [record["claim"] for record in records if not record["holds"]]
+    if not problem and broken:
+        problem = "\n".join(f"  claim fails · {text}" for text in broken)
+    status = "failed" if problem else "passed"
+    held = len(records) - len(broken)
+    return Result(nb.name, status, watch.seconds, watch.peak_mib, held, len(records), problem, broken)
+
+
+def executed_path(scale_name: str, nb: Notebook) -> Path:
+    """Where the executed copy of a notebook lies."""
+    return runs() / scale_name / "notebooks" / nb.path.name
+
+
+class Watch:
+    """Time and peak memory of the block, with a live line on a terminal.
+
+    Memory is the resident size of the processes the block starts, summed, sampled ten times a second.
+    """
+
+    def __init__(self, label: str, expected: float | None):
+        self.label, self.expected = label, expected
+        self.seconds = self.peak_mib = 0.0
+        self._stop = threading.Event()
+
+    def __enter__(self):
+        import psutil
+
+        self._process = psutil.Process()
+        self._others = set(self._process.children(recursive=True))
+        self._begin = time.monotonic()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+        self.seconds = time.monotonic() - self._begin
+
+    def _sample(self) -> None:
+        import psutil
+
+        shown_at = 0.0
+        while not self._stop.wait(0.1):
+            total = 0
+            with contextlib.suppress(psutil.Error):
+                for child in set(self._process.children(recursive=True)) - self._others:
+                    with contextlib.suppress(psutil.Error):
+                        total += child.memory_info().rss
+            self.peak_mib = max(self.peak_mib, total / 2**20)
+            if sys.stdout.isatty() and time.monotonic() - shown_at > 1:
+                shown_at = time.monotonic()
+                print(f"\r{self._line(shown_at - self._begin)}", end="", flush=True)
+
+    def _line(self, seconds: float) -> str:
+        expected = f" (last time {clock(self.expected)})" if self.expected else ""
+        return f"{self.label}: {clock(seconds)}{expected}"
+
+    def finish(self, result: Result) -> None:
+        """The notebook's line, final."""
+        line = f"{self._line(self.seconds)} · {self.peak_mib:.0f} MiB · claims {_claims(result)} · {result.status}"
+        print(("\r" if sys.stdout.isatty() else "") + line, flush=True)
+
+
+class State:
+    """`runs/<scale>/run_state.json`: what ran, from what, and what it wrote; saved after every notebook."""
+
+    def __init__(self, scale_name: str):
+        self.folder = runs() / scale_name
+        self.path = self.folder / "run_state.json"
+        try:
+            self.entries = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            self.entries = {}
+
+    def stages(self) -> dict[str, int]:
+        """Every stage on disk with the time its manifest was written."""
+        return {path.parent.name: path.stat().st_mtime_ns for path in self.folder.glob("[!.]*/manifest.json")}
+
+    def seconds(self, nb: Notebook) -> float | None:
+        return self.entries.get(nb.name, {}).get("seconds")
+
+    def up_to_date(self, nb: Notebook, fingerprint: str) -> bool:
+        """Same code and scale, and every stage it read or wrote is still the same one."""
+        entry = self.entries.get(nb.name, {})
+        if entry.get("fingerprint") != fingerprint or not executed_path(self.folder.name, nb).exists():
+            return False
+        now = self.stages()
+        return all(now.get(stage) == stamp for stage, stamp in {**entry["read"], **entry["wrote"]}.items())
+
+    def result(self, nb: Notebook) -> Result:
+        entry = self.entries[nb.name]
+        held, count = entry["claims_held"], entry["claims"]
+        return Result(nb.name, "up to date", entry["seconds"], entry["peak_mib"], held, count)
+
+    def record(self, nb: Notebook, result: Result, fingerprint: str, before: dict[str, int]) -> None:
+        """Note a run; a failed one keeps its time but is not up to date."""
+        now = self.stages()
+        wrote = {stage: stamp for stage, stamp in now.items() if before.get(stage) != stamp}
+        wrote |= {stage: now[stage] for stage in self.entries.get(nb.name, {}).get("wrote", {}) if stage in now}
+        earlier = {stage for entry in self.entries.values() if entry["number"] < nb.number for stage in entry["wrote"]}
+        self.entries[nb.name] = {
+            "number": nb.number,
+            "fingerprint": fingerprint if result.ok else "",
+            "seconds": round(result.seconds, 1) if result.ok else self.seconds(nb),
+            "peak_mib": round(result.peak_mib),
+            "claims_held": result.claims_held,
+            "claims": result.claims,
+            "read": {stage: now[stage] for stage in sorted(earlier & set(now) - set(wrote))},
+            "wrote": wrote,
+        }
+        write_file(self.path, json.dumps(self.entries, indent=1) + "\n")
+
+
+def fingerprint_of(nb: Notebook, scale: str, seed: int) -> str:
+    """Hash of all that decides what a notebook does: its code, the modules up to its chapter, scale, seed and version."""
+    digest = hashlib.sha256()
+    parts = [nb.code_hash, __version__, str(seed), scale_file(scale).read_text(encoding="utf-8")]
+    for chapter in notebooks(home()):
+        module = PACKAGE / f"{chapter.module}.py"
+        if chapter.number <= nb.number and module.exists():
+            parts.append(module.read_text(encoding="utf-8"))
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def clock(seconds: float) -> str:
+    """`73` -> `1:13`."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _claims(result: Result) -> str:
+    return f"{result.claims_held}/{result.claims}"
+
+
+def table(results: list[Result], scale_name: str, seed: int) -> str:
+    """The closing table: one row per notebook and the sums."""
+    width = max([len(result.notebook) for result in results], default=8)
+    rows = [f"\nscale {scale_name} · seed {seed}", f"{'notebook':{width}}  {'time':>6}  {'memory':>9}  {'claims':>6}"]
+    for result in results:
+        memory = f"{result.peak_mib:.0f} MiB"
+        row = f"{result.notebook:{width}}  {clock(result.seconds):>6}  {memory:>9}  {_claims(result):>6}"
+        rows.append(f"{row}  {result.status}")
+    spent = clock(sum(result.seconds for result in results))
+    peak = f"{max([result.peak_mib for result in results], default=0):.0f} MiB"
+    held, count = sum(result.claims_held for result in results), sum(result.claims for result in results)
+    failed = sum(not result.ok for result in results)
+    verdict = f"{failed} of {len(results)} failed" if failed else f"{len(results)} passed"
+    return "\n".join([*rows, f"{'all':{width}}  {spent:>6}  {peak:>9}  {f'{held}/{count}':>6}  {verdict}"])
+
+
+def _print_failure(result: Result, scale_name: str) -> None:
+    print(f"\n{result.notebook} failed:\n{result.problem}")
+    print(f"  executed notebook: {shown(runs() / scale_name / 'notebooks' / result.notebook)}.ipynb\n", flush=True)
+
+
+def _write_reports(results: list[Result], scale_name: str, seed: int) -> None:
+    """`report.json` for programs and `junit.xml` for CI systems."""
+    folder = runs() / scale_name
+    report = {"scale": scale_name, "seed": seed, "version": __version__, "notebooks": [asdict(one) for one in results]}
+    write_file(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    failures = sum(not one.ok for one in results)
+    suite = ElementTree.Element("testsuite", name=f"qwen-mini {scale_name}", tests=str(len(results)))
+    suite.set("failures", str(failures))
+    for one in results:
+        case = ElementTree.SubElement(suite, "testcase", name=one.notebook, time=f"{one.seconds:.1f}")
+        if not one.ok:
+            ElementTree.SubElement(case, "failure", message="failed").text = _xml_safe(one.problem)
+    write_file(folder / "junit.xml", ElementTree.tostring(suite, encoding="unicode") + "\n")
+
+
+def _xml_safe(text: str) -> str:
+    return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "?", text)
+
+
+def require_notebooks(books: list[Notebook]) -> list[Notebook]:
+    """`books`, or an error if there are none."""
+    if not books:
+        raise CourseError(f"there are no notebooks in {home() / 'notebooks'}: run inside the repository")
+    return books
