@@ -48,7 +48,7 @@ def bench(tmp_path, runs_folder):
 def test_a_good_notebook_passes_and_is_then_up_to_date(tmp_path, runs_folder, capsys):
     cells = [
         "import os; x = bytearray(200_000_000)",
-        "stage = course.artifacts.write_stage(config.name, 'toy')\nwith stage as folder: (folder / 'a').write_text('1')",
+        "with course.artifacts.write_stage('quick', 'toy') as folder: (folder / 'a').write_text('1')",
         "course.claim('scale and threads arrive', config.name == 'quick' and os.environ['OMP_NUM_THREADS'] == '2')",
         "course.claim('runs beside its file', os.path.exists('01_toy.ipynb') and seed == 3)",
     ]

@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         if default_scale:
             known = ", ".join(scale_names())
-            sub.add_argument("--scale", default=default_scale, help=f"{known} or a .toml file (default {default_scale})")
+            sub.add_argument("--scale", default=default_scale, help=f"{known} or a TOML file ({default_scale})")
             sub.add_argument("--seed", type=int, default=0)
         return sub
 

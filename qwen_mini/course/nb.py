@@ -80,11 +80,12 @@ def source(cell: dict) -> str:
 
 def notebooks(root: Path) -> list[Notebook]:
     """The course's notebooks in reading order."""
-    return sorted((Notebook(path) for path in (root / "notebooks").glob("*.ipynb")), key=lambda nb: (nb.number, nb.name))
+    found = [Notebook(path) for path in (root / "notebooks").glob("*.ipynb")]
+    return sorted(found, key=lambda nb: (nb.number, nb.name))
 
 
 def select(root: Path, wanted: list[str]) -> list[Notebook]:
-    """Notebooks by path, name (`08_pretraining`), number (`08`) or subject (`pretraining`); all of them for an empty list."""
+    """Notebooks by path, name (`08_pretraining`), number (`08`) or subject (`pretraining`); all for an empty list."""
     known = notebooks(root)
     if not wanted:
         return known

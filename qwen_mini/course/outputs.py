@@ -1,4 +1,4 @@
-"""Commit what a notebook printed and drew: outputs of an execution, cleaned so that executing twice gives equal files."""
+"""What a notebook printed and drew, cleaned so that executing twice gives equal files, and put back into its source."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ def copy_outputs(nb: Notebook, scale_name: str) -> bool:
 
 
 def clean(outputs: list) -> list:
-    """Outputs without what differs from one execution to the next: counts, addresses, widgets, warnings, carriage returns."""
+    """Outputs without what differs between executions: counts, addresses, widgets, warnings, overwritten lines."""
     kept = []
     for output in outputs:
         if output.output_type == "stream":

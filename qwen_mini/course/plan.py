@@ -9,7 +9,7 @@ ACCELERATOR_FLOPS = 0.4 * 312e12  # 40 % of an A100's bfloat16 peak
 def activation_bytes_per_token(model) -> int:
     """Rule of thumb without recomputation, bfloat16: what the layers keep for backward, and float32 logits.
 
-    A layer keeps four vectors of the hidden size, q, k, v and the attention's output, and three of the feed-forward size.
+    A layer keeps four vectors of the hidden size, q, k, v, the attention's output, and three of the feed-forward size.
     """
     attention = 2 * (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
     layer = 4 * model.hidden_size + attention + 3 * model.intermediate_size

@@ -44,7 +44,7 @@ class Result:
         return self.status != "failed"
 
 
-def run(books: list[Notebook], scale: str = "quick", seed: int = 0, force=False, keep_going=False, timeout=CELL_TIMEOUT):
+def run(books: list[Notebook], scale="quick", seed=0, force=False, keep_going=False, timeout=CELL_TIMEOUT) -> list:
     """Execute `books` at a scale, print progress and a table, write the reports; returns the list of `Result`.
 
     Finished notebooks whose inputs are unchanged are skipped unless `force`; after a failure the rest is left out
@@ -296,7 +296,7 @@ class State:
 
 
 def fingerprint_of(nb: Notebook, scale: str, seed: int) -> str:
-    """Hash of all that decides what a notebook does: its code, the modules up to its chapter, scale, seed and version."""
+    """Hash of what decides what a notebook does: its code, the modules up to its chapter, scale, seed and version."""
     digest = hashlib.sha256()
     parts = [nb.code_hash, __version__, str(seed), scale_file(scale).read_text(encoding="utf-8")]
     for chapter in notebooks(home()):

@@ -1,0 +1,252 @@
+"""`make check`: what must agree without executing anything. Each check returns its problems, one sentence each."""
+
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from .nb import Notebook, notebooks, source
+from .paths import home
+
+MAX_NOTEBOOK_BYTES = 1_000_000
+MAX_COLUMNS = 88  # of code that is only read; exported cells follow the package's line length
+NAMED_FILE = re.compile(r"`((?:qwen_mini|notebooks|tests|docs|benchmarks|data)/[\w./-]+\.\w+)`")
+LINK = re.compile(r"\]\(\s*<?([^)>\s]+)>?(?:\s+\"[^\"]*\")?\s*\)|(?:src|href)=\"([^\"]+)\"")
+
+
+def modules_equal_notebooks(root: Path) -> list[str]:
+    """Every module is what nbdev makes of its notebook, and none is without a notebook."""
+    from .sync import generate
+
+    books = notebooks(root)
+    problems = []
+    generated = generate(root, books)
+    for name, text in generated.items():
+        path = root / "qwen_mini" / f"{name}.py"
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            problems.append(f"qwen_mini/{name}.py differs from its notebook: run `python -m qwen_mini.course.sync`")
+    for nb in books:
+        if nb.module and nb.module != nb.name.partition("_")[2]:
+            problems.append(f"{nb.path.name} exports to {nb.module}, not to the module of its own name")
+    for path in sorted((root / "qwen_mini").glob("*.py")):
+        if path.stem not in generated and path.name not in ("__init__.py", "_modidx.py"):
+            problems.append(f"qwen_mini/{path.name} has no notebook that exports it")
+    return problems
+
+
+def imports_point_backwards(root: Path) -> list[str]:
+    """A module or a notebook uses chapters before its own only; imports inside functions count."""
+    books = notebooks(root)
+    chapters = {nb.module: nb.number for nb in books if nb.module}
+    problems = []
+    for nb in books:
+        if nb.module is None:  # the first page and the report look at everything
+            continue
+        path = root / "qwen_mini" / f"{nb.module}.py"
+        texts = {nb.path.name: (_code_of(nb), nb.number)}
+        if path.exists():
+            texts[f"qwen_mini/{path.name}"] = (path.read_text(encoding="utf-8"), nb.number - 1)
+        for where, (text, last) in texts.items():
+            for name in sorted(imported_chapters(text)):
+                if name in chapters and chapters[name] > last:
+                    problems.append(f"{where} imports {name}, which is not an earlier chapter")
+                elif name not in chapters and name not in ("course", "__version__"):
+                    problems.append(f"{where} imports qwen_mini.{name}, which no notebook exports")
+    for path in sorted((root / "qwen_mini" / "course").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for name in sorted(imported_chapters(ast.unparse(node), "..") - {"course", "__version__"}):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    problems.append(f"qwen_mini/course/{path.name} imports the chapter {name} at import time")
+    return problems
+
+
+def imported_chapters(text: str, here: str = ".") -> set[str]:
+    """Names directly under `qwen_mini` that code imports; `here` is how the code spells the package relatively."""
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {_below("", alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            relative = node.level == len(here)
+            if module == "qwen_mini" or (relative and node.module is None):
+                names |= {alias.name for alias in node.names}
+            else:
+                names.add(_below(here if relative else "", module))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            names |= {_below("", word.value) for word in node.args if isinstance(word, ast.Constant)}
+    return names - {""}
+
+
+def _below(here: str, module) -> str:
+    """`attention` from `qwen_mini.attention.x` (or `.attention.x` when `here` is `.`), else ''."""
+    prefix = here or "qwen_mini."
+    return module.removeprefix(prefix).split(".")[0] if str(module).startswith(prefix) else ""
+
+
+def _code_of(nb: Notebook) -> str:
+    """All code cells as one text; magics and shell lines become `pass`."""
+    lines = "\n".join(nb.code).splitlines()
+    return "\n".join(re.sub(r"^(\s*)[%!].*", r"\1pass", line) for line in lines)
+
+
+def parameters_are_literal(root: Path) -> list[str]:
+    """Exactly one `parameters` cell, with `scale` and `seed` and nothing else."""
+    problems = []
+    for nb in notebooks(root):
+        try:
+            names = set(nb.parameters())
+        except ValueError as error:
+            problems.append(f"{nb.path.name} {error}")
+            continue
+        if names != {"scale", "seed"}:
+            problems.append(f"{nb.path.name} has the parameters {sorted(names)} instead of scale and seed")
+        if not re.search(rf"course\.start\(\s*[\"']{re.escape(nb.name)}[\"']", "\n".join(nb.code)):
+            problems.append(f'{nb.path.name} does not begin with course.start("{nb.name}", …)')
+    return problems
+
+
+def outputs_are_current(root: Path) -> list[str]:
+    """Outputs are there, free of errors, and of the code that stands beside them."""
+    problems = []
+    for nb in notebooks(root):
+        stored = nb.data["metadata"].get("qwen_mini", {}).get("code")
+        outputs = [output for cell in nb.cells for output in cell.get("outputs", [])]
+        if stored is None or not outputs:
+            problems.append(f"{nb.path.name} has no committed outputs: run `make outputs`")
+        elif stored != nb.code_hash:
+            problems.append(f"{nb.path.name} has outputs of older code: run `make outputs`")
+        if any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs):
+            problems.append(f"{nb.path.name} has an error or a warning among its outputs")
+    return problems
+
+
+def notebooks_are_tidy(root: Path) -> list[str]:
+    """Small files, plain metadata, distinct cell ids, narrow code."""
+    problems = []
+    for nb in notebooks(root):
+        name = nb.path.name
+        if nb.path.stat().st_size > MAX_NOTEBOOK_BYTES:
+            problems.append(f"{name} is larger than {MAX_NOTEBOOK_BYTES:,} bytes")
+        if unknown := set(nb.data["metadata"]) - {"kernelspec", "qwen_mini"}:
+            problems.append(f"{name} carries the metadata {', '.join(sorted(unknown))}")
+        if any(set(cell["metadata"]) - {"tags"} for cell in nb.cells):
+            problems.append(f"{name} has a cell with metadata other than tags")
+        if len({cell.get("id") for cell in nb.cells}) < len(nb.cells):
+            problems.append(f"{name} has cells without an id of their own")
+        for code in nb.code:
+            widest = max(map(len, code.splitlines()), default=0)
+            if widest > MAX_COLUMNS and not re.search(r"^#\|\s*export", code, re.MULTILINE):
+                line = next(line for line in code.splitlines() if len(line) > MAX_COLUMNS).strip()
+                problems.append(f"{name} has a line wider than {MAX_COLUMNS} columns: `{line[:50]}…`")
+    return problems
+
+
+def code_is_clean(root: Path) -> list[str]:
+    """ruff finds nothing."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--output-format", "json", "--quiet", str(root)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    try:
+        found = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        return [f"ruff could not run: {done.stderr.strip()[:300]}"]
+    problems = []
+    for item in found:
+        path = Path(item["filename"]).relative_to(root.resolve()).as_posix()
+        cell = f" cell {item['cell']}" if item.get("cell") else ""
+        problems.append(f"{path}{cell} line {item['location']['row']}: {item['code']} {item['message']}")
+    return problems
+
+
+def links_exist(root: Path) -> list[str]:
+    """Relative links, and modules or files named in backticks, exist."""
+    problems = []
+    for path, text in _prose(root):
+        where = path.relative_to(root).as_posix()
+        for groups in LINK.findall(text):
+            target = (groups[0] or groups[1]).split("#")[0]
+            if target and not re.match(r"[a-z]+:", target) and not (path.parent / target).exists():
+                problems.append(f"{where} links to {target}, which does not exist")
+        for named in sorted(set(re.findall(r"`(?:import |from )?qwen_mini\.(\w+)", text))):
+            package = root / "qwen_mini"
+            if not (package / f"{named}.py").exists() and not (package / named).exists():
+                problems.append(f"{where} names the module qwen_mini.{named}, which does not exist")
+        for named in sorted(set(re.findall(NAMED_FILE, text))):
+            if not (root / named).exists():
+                problems.append(f"{where} names the file {named}, which does not exist")
+    return problems
+
+
+def commands_exist(root: Path) -> list[str]:
+    """`make` targets and `qwen-mini` commands that the documentation shows exist, their options too."""
+    makefile = root / "Makefile"
+    targets = set(re.findall(r"^([\w-]+):", makefile.read_text(encoding="utf-8") if makefile.exists() else "", re.M))
+    problems = []
+    for path, text in _prose(root):
+        where = path.relative_to(root).as_posix()
+        for target in sorted(set(re.findall(r"(?:^|`|&& )make ([a-z][\w-]*)", text, re.MULTILINE)) - targets):
+            problems.append(f"{where} shows `make {target}`, which the Makefile does not have")
+        for line in re.findall(r"(?:^|`|-m )(?:qwen-mini|qwen_mini\.course) ([a-z][^`\n#]*)", text, re.MULTILINE):
+            if problem := _command_problem(line):
+                problems.append(f"{where} shows `qwen-mini {line.strip()}`, {problem}")
+    return problems
+
+
+def _command_problem(line: str) -> str:
+    """What is wrong with the arguments of a shown `qwen-mini` command, '' if nothing."""
+    from .cli import parser
+
+    commands = parser()._subparsers._group_actions[0].choices
+    words = shlex.split(line.replace("…", ""), posix=True) if line.count("'") % 2 == 0 else line.split()
+    if words[0] not in commands:
+        return "which is no command" if "|" not in words[0] else ""
+    options = set(commands[words[0]]._option_string_actions)
+    unknown = [word for word in words if word.startswith("--") and word.split("=")[0] not in options]
+    return f"which does not know {unknown[0]}" if unknown else ""
+
+
+def _prose(root: Path) -> list[tuple[Path, str]]:
+    """Every text a reader follows: README, docs, and the markdown cells of the notebooks."""
+    files = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    texts = [(path, path.read_text(encoding="utf-8")) for path in files if path.exists()]
+    for nb in notebooks(root):
+        cells = [source(cell) for cell in nb.cells if cell["cell_type"] == "markdown"]
+        texts.append((nb.path, "\n\n".join(cells)))
+    return texts
+
+
+CHECKS = [
+    modules_equal_notebooks,
+    imports_point_backwards,
+    parameters_are_literal,
+    outputs_are_current,
+    notebooks_are_tidy,
+    code_is_clean,
+    links_exist,
+    commands_exist,
+]
+
+
+def problems(root: Path | None = None) -> list[str]:
+    """Everything that every check finds."""
+    return [problem for check in CHECKS for problem in check(root or home())]
+
+
+def main() -> int:
+    """Print the problems; returns 1 if there are any."""
+    found = problems()
+    for problem in found:
+        print(problem)
+    print(f"{len(found)} problem(s)" if found else f"all {len(CHECKS)} checks passed")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
