@@ -1,0 +1,42 @@
+# make course | test | check | lab | chat | bench | outputs | clean; each prepares .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: setup course test check lab chat bench outputs clean
+
+setup: $(READY)
+
+# torch first: the rest is then resolved around the version that is already there
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+course: $(READY)
+	$(BIN)/qwen-mini run --scale $(or $(SCALE),quick)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/qwen-mini check
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks
+
+chat: $(READY)
+	$(BIN)/qwen-mini chat --scale $(or $(SCALE),laptop)
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
+
+outputs: $(READY)
+	$(BIN)/qwen-mini outputs --scale laptop
+
+# what is quick to make again; the results of the larger scales stay
+clean:
+	rm -rf runs/quick build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find qwen_mini tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
