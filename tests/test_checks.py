@@ -1,0 +1,195 @@
+"""Each check finds the mistake it is there for, in a tiny project, and nothing in a sound one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from qwen_mini.course import checks, nb, outputs, runner, sync
+
+ROOT = Path(__file__).resolve().parent.parent
+START = 'from qwen_mini import course\nconfig = course.start("{name}", scale=scale, seed=seed)'
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+
+
+def write(root, name, *cells, prose="# Title", parameters='scale = "laptop"\nseed = 0'):
+    """A notebook that exports `cells` to the module of its name, with outputs of that code."""
+    book = nbformat.v4.new_notebook(metadata={"kernelspec": KERNEL})
+    book.cells = [nbformat.v4.new_markdown_cell(prose)]
+    book.cells.append(nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+    module = name.partition("_")[2]
+    texts = [f"#| default_exp {module}", START.format(name=name), *(f"#| export\n{text}" for text in cells)]
+    book.cells += [nbformat.v4.new_code_cell(text) for text in texts]
+    book.cells[-1].outputs = [nbformat.v4.new_output("stream", text="fine\n")]
+    path = root / "notebooks" / f"{name}.ipynb"
+    nbformat.write(book, path)
+    stamp(path)
+    return path
+
+
+def stamp(path):
+    """Note that the outputs belong to the code as it is."""
+    edit(path, lambda data: data["metadata"].update(qwen_mini={"code": nb.Notebook(path).code_hash}))
+
+
+def edit(path, change):
+    data = json.loads(path.read_text(encoding="utf-8"))
+    change(data)
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """Two chapters, the second importing the first."""
+    for folder in ("notebooks", "qwen_mini/course"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "Makefile").write_text("test: ready\n\tpytest\n")
+    prose = "[next](02_two.ipynb), `make test`, `qwen-mini run 01 --scale quick`, `qwen_mini.two`, [out](https://a.b/c)"
+    write(tmp_path, "01_one", "def f(x):\n    return x", prose=prose)
+    write(tmp_path, "02_two", "from qwen_mini.one import f", "def g(x):\n    return f(x)")
+    monkeypatch.setenv("QWEN_MINI_HOME", str(tmp_path))
+    assert sync.main([]) == 0
+    return tmp_path
+
+
+def only(problems, *words):
+    assert len(problems) == 1, problems
+    assert all(word in problems[0] for word in words), problems
+
+
+def test_a_sound_project_has_no_problems(project, capsys):
+    assert checks.problems(project) == []
+    assert checks.main() == 0 and "all 8 checks passed" in capsys.readouterr().out
+
+
+def test_a_module_that_differs_or_has_no_notebook(project):
+    module = project / "qwen_mini" / "one.py"
+    assert "from .one import f" in (project / "qwen_mini" / "two.py").read_text()
+    module.write_text(module.read_text() + "y = 1\n")
+    only(checks.modules_equal_notebooks(project), "one.py", "differs")
+    module.unlink()
+    only(checks.modules_equal_notebooks(project), "one.py", "differs")
+    assert sync.main(["01_one"]) == 0
+    (project / "qwen_mini" / "stray.py").write_text("")
+    only(checks.modules_equal_notebooks(project), "stray.py", "no notebook")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from qwen_mini.two import g",
+        "from qwen_mini import two",
+        "import qwen_mini.two",
+        "def f():\n    from qwen_mini.two import g\n    return g",
+        'import importlib\n\n\ndef f():\n    return importlib.import_module("qwen_mini.two")',
+    ],
+)
+def test_imports_of_later_chapters_are_found(project, code):
+    write(project, "01_one", code)
+    sync.main([])
+    found = checks.imports_point_backwards(project)
+    assert [problem.split()[0] for problem in found] == ["01_one.ipynb", "qwen_mini/one.py"]
+
+
+def test_imports_of_unknown_modules_and_by_the_course_are_found(project):
+    write(project, "01_one", "from qwen_mini.three import h")
+    assert "no notebook exports" in checks.imports_point_backwards(project)[0]
+    write(project, "01_one", "from qwen_mini.course import artifacts")
+    (project / "qwen_mini" / "course" / "eager.py").write_text("from ..one import f\nfrom .. import __version__\n")
+    only(checks.imports_point_backwards(project), "eager.py", "one")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ('scale = "laptop"', "instead of scale and seed"),
+        ('scale = "laptop"\nseed = 0\nn = 1', "instead of scale and seed"),
+        ('import os\nscale = "laptop"\nseed = 0', "more than assignments"),
+        ('scale = str("laptop")\nseed = 0', "no literal"),
+    ],
+)
+def test_parameters_cells_that_papermill_would_misread(project, parameters, words):
+    write(project, "01_one", "x = 1", parameters=parameters)
+    only(checks.parameters_are_literal(project), "01_one.ipynb", words)
+
+
+def test_a_missing_parameters_cell_and_a_wrong_name(project):
+    path = project / "notebooks" / "01_one.ipynb"
+    edit(path, lambda data: data["cells"][1]["metadata"].clear())
+    only(checks.parameters_are_literal(project), "exactly one cell")
+    write(project, "01_one", "x = 1").rename(project / "notebooks" / "01_other.ipynb")
+    only(checks.parameters_are_literal(project), 'course.start("01_other"')
+
+
+def test_outputs_missing_stale_or_bad(project):
+    path = project / "notebooks" / "01_one.ipynb"
+    edit(path, lambda data: data["cells"][-1].update(source="1 + 1"))
+    only(checks.outputs_are_current(project), "older code")
+    stamp(path)
+    error = {"output_type": "error", "ename": "E", "evalue": "", "traceback": []}
+    edit(path, lambda data: data["cells"][-1]["outputs"].append(error))
+    only(checks.outputs_are_current(project), "error")
+    edit(path, lambda data: data["cells"][-1].update(outputs=[]))
+    only(checks.outputs_are_current(project), "no committed outputs")
+
+
+def test_untidy_notebooks(project):
+    path = project / "notebooks" / "01_one.ipynb"
+    edit(path, lambda data: data["metadata"].update(widgets={}))
+    only(checks.notebooks_are_tidy(project), "widgets")
+    edit(path, lambda data: data["metadata"].pop("widgets"))
+    edit(path, lambda data: data["cells"][0]["metadata"].update(papermill={}))
+    only(checks.notebooks_are_tidy(project), "metadata other than tags")
+    edit(path, lambda data: data["cells"][0]["metadata"].clear())
+    edit(path, lambda data: data["cells"][-1].update(source=f'x = "{"a" * 90}"'))
+    only(checks.notebooks_are_tidy(project), "wider than 88")
+    edit(path, lambda data: data["cells"][-1].update(source="# " + "long\n# " * 200_000))
+    only(checks.notebooks_are_tidy(project), "larger")
+
+
+def test_ruff_problems_name_file_and_line(project):
+    (project / "qwen_mini" / "course" / "bad.py").write_text("import os\n")
+    only(checks.code_is_clean(project), "qwen_mini/course/bad.py line 1: F401")
+
+
+@pytest.mark.parametrize(
+    ("prose", "words"),
+    [
+        ("[gone](03_three.ipynb)", "03_three.ipynb, which does not exist"),
+        ("![gone](img/a.png)", "img/a.png"),
+        ("see `qwen_mini.three`", "qwen_mini.three"),
+        ("see `qwen_mini/three.py`", "qwen_mini/three.py"),
+        ("`make coffee`", "make coffee"),
+        ("```\nqwen-mini brew --scale quick\n```", "no command"),
+        ("`python -m qwen_mini.course run --sclae quick`", "does not know --sclae"),
+    ],
+)
+def test_links_and_commands_that_lead_nowhere(project, prose, words):
+    (project / "README.md").write_text(prose + "\n", encoding="utf-8")
+    only(checks.links_exist(project) + checks.commands_exist(project), "README.md", words)
+
+
+def test_outputs_are_copied_by_cell_and_cleaned(project, runs_folder):
+    path = write(project, "01_one", "x = 1")
+    code = 'import sys\nprint("a", end="")\nsys.stdout.flush()\nprint("b", object())\n'
+    code += 'print("no", file=sys.stderr)\nobject()'
+    extra = 'import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()'
+    widget = "from ipywidgets import interact\ninteract(lambda n: print(n), n=[0, 1]);"
+    for text in (code, extra, widget):
+        edit(path, lambda data, text=text: data["cells"].append(dict(nbformat.v4.new_code_cell(text))))
+    book, texts = nb.Notebook(path), []
+    for _ in range(2):
+        assert runner.run([book], "quick", force=True)[0].ok
+        outputs.copy_outputs(book, "quick")
+        texts.append(path.read_text(encoding="utf-8"))
+    assert texts[0] == texts[1]
+    assert not outputs.copy_outputs(book, "quick")
+    done = nbformat.read(path, as_version=4)
+    printed, value = done.cells[-3].outputs
+    assert printed.text == "ab <object object at 0x…>\n" and value.data["text/plain"] == "<object at 0x…>"
+    assert "image/png" in done.cells[-2].outputs[-1].data and done.cells[-1].outputs == []
+    assert set(done.metadata) == {"kernelspec", "qwen_mini"} and "injected-parameters" not in texts[0]
+    assert checks.outputs_are_current(project) + checks.notebooks_are_tidy(project) == []

@@ -1,0 +1,104 @@
+"""The project as a whole: checks pass, pins agree, imports stay light, the README's commands exist."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qwen_mini.course import checks
+from qwen_mini.course.cli import parser
+from qwen_mini.course.nb import notebooks
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
+def test_make_check_passes(check):
+    assert check(ROOT) == []
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[\s\[<>=!;]", requirement.strip())[0].lower().replace("_", "-")
+
+
+def _pins(lines) -> dict[str, str]:
+    lines = [line.split("#")[0].strip() for line in lines]
+    return {_name(line): line.split("==")[1].strip() for line in lines if "==" in line}
+
+
+def _direct() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    return {_name(line) for group in groups for line in group} - {"qwen-mini"}
+
+
+def test_pins_agree():
+    pinned = _pins((ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines())
+    assert not _direct() - set(pinned), "a direct dependency has no pin"
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    listed = next(item for item in environment["dependencies"] if isinstance(item, dict))["pip"]
+    assert _pins(listed) == {name: pinned[name] for name in _direct()}
+    assert f"torch=={pinned['torch']}" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_the_version_is_said_once():
+    from qwen_mini import __version__
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == __version__
+
+
+HEAVY = ["IPython", "ipykernel", "jupyter_client", "matplotlib", "nbdev", "papermill", "transformers", "trl"]
+
+
+def _import_alone(code: str) -> list[str]:
+    """Heavy packages that are loaded after `code` ran in a fresh interpreter."""
+    probe = f"{code}\nimport sys\nprint(*[name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_every_module_imports_without_notebook_machinery():
+    modules = [nb.module for nb in notebooks(ROOT) if nb.module]
+    assert _import_alone("".join(f"import qwen_mini.{name}\n" for name in modules)) == []
+
+
+def test_the_course_imports_without_torch_and_chapters():
+    code = "import sys\nfrom qwen_mini import course\nfrom qwen_mini.course import cli, checks, runner\n"
+    code += "assert 'torch' not in sys.modules\n"
+    code += "own = {n for n in sys.modules if n.startswith('qwen_mini.')}\n"
+    code += "assert all(name.startswith('qwen_mini.course') for name in own), own"
+    assert _import_alone(code) == []
+
+
+def test_the_readme_and_the_help_agree_on_the_commands():
+    commands = set(parser()._subparsers._group_actions[0].choices)
+    assert commands == {"run", "outputs", "check", "chat", "plan", "train", "export"}
+    assert (ROOT / "README.md").exists()
+    assert checks.commands_exist(ROOT) == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_every_make_target_is_known_to_make():
+    for target in "setup course test check lab chat bench outputs clean".split():
+        done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None or os.name == "nt", reason="needs bash")
+def test_the_ci_script_is_sound():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK) and "set -euo pipefail" in script.read_text()
+    assert script.read_text().rstrip().endswith("make test")
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+def test_text_of_the_licence():
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text and "Version 2.0" in text

@@ -1,0 +1,85 @@
+"""Scales load, and every kind of mistake in one is named with its file, section and key."""
+
+import dataclasses
+import pickle
+import tomllib
+
+import pytest
+
+from qwen_mini import course
+from qwen_mini.course.scales import FOLDER, Phase, scale_names
+
+QUICK = (FOLDER / "quick.toml").read_text(encoding="utf-8")
+
+
+def load_with(tmp_path, old: str, new: str):
+    """Load quick.toml with one line's beginning replaced."""
+    lines = [new if line.startswith(old) else line for line in QUICK.splitlines()]
+    assert lines != QUICK.splitlines(), f"no line begins with {old!r}"
+    path = tmp_path / "own.toml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return course.load_scale(path)
+
+
+@pytest.mark.parametrize("name", ["quick", "laptop", "gpu", "cluster"])
+def test_every_scale_loads_and_keeps_the_numbers_of_its_file(name):
+    config = course.load_scale(name)
+    table = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+    assert config.name == name and config.model.hidden_size == table["model"]["hidden_size"]
+    assert isinstance(config.pretraining.phases[0], Phase)
+    assert config.corpus.sources == tuple(table["corpus"]["sources"])
+    assert pickle.loads(pickle.dumps(config)) == config and dataclasses.asdict(config)["run"] == table["run"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.model.hidden_size = 1
+
+
+def test_cluster_is_qwen2_5_0_5b():
+    model = course.load_scale("cluster").model
+    shape = (model.hidden_size, model.intermediate_size, model.num_hidden_layers, model.head_dim, model.vocab_size)
+    assert shape == (896, 4864, 24, 64, 151_936)
+    assert (model.num_attention_heads, model.num_key_value_heads, model.tie_word_embeddings) == (14, 2, True)
+
+
+def test_known_scales_are_listed_in_order():
+    assert scale_names() == ["quick", "laptop", "gpu", "cluster"]
+    with pytest.raises(course.ScaleError, match="'huge'.*quick, laptop, gpu, cluster"):
+        course.load_scale("huge")
+
+
+def test_a_file_of_ones_own_is_a_scale(tmp_path):
+    assert load_with(tmp_path, "training_bytes", "training_bytes = 7").name == "own"
+    with pytest.raises(course.ScaleError, match="there is no scale"):
+        course.load_scale(tmp_path / "missing.toml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("hidden_size", "hidden_sise = 96", r"own.toml: \[model\] has an unknown key 'hidden_sise'"),
+        ("hidden_size", "", r"own.toml: \[model\] lacks the key 'hidden_size'"),
+        ("hidden_size", 'hidden_size = "96"', r"\[model\] key 'hidden_size' must be a whole number, got '96'"),
+        ("hidden_size", "hidden_size = 96.5", r"\[model\] key 'hidden_size' must be a whole number"),
+        ("hidden_size", "hidden_size = true", r"\[model\] key 'hidden_size' must be a whole number"),
+        ("hidden_size", "hidden_size = 0", r"\[model\] key 'hidden_size' must be above 0"),
+        ("head_dim", "head_dim = 31", r"\[model\] key 'head_dim' must be even"),
+        ("num_key_value_heads", "num_key_value_heads = 3", r"\[model\] key 'num_key_value_heads' must divide"),
+        ("tie_word_embeddings", "tie_word_embeddings = 1", r"'tie_word_embeddings' must be true or false"),
+        ("dtype", 'dtype = "fp8"', r"\[run\] key 'dtype' must be one of auto, float32, bfloat16"),
+        ("sources", 'sources = "python"', r"\[corpus\] key 'sources' must be a list"),
+        ("sources", "sources = [1]", r"\[corpus\] key 'sources' must be a string"),
+        ("heldout_fraction", "heldout_fraction = 1.5", r"\[corpus\] key 'heldout_fraction'"),
+        ("beta2", "beta2 = 1.0", r"\[pretraining\] key 'beta2'"),
+        ("batch_tokens", "batch_tokens = 1000", r"\[pretraining\] key 'batch_tokens' must be a multiple"),
+        ("max_position_embeddings", "max_position_embeddings = 8", r"\[model\] key 'max_position_embeddings'"),
+        ("[tokenizer]", "[tokeniser]", "top level has an unknown key 'tokeniser'"),
+        ("[run]", "[run", "own.toml is not valid TOML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, old, new, message):
+    with pytest.raises(course.ScaleError, match=message):
+        load_with(tmp_path, old, new)
+
+
+def test_mixtures_must_sum_to_one():
+    with pytest.raises(course.ScaleError, match="mixture must sum to 1"):
+        Phase(tokens=1, length=1, mixture={"python": 0.5})
