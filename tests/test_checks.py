@@ -141,9 +141,10 @@ def test_untidy_notebooks(project):
     edit(path, lambda data: data["metadata"].update(widgets={}))
     only(checks.notebooks_are_tidy(project), "widgets")
     edit(path, lambda data: data["metadata"].pop("widgets"))
-    edit(path, lambda data: data["cells"][0]["metadata"].update(papermill={}))
+    edit(path, lambda data: data["cells"][1]["metadata"].update(papermill={}))
     only(checks.notebooks_are_tidy(project), "metadata other than tags")
-    edit(path, lambda data: data["cells"][0]["metadata"].clear())
+    assert sync.main([]) == 0 and checks.notebooks_are_tidy(project) == []
+    assert nb.Notebook(path).parameters() == {"scale": "laptop", "seed": 0}
     edit(path, lambda data: data["cells"][-1].update(source=f'x = "{"a" * 90}"'))
     only(checks.notebooks_are_tidy(project), "wider than 88")
     edit(path, lambda data: data["cells"][-1].update(source="# " + "long\n# " * 200_000))

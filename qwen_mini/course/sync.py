@@ -1,6 +1,7 @@
 """Generate the modules of `qwen_mini/` from their notebooks: `python -m qwen_mini.course.sync [notebook ...]`."""
 
 import contextlib
+import json
 import shutil
 import sys
 import tempfile
@@ -34,11 +35,27 @@ def generate(root: Path, books: list[Notebook]) -> dict[str, str]:
     return modules
 
 
+def tidy(nb: Notebook) -> bool:
+    """Remove the cell and notebook metadata that editors leave behind; returns whether there was any."""
+    own = {key: value for key, value in nb.data["metadata"].items() if key in ("kernelspec", "qwen_mini")}
+    foreign = own != nb.data["metadata"] or any(set(cell["metadata"]) - {"tags"} for cell in nb.cells)
+    if foreign:
+        nb.data["metadata"] = own
+        for cell in nb.cells:
+            cell["metadata"] = {key: value for key, value in cell["metadata"].items() if key == "tags"}
+        write_file(nb.path, json.dumps(nb.data, indent=1, ensure_ascii=False) + "\n")
+    return foreign
+
+
 def main(words: list[str] | None = None) -> int:
     """Write the modules of the named notebooks, or of all."""
     root = home()
     try:
-        modules = generate(root, select(root, sys.argv[1:] if words is None else words))
+        books = select(root, sys.argv[1:] if words is None else words)
+        for nb in books:
+            if tidy(nb):
+                print(f"tidied notebooks/{nb.path.name}")
+        modules = generate(root, books)
     except CourseError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
