@@ -123,7 +123,7 @@ def main(words: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
-        if error.name is None:
+        if error.name is None or error.name.startswith("qwen_mini"):
             raise
         print(f"error: {error.name} is not installed: pip install 'qwen-mini[dev]'", file=sys.stderr)
         return 2

@@ -39,7 +39,14 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
         ("tokens", f"{tokens:,} in {tokens // training.batch_tokens:,} steps, {tokens / parameters:.1f} per parameter"),
         ("weights, gradients, optimizer", f"{state / GIB:.2f} GiB a device (16 bytes a parameter, {gpus} device(s))"),
         ("activations", f"{activations / GIB:.2f} GiB a device ({micro:,} tokens at once, rule of thumb)"),
+        ("memory", _verdict((state + activations) / GIB, config.run.memory_gib)),
         ("KV cache", f"{kv_cache_bytes_per_token(shape):,} bytes a token in bfloat16"),
         ("FLOPs per token", f"{flops / tokens:.3g} in training"),
         ("FLOPs in total", f"{flops:.3g}, {flops / ACCELERATOR_FLOPS / gpus / 3600:.1f} h at 40 % of {gpus} A100(s)"),
     ]
+
+
+def _verdict(needed: float, budget: float) -> str:
+    if needed <= budget:
+        return f"{needed:.2f} GiB of {budget:g}"
+    return f"{needed:.2f} GiB, more than the scale's {budget:g}: raise grad_accumulation, or share among more devices"
