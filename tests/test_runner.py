@@ -1,8 +1,11 @@
 """The runner executes tiny notebooks and believes none of them without looking."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -135,6 +138,20 @@ def test_a_new_upstream_stage_makes_readers_stale(tmp_path, runs_folder):
     runner.run(books, "quick")
     assert [one.status for one in runner.run(books, "quick")] == ["up to date"] * 2
     runner.run(books[:1], "quick", force=True)
+    assert [one.status for one in runner.run(books, "quick")] == ["up to date", "passed"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, runs_folder):
+    books = [write(tmp_path, "01_fast"), write(tmp_path, "02_slow", "import time\ntime.sleep(600)")]
+    command = [sys.executable, "-u", "-m", "qwen_mini.course", "run", *(str(nb.path) for nb in books)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "01_fast" in running.stdout.readline()
+    time.sleep(2)
+    running.send_signal(signal.SIGINT)
+    assert "the same command goes on" in running.communicate(timeout=30)[1]
+    assert running.returncode == 130
+    books[1] = write(tmp_path, "02_slow")
     assert [one.status for one in runner.run(books, "quick")] == ["up to date", "passed"]
 
 
