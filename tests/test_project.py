@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qwen_mini.course import checks
+from qwen_mini.course import checks, cli
 from qwen_mini.course.cli import parser
 from qwen_mini.course.nb import notebooks
 
@@ -102,3 +102,41 @@ def test_the_ci_script_is_sound():
 def test_text_of_the_licence():
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text and "Version 2.0" in text
+
+
+@pytest.mark.parametrize(("scale", "parameters"), [("quick", ""), ("gpu", ""), ("cluster", "494,032,768")])
+def test_plans_are_counted_on_the_meta_device(scale, parameters, capsys):
+    assert cli.main(["plan", "--scale", scale, "--gpus", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("parameters") and parameters in lines[0] and "GiB" in lines[4]
+    assert cli.main(["plan", "--gpus", "0"]) == 2
+
+
+@pytest.fixture
+def tiny_checkpoint(runs_folder):
+    """A stage `pretraining` at quick scale that nothing has trained."""
+    from qwen_mini.course import artifacts, load_scale
+    from qwen_mini.model import ModelConfig, Qwen
+    from qwen_mini.tokenizer import Tokenizer
+
+    config = load_scale("quick")
+    with artifacts.write_stage("quick", "pretraining") as folder:
+        Qwen(ModelConfig.from_scale(config)).save_pretrained(folder)
+        Tokenizer.train(["some words, and some more words"], 288).save_pretrained(folder)
+
+
+def test_export_copies_a_checkpoint(tiny_checkpoint, tmp_path, capsys):
+    words = ["export", "pretraining", str(tmp_path / "out"), "--scale", "quick"]
+    assert cli.main(words) == 0 and (tmp_path / "out" / "model.safetensors").exists()
+    assert cli.main(words) == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_chat_completes_with_a_base_model(tiny_checkpoint, runs_folder, monkeypatch, capsys):
+    lines = iter(["some words", "more " * 500, ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert cli.main(["chat", "--scale", "quick", "--max-tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "completes what you type" in out and "\nsome words" in out
+    assert cli.main(["chat", "--scale", "quick", "--stage", "sft"]) == 2
+    (runs_folder / "quick" / "pretraining" / "model.safetensors").write_bytes(b"torn")
+    assert cli.main(["chat", "--scale", "quick"]) == 2 and "cannot be loaded" in capsys.readouterr().err
