@@ -156,7 +156,7 @@ def _cell_report(cell: str, error: str, cell_lines: int = 12, error_lines: int =
 @contextlib.contextmanager
 def _environment(config: ScaleConfig):
     """What the kernel inherits: the scale's threads, this package, and no randomness from hashing."""
-    threads = str(config.run.threads or os.cpu_count() or 1)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(config.run.threads or os.cpu_count() or 1)
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     settings = {
         "OMP_NUM_THREADS": threads,

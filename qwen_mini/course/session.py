@@ -18,7 +18,7 @@ def start(notebook: str, scale: str = "laptop", seed: int = 0) -> ScaleConfig:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or config.run.threads or os.cpu_count() or 1))
     figures.apply_style()
     claims.open_notebook(notebook, config.name, seed)
     print(f"scale {config.name} · seed {seed}")
