@@ -18,6 +18,12 @@ from qwen_mini.course.nb import Notebook, select
 PARAMETERS = 'scale = "laptop"\nseed = 0'
 
 
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path, monkeypatch):
+    """A project without chapters, so that editing one during the tests makes nothing stale."""
+    monkeypatch.setenv("QWEN_MINI_HOME", str(tmp_path))
+
+
 def write(folder: Path, name: str, *cells: str, parameters: str | None = PARAMETERS) -> Notebook:
     """A notebook `name` whose first cells are the usual ones."""
     nb = nbformat.v4.new_notebook()
@@ -133,8 +139,9 @@ def test_the_first_failure_stops_unless_told_otherwise(tmp_path, runs_folder):
 
 
 def test_a_new_upstream_stage_makes_readers_stale(tmp_path, runs_folder):
-    make = "with course.artifacts.write_stage(config.name, 'up') as folder: (folder / 'a').write_text('1')"
-    books = [write(tmp_path, "01_up", make), write(tmp_path, "02_down", "course.artifacts.find(config.name, 'up')")]
+    use = "from qwen_mini.course import artifacts\n"
+    make = use + "with artifacts.write_stage('quick', 'up') as folder: (folder / 'a').write_text('1')"
+    books = [write(tmp_path, "01_up", make), write(tmp_path, "02_down", use + "artifacts.find('quick', 'up')")]
     runner.run(books, "quick")
     assert [one.status for one in runner.run(books, "quick")] == ["up to date"] * 2
     runner.run(books[:1], "quick", force=True)

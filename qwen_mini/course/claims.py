@@ -23,8 +23,8 @@ def forget(scale: str, notebook: str) -> None:
         write_file(claims_file(scale), "".join(_line(record) for record in kept))
 
 
-def claim(text: str, holds: bool, value=None, report: str | None = None) -> bool:
-    """State, print and record one claim; returns whether it holds.
+def claim(text: str, holds: bool, value=None, report: str | None = None) -> None:
+    """State, print and record one claim.
 
     A claim that fails does not stop the notebook, it fails a headless run. `value` is what was measured (JSON-able or
     a 0-d array or tensor), `report` the place in the technical report, such as "§3.3" or "Table 16".
@@ -38,7 +38,6 @@ def claim(text: str, holds: bool, value=None, report: str | None = None) -> bool
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
-    return holds
 
 
 def claims_file(scale: str) -> Path:
