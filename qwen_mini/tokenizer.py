@@ -378,7 +378,7 @@ class Tokenizer:
     """Byte-level BPE with Qwen2.5's pattern, control tokens and chat format.
 
     merges: (left id, right id) in the order learned; merge i makes token 256 + i, the 22 control tokens follow.
-    fast: encode and train with `tokenizers` (same ids, several times faster) instead of the functions of this module.
+    fast: encode and train with `tokenizers` on all cores, not with the functions of this module (same ids).
     """
 
     def __init__(self, merges: Sequence[tuple[int, int]], fast: bool = True):
@@ -567,9 +567,10 @@ class Tokenizer:
             self._known.clear()
         ids = []
         for piece in split_pieces(text):
-            if piece not in self._known:
-                self._known[piece] = merge_word(byte_ids(piece), self.ranks)
-            ids.extend(self._known[piece])
+            known = self._known.get(piece)
+            if known is None:
+                known = self._known[piece] = merge_word(byte_ids(piece), self.ranks)
+            ids += known
         return ids
 
     @cached_property
