@@ -23,7 +23,7 @@ from .layers import RMSNorm, SwiGLU, rope_frequencies
 # %% ../notebooks/04_model.ipynb #37ed9b47
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of one decoder; names and meanings are those of Hugging Face's `Qwen2Config`."""
+    """Sizes of one decoder; names and meanings as in Hugging Face's `Qwen2Config`."""
 
     vocab_size: int
     hidden_size: int
@@ -47,23 +47,27 @@ class ModelConfig:
     def from_dict(cls, values: dict) -> "ModelConfig":
         """Read a `config.json`, of transformers before 5 (`rope_theta`) or since.
 
-        Without any base it is 10,000, as in transformers. A file of another architecture,
-        or one that asks for what `Qwen` does not compute, is a ValueError.
+        Without any base it is 10,000, as in transformers. A file of another
+        architecture, or one that asks for what `Qwen` can't compute, is a ValueError.
         """
         if values.get("model_type") != "qwen2":
             raise ValueError(f"not a Qwen2 checkpoint: config.json says model_type "
                              f"{values.get('model_type')!r}, not 'qwen2'")
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ValueError("config.json asks for scaled RoPE: load the plain checkpoint "
-                             "and choose the scaling as an attention function")
-        if values.get("use_sliding_window") or values.get("hidden_act", "silu") != "silu":
-            raise ValueError("config.json asks for a sliding window or an activation other "
-                             "than silu, which no Qwen2.5 model uses: Qwen has neither")
+            raise ValueError("config.json asks for scaled RoPE: load the plain "
+                             "checkpoint and choose the scaling as an attention "
+                             "function")
+        silu = values.get("hidden_act", "silu") == "silu"
+        if values.get("use_sliding_window") or not silu:
+            raise ValueError("config.json asks for a sliding window or an activation "
+                             "other than silu: Qwen2.5 has neither")
         values = {name: value for name, value in values.items() if value is not None}
-        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10_000.0))
+        values["rope_theta"] = (rope.get("rope_theta") or values.get("rope_theta")
+                                or 10_000.0)
         if "head_dim" not in values and values.get("num_attention_heads"):
-            values["head_dim"] = values.get("hidden_size", 0) // values["num_attention_heads"]
+            width = values.get("hidden_size", 0)
+            values["head_dim"] = width // values["num_attention_heads"]
         fields = dataclasses.fields(cls)
         missing = [field.name for field in fields
                    if field.default is dataclasses.MISSING and field.name not in values]
@@ -88,7 +92,7 @@ def _published(layers, hidden, intermediate, heads, kv_heads, head_dim, tied, vo
                        positions, 1_000_000.0, eps, tied)
 
 
-#: Table 1 of the report; widths, eps and positions from the published base configurations.
+#: Table 1 of the report; widths, eps, positions from the published base configurations.
 QWEN2_5 = {
     "0.5B": _published(24, 896, 4_864, 14, 2, 64, True, 151_936),
     "1.5B": _published(28, 1_536, 8_960, 12, 2, 128, True, 151_936, positions=131_072),
@@ -113,14 +117,14 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size)
 
     def forward(self, x, attention, position_ids=None, document_ids=None, cache=None):
-        """x: (batch, length, hidden_size) → the same shape; cache: this layer's part."""
+        """(batch, length, hidden_size) → the same shape; cache: this layer's part."""
         x = x + self.self_attn(self.input_layernorm(x), attention,
                                position_ids, document_ids, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm; parameter names as in Hugging Face's `Qwen2Model`."""
+    """Embedding, layers, final norm; parameter names as in Hugging Face's Qwen2."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -140,8 +144,8 @@ class Qwen(nn.Module):
     """The Qwen2.5 dense decoder: `model(input_ids)` returns logits.
 
     `attention` may be exchanged at any time for a function of the same signature as
-    `causal_attention`. Init: N(0, initializer_range²) for matrices and embeddings, biases
-    0, gains 1 (Hugging Face's; the report gives none).
+    `causal_attention`. Init: N(0, initializer_range²) for matrices and embeddings,
+    biases 0, gains 1 (Hugging Face's; the report gives none).
     """
 
     def __init__(self, config: ModelConfig):
@@ -163,17 +167,17 @@ class Qwen(nn.Module):
 
     def hidden_states(self, input_ids, position_ids=None, document_ids=None,
                       cache=None) -> torch.Tensor:
-        """(batch, length) token ids → (batch, length, hidden_size) after the final norm.
+        """Token ids (batch, length) → final norm's output (batch, length, hidden_size).
 
-        position_ids: (length,) or (batch, length), default 0, 1, … or counting on from the
-        cache. document_ids: (batch, length), tokens see only tokens with their own id
-        (packing; left padding). cache: a `KVCache`, filled further. ValueError for ids of
-        another rank or, on a CPU, outside the vocabulary.
+        position_ids: (length,) or (batch, length), default 0, 1, … or counting on from
+        the cache. document_ids: (batch, length), tokens see only tokens with their own
+        id (packing; left padding). cache: a `KVCache`, filled further. ValueError for
+        ids of another rank or, on a CPU, outside the vocabulary.
         """
         if input_ids.ndim != 2:
             raise ValueError("input_ids must have shape (batch, length), "
                              f"got {tuple(input_ids.shape)}")
-        x = self._embed(input_ids)                          # (batch, length, hidden_size)
+        x = self._embed(input_ids)                        # (batch, length, hidden_size)
         if cache is not None:
             cache.remember(document_ids, input_ids.shape[1])
         for index, layer in enumerate(self.model.layers):
@@ -194,13 +198,14 @@ class Qwen(nn.Module):
     def forward(self, input_ids, position_ids=None, document_ids=None,
                 cache=None) -> torch.Tensor:
         """Logits (batch, length, vocab_size); arguments as in `hidden_states`."""
-        return self.lm_head(self.hidden_states(input_ids, position_ids, document_ids, cache))
+        hidden = self.hidden_states(input_ids, position_ids, document_ids, cache)
+        return self.lm_head(hidden)
 
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty `KVCache` that fits this model, in its dtype and on its device."""
         c, weight = self.config, self.model.embed_tokens.weight
-        return KVCache(c.num_hidden_layers, batch_size, c.num_key_value_heads, c.head_dim,
-                       capacity, weight.dtype, weight.device)
+        return KVCache(c.num_hidden_layers, batch_size, c.num_key_value_heads,
+                       c.head_dim, capacity, weight.dtype, weight.device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None,
                         generation_config: dict | None = None) -> None:
@@ -219,7 +224,7 @@ class Qwen(nn.Module):
 
 # %% ../notebooks/04_model.ipynb #c8a67266
 def count_parameters(config: ModelConfig, embedding: bool = True) -> int:
-    """Exact number of parameters; without embedding and head if `embedding` is false."""
+    """Exact number of parameters, with or without the tables `embedding` and head."""
     c, q = config, config.num_attention_heads * config.head_dim
     kv = c.num_key_value_heads * c.head_dim
     attention = 2 * c.hidden_size * (q + kv) + q + 2 * kv
@@ -252,17 +257,19 @@ def save_checkpoint(model: "Qwen", folder: str | Path, dtype: torch.dtype | None
                     generation_config: dict | None = None) -> None:
     """Write `model.safetensors` (in `dtype`, default as it is) and `config.json`.
 
-    Tied weights are written once, as Hugging Face does. `generation_config` (eos_token_id,
-    …), if given, becomes `generation_config.json`. Each file appears whole or not at all.
+    Tied weights are written once, as Hugging Face does. `generation_config` (such as
+    eos_token_id), if given, becomes `generation_config.json`. Each file appears whole
+    or not at all.
     """
     folder = Path(folder)
     state = {name: p.detach().to(dtype or p.dtype).contiguous()
-             for name, p in model.named_parameters()}               # a tied head comes once
+             for name, p in model.named_parameters()}           # a tied head comes once
     stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
     documents = {"config.json": model.config.to_dict() | {"dtype": stored}}
     if generation_config is not None:
         documents["generation_config.json"] = generation_config
-    artifacts.write_file(folder / "model.safetensors", save(state, metadata={"format": "pt"}))
+    weights = save(state, metadata={"format": "pt"})
+    artifacts.write_file(folder / "model.safetensors", weights)
     for name, values in documents.items():
         artifacts.write_file(folder / name, json.dumps(values, indent=2) + "\n")
 
@@ -278,7 +285,7 @@ def _read_json(path: Path) -> dict:
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The `ModelConfig` of a checkpoint folder; anything else is an error in one sentence."""
+    """The `ModelConfig` of a checkpoint folder; else an error in one sentence."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no checkpoint: it has no config.json")
@@ -298,10 +305,11 @@ def read_weights(folder: str | Path, dtype: torch.dtype) -> dict[str, torch.Tens
     state = {}
     for name in files:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no complete checkpoint: {name} is missing")
+            raise FileNotFoundError(f"{folder} is no complete checkpoint: "
+                                    f"{name} is missing")
         try:
             with safe_open(folder / name, framework="pt") as file:
-                for key in file.keys():                                      # noqa: SIM118
+                for key in file.keys():
                     state[key] = file.get_tensor(key).to(dtype)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{folder / name} is truncated or no safetensors file "
@@ -313,7 +321,7 @@ def load_weights(model: "Qwen", folder: str | Path,
                  dtype: torch.dtype = torch.float32) -> None:
     """Give `model` the weights of a checkpoint folder, which must fit name by name.
 
-    The tensors of the file *become* the parameters, so a model on the meta device is fine.
+    The file's tensors *become* the parameters, so a model on the meta device is fine.
     ValueError names the first tensor that is missing, surplus or of another shape.
     """
     state = read_weights(folder, dtype)
@@ -323,9 +331,9 @@ def load_weights(model: "Qwen", folder: str | Path,
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
-            raise ValueError(
-                f"{folder} does not fit its config.json: tensor {name} is "
-                f"{found.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}")
+            raise ValueError(f"{folder} does not fit its config.json: tensor {name} is "
+                             f"{found.get(name, 'missing')}, expected "
+                             f"{expected.get(name, 'no such tensor')}")
     if model.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
