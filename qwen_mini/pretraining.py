@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['cross_entropy', 'LinearCrossEntropy', 'linear_cross_entropy', 'learning_rate_factor', 'AdamW', 'orthogonalize',
-           'Muon', 'make_optimizers', 'Batch', 'MixtureSampler', 'Trainer', 'save_training_state',
-           'load_training_state', 'heldout_nll', 'evaluate_bits_per_byte', 'token_sizes', 'evaluate_rows', 'evaluate',
-           'xz_bits_per_byte', 'ngram_nll', 'Progress', 'pretrain', 'master_model', 'describe']
+           'Muon', 'make_optimizers', 'Batch', 'MixtureSampler', 'available_phases', 'world', 'is_first', 'Trainer',
+           'save_training_state', 'load_training_state', 'heldout_nll', 'evaluate_bits_per_byte', 'token_sizes',
+           'evaluate_rows', 'evaluate', 'xz_bits_per_byte', 'ngram_nll', 'Progress', 'describe', 'train',
+           'master_model', 'pretrain']
 
 # %% ../notebooks/08_pretraining.ipynb #f8679619
 import dataclasses
@@ -13,7 +14,6 @@ import json
 import lzma
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +38,12 @@ def cross_entropy(hidden, weight, targets, weights=None) -> torch.Tensor:
     targets: (tokens,); weights: (tokens,) ≥ 0, default all 1. The logits are upcast to
     float32, as Hugging Face does.
     """
-    losses = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
-    return losses.mean() if weights is None else (losses * weights).sum() / weights.sum()
+    losses = F.cross_entropy(
+        F.linear(hidden, weight).float(), targets, reduction="none"
+    )
+    return (
+        losses.mean() if weights is None else (losses * weights).sum() / weights.sum()
+    )
 
 # %% ../notebooks/08_pretraining.ipynb #965cf5d4
 class LinearCrossEntropy(torch.autograd.Function):
@@ -59,7 +63,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros(
             weight.shape, device=weight.device
         )  # float32: it sums many chunks
-        scaled = hidden if weights is None else hidden * weights.to(hidden.dtype)[:, None]
+        scaled = (
+            hidden if weights is None else hidden * weights.to(hidden.dtype)[:, None]
+        )
         losses = torch.empty(len(targets), device=hidden.device)
         for start in range(0, len(targets), LinearCrossEntropy.CHUNK):
             chunk = slice(start, start + LinearCrossEntropy.CHUNK)
@@ -80,7 +86,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         if weights is not None:
             grad_hidden *= weights.to(hidden.dtype)[:, None]
             losses *= weights
-        total = losses.new_tensor(float(len(targets))) if weights is None else weights.sum()
+        total = (
+            losses.new_tensor(float(len(targets))) if weights is None else weights.sum()
+        )
         ctx.save_for_backward(grad_hidden, grad_weight, total)
         return losses.sum() / total
 
@@ -142,7 +150,9 @@ class AdamW(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     state.update(
-                        step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                        step=0,
+                        exp_avg=torch.zeros_like(p),
+                        exp_avg_sq=torch.zeros_like(p),
                     )
                 state["step"] += 1
                 p.mul_(1 - lr * group["weight_decay"])
@@ -309,7 +319,9 @@ class MixtureSampler:
             counts = np.floor(np.maximum(deficit, 0)).astype(np.int64)
             while counts.sum() > rows:
                 counts[np.argmax(counts)] -= 1
-            for index in np.argsort(counts - deficit, kind="stable")[: rows - counts.sum()]:
+            for index in np.argsort(counts - deficit, kind="stable")[
+                : rows - counts.sum()
+            ]:
                 counts[index] += 1
             drawn[step + 1] = drawn[step] + counts
         return drawn
@@ -383,7 +395,35 @@ class MixtureSampler:
             domains,
         )
 
+# %% ../notebooks/08_pretraining.ipynb #0e43a16c
+def available_phases(phases, corpus) -> tuple:
+    """The phases without the domains that could not be fetched here, shares scaled up to 1.
+
+    Only what the corpus names as left out may be missing; the rest is an error of the
+    sampler.
+    """
+    gone = set(corpus.manifest.get("left_out", ())) - set(corpus.domains)
+    result = []
+    for phase in phases:
+        kept = {name: w for name, w in phase.mixture.items() if name not in gone}
+        total = sum(kept.values())
+        mixture = {name: share / total for name, share in kept.items()}
+        result.append(dataclasses.replace(phase, mixture=mixture))
+    return tuple(result)
+
 # %% ../notebooks/08_pretraining.ipynb #b548de1b
+def world() -> tuple[int, int]:
+    """(rank, world size) of this process; (0, 1) outside torchrun."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def is_first() -> bool:
+    """Whether this process evaluates, prints and writes."""
+    return world()[0] == 0
+
+
 class Trainer:
     """Model, optimisers and step counter of one run.
 
@@ -393,7 +433,11 @@ class Trainer:
     """
 
     def __init__(
-        self, model: Qwen, settings, total_steps: int, dtype: torch.dtype = torch.float32
+        self,
+        model: Qwen,
+        settings,
+        total_steps: int,
+        dtype: torch.dtype = torch.float32,
     ):
         self.model, self.settings, self.total_steps, self.step_count = (
             model,
@@ -421,7 +465,7 @@ class Trainer:
         micro-batches and processes so that the loss is the weighted mean over all tokens of
         the whole batch, however it is cut.
         """
-        distributed = dist.is_initialized() and dist.get_world_size() > 1
+        distributed = world()[1] > 1
         device = self.working[0].device
         total = batch.weights.sum().double()
         if distributed:
@@ -437,7 +481,10 @@ class Trainer:
             share = (weights.sum() / total.to(device)).float()
             loss = (
                 linear_cross_entropy(
-                    hidden, self.model.lm_head.weight, targets.flatten().to(device), weights
+                    hidden,
+                    self.model.lm_head.weight,
+                    targets.flatten().to(device),
+                    weights,
                 )
                 * share
             )
@@ -448,7 +495,9 @@ class Trainer:
             dist.all_reduce(loss_sum)
             for p in self.masters:
                 dist.all_reduce(p.grad)
-        grad_norm = nn.utils.clip_grad_norm_(self.masters, self.settings.clip_norm).item()
+        grad_norm = nn.utils.clip_grad_norm_(
+            self.masters, self.settings.clip_norm
+        ).item()
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"the gradient at step {self.step_count} is {grad_norm}: lower the learning rate or the "
@@ -573,7 +622,9 @@ def heldout_nll(
     and each token is scored once, with at least length − stride tokens of context (the very
     first window aside). Returns (tokens − 1,) in float32.
     """
-    tokens = np.asarray(tokens[: max_tokens + 1] if max_tokens else tokens).astype(np.int64)
+    tokens = np.asarray(tokens[: max_tokens + 1] if max_tokens else tokens).astype(
+        np.int64
+    )
     stride = stride or length
     device = model.lm_head.weight.device
     result = torch.empty(max(0, len(tokens) - 1))
@@ -670,7 +721,10 @@ def evaluate(
     for name, facts in corpus.manifest["domains"].items():
         if facts.get("row_tokens"):
             rows = evaluate_rows(model, corpus, name)
-            scores |= {f"{name} loss": rows["loss"], f"{name} accuracy": rows["accuracy"]}
+            scores |= {
+                f"{name} loss": rows["loss"],
+                f"{name} accuracy": rows["accuracy"],
+            }
         else:
             scores[f"{name} bits per byte"] = evaluate_bits_per_byte(
                 model, corpus, tokenizer, name, length, max_tokens, stride
@@ -686,43 +740,40 @@ def xz_bits_per_byte(data: bytes) -> float:
 def ngram_nll(
     train: np.ndarray, heldout: np.ndarray, order: int, vocab_size: int
 ) -> np.ndarray:
-    """−log p (nats) of every held-out token but the first under an interpolated n-gram
-    model of tokens.
+    """−log p (nats) of every held-out token but the first under interpolated n-gram models
+    of tokens, for n = 1 … order: shape (order, len(heldout) − 1).
 
     Witten–Bell smoothing, from the bottom up: p_n = (count(context, token) + t · p_{n−1}) /
     (count(context) + t), where t is the number of different tokens seen after the context;
     p_0 is uniform.
     """
-    train, heldout = (
-        np.asarray(train).astype(np.int64),
-        np.asarray(heldout).astype(np.int64),
-    )
-    probability = np.full(len(heldout), 1 / vocab_size)
-    contexts, test_contexts = (
-        np.zeros(len(train), np.int64),
-        np.zeros(len(heldout), np.int64),
-    )
+    train, heldout = (np.asarray(x).astype(np.int64) for x in (train, heldout))
+    contexts, asked_contexts = np.zeros_like(train), np.zeros_like(heldout)
+    probability, result = np.full(len(heldout), 1 / vocab_size), []
     for n in range(1, order + 1):
-        skip = n - 1
-        if n > 1:  # number the contexts of n − 1 tokens
-            grams = contexts[:-1] * vocab_size + train[skip - 1 : -1]
-            known, contexts = np.unique(grams, return_inverse=True)
-            queries = test_contexts[:-1] * vocab_size + heldout[skip - 1 : -1]
-            queries[test_contexts[:-1] < 0] = -1
-            place = np.minimum(np.searchsorted(known, queries), len(known) - 1)
-            test_contexts = np.where(known[place] == queries, place, -1)
-        pairs, counts = np.unique(contexts * vocab_size + train[skip:], return_counts=True)
-        owners = pairs // vocab_size
-        total = np.bincount(owners, counts, minlength=contexts.max() + 1)
-        kinds = np.bincount(owners, minlength=contexts.max() + 1)
-        asked = test_contexts * vocab_size + heldout[skip:]
-        place = np.minimum(np.searchsorted(pairs, asked), len(pairs) - 1)
-        seen = np.where(pairs[place] == asked, counts[place], 0)
-        usable = test_contexts >= 0
-        t, c = kinds[test_contexts], total[test_contexts]
-        lower = probability[skip:]
-        probability[skip:] = np.where(usable, (seen * usable + t * lower) / (c + t), lower)
-    return -np.log(probability[1:])
+        if n > 1:  # a context of n − 1 tokens: the one before it and one token more
+            longer = contexts[:-1] * vocab_size + train[n - 2 : -1]
+            known, contexts = np.unique(longer, return_inverse=True)
+            wanted = asked_contexts[:-1] * vocab_size + heldout[n - 2 : -1]
+            asked_contexts = _find(known, np.where(asked_contexts[:-1] < 0, -1, wanted))
+        pairs, counts = np.unique(
+            contexts * vocab_size + train[n - 1 :], return_counts=True
+        )
+        total = np.bincount(pairs // vocab_size, counts)
+        kinds = np.bincount(pairs // vocab_size)
+        usable = asked_contexts >= 0
+        place = _find(pairs, asked_contexts * vocab_size + heldout[n - 1 :])
+        seen = np.where(usable & (place >= 0), counts[place], 0)
+        t, c, lower = kinds[asked_contexts], total[asked_contexts], probability[n - 1 :]
+        probability[n - 1 :] = np.where(usable, (seen + t * lower) / (c + t), lower)
+        result.append(-np.log(probability[1:]))
+    return np.stack(result)
+
+
+def _find(sorted_values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Place of each wanted value, −1 where it does not occur."""
+    place = np.minimum(np.searchsorted(sorted_values, wanted), len(sorted_values) - 1)
+    return np.where(sorted_values[place] == wanted, place, -1)
 
 # %% ../notebooks/08_pretraining.ipynb #e3ba7cce
 class Progress:
@@ -749,98 +800,6 @@ class Progress:
             self.handle.update({"text/plain": text}, raw=True)
 
 
-def pretrain(
-    config,
-    seed: int = 0,
-    corpus_folder: Path | None = None,
-    stage: str = "pretraining",
-    settings=None,
-    stop_after: int | None = None,
-    on_eval: Callable[[int, dict], None] | None = None,
-) -> Path:
-    """Train the scale's model on its corpus, phase by phase; returns the folder of the
-    checkpoint `runs/<scale>/<stage>`.
-
-    An interrupted run goes on from its last training state and reaches the same numbers,
-    step for step. Under torchrun every process takes its share of each batch. `settings`
-    replaces `config.pretraining`; `stop_after` ends the run early (after saving its state),
-    as an interruption would. Source: report §3; what Qwen2.5 does not publish is named in
-    the notebook.
-    """
-    settings = settings or config.pretraining
-    corpus_folder = Path(corpus_folder or artifacts.find(config.name, "corpus"))
-    corpus, tokenizer = (
-        open_corpus(corpus_folder),
-        Tokenizer.from_pretrained(artifacts.find(config.name, "tokenizer")),
-    )
-    rank, world_size = (
-        (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    )
-    sampler = MixtureSampler(corpus, settings.phases, settings.batch_tokens, seed)
-    length = max(phase.length for phase in settings.phases)
-    torch.manual_seed(seed)
-    model = Qwen(ModelConfig.from_scale(config)).to(hardware.device())
-    dtype = hardware.pick_dtype(config.run.dtype)
-    trainer = Trainer(model, settings, sampler.total_steps, dtype)
-    inputs = {
-        "settings": dataclasses.asdict(settings),
-        "model": dataclasses.asdict(config.model),
-        "seed": seed,
-        "corpus": corpus.manifest.get("fingerprint"),
-        "dtype": str(dtype),
-    }
-    fingerprint = hashlib.sha256(
-        json.dumps(inputs, sort_keys=True, default=str).encode()
-    ).hexdigest()[:12]
-    state_file = (
-        artifacts.stage_dir(config.name, "training_state")
-        / f"{stage}-{fingerprint}.safetensors"
-    )
-    metrics = load_training_state(state_file, trainer) if state_file.exists() else []
-    progress = Progress()
-    while trainer.step_count < sampler.total_steps:
-        begin = time.perf_counter()
-        record = trainer.step(sampler.batch(trainer.step_count, rank, world_size))
-        record["seconds"] = time.perf_counter() - begin
-        metrics.append(record)
-        step, last = trainer.step_count, trainer.step_count == sampler.total_steps
-        if (step % settings.eval_every == 0 or last) and rank == 0:
-            record["heldout"] = evaluate(
-                model, corpus, tokenizer, length, settings.eval_tokens
-            )
-            progress.show(describe(record, sampler.total_steps))
-            if on_eval:
-                on_eval(step, record)
-        stopping = stop_after is not None and step >= stop_after
-        if rank == 0 and (step % settings.checkpoint_every == 0 or stopping) and not last:
-            save_training_state(state_file, trainer, metrics)
-        if stopping:
-            return state_file
-    folder = artifacts.stage_dir(config.name, stage)
-    if rank == 0:
-        with artifacts.write_stage(config.name, stage, inputs=inputs) as new:
-            master_model(trainer).save_pretrained(new)
-            tokenizer.save_pretrained(new)
-            stop = {"eos_token_id": tokenizer.endoftext_id, "pad_token_id": tokenizer.endoftext_id}
-            (new / "generation_config.json").write_text(json.dumps(stop) + "\n", encoding="utf-8")
-            (new / "metrics.jsonl").write_text(
-                "".join(json.dumps(record) + "\n" for record in metrics), encoding="utf-8"
-            )
-        state_file.unlink(missing_ok=True)
-    if world_size > 1:
-        dist.barrier()
-    return folder
-
-
-def master_model(trainer: Trainer) -> Qwen:
-    """The trained model in float32, from the masters."""
-    model = Qwen(trainer.model.config)
-    with torch.no_grad():
-        for p, master in zip(model.parameters(), trainer.masters, strict=True):
-            p.copy_(master)
-    return model
-
-
 def describe(record: dict, total_steps: int) -> str:
     """One line on a step: loss, bits per byte averaged over the real domains, needle
     accuracies.
@@ -860,3 +819,114 @@ def describe(record: dict, total_steps: int) -> str:
             *needles,
         ]
     )
+
+
+def train(
+    trainer: Trainer,
+    sampler: MixtureSampler,
+    metrics: list[dict],
+    state_file: Path,
+    corpus,
+    tokenizer: Tokenizer,
+    stop_after: int | None = None,
+) -> None:
+    """The loop: step, evaluate, save the state; appends one record per step to `metrics`."""
+    settings, progress = trainer.settings, Progress()
+    length = max(phase.length for phase in sampler.phases)
+    while trainer.step_count < min(sampler.total_steps, stop_after or math.inf):
+        begin = time.perf_counter()
+        record = trainer.step(sampler.batch(trainer.step_count, *world()))
+        record["seconds"] = time.perf_counter() - begin
+        metrics.append(record)
+        step, last = trainer.step_count, trainer.step_count == sampler.total_steps
+        if not is_first():
+            continue
+        if step % settings.eval_every == 0 or last:
+            record["heldout"] = evaluate(
+                trainer.model, corpus, tokenizer, length, settings.eval_tokens
+            )
+            progress.show(describe(record, sampler.total_steps))
+        if (step % settings.checkpoint_every == 0 or step == stop_after) and not last:
+            save_training_state(state_file, trainer, metrics)
+
+# %% ../notebooks/08_pretraining.ipynb #158515c1
+def master_model(trainer: Trainer) -> Qwen:
+    """The trained model in float32, from the masters."""
+    model = Qwen(trainer.model.config)
+    with torch.no_grad():
+        for p, master in zip(model.parameters(), trainer.masters, strict=True):
+            p.copy_(master)
+    return model
+
+
+def _made_from(folder: Path) -> str | None:
+    """The digest of what a finished stage was made from."""
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        return None
+    return json.loads(manifest.read_text(encoding="utf-8"))["inputs"].get("digest")
+
+
+def pretrain(
+    config,
+    seed: int = 0,
+    stage: str = "pretraining",
+    settings=None,
+    stop_after: int | None = None,
+) -> Path:
+    """Train the scale's model on its corpus, phase by phase; returns the folder of the
+    checkpoint, `runs/<scale>/<stage>`.
+
+    An interrupted run goes on from its last training state and reaches the same numbers,
+    step for step; a finished one is not repeated unless something it was made from has
+    changed. Under torchrun every process takes its share of each batch. `settings` replaces
+    `config.pretraining`; `stop_after` ends the run early, after saving its state, as an
+    interruption would. Source: report §3; what Qwen2.5 does not publish is named in the
+    notebook.
+    """
+    corpus = open_corpus(artifacts.find(config.name, "corpus"))
+    tokenizer = Tokenizer.from_pretrained(artifacts.find(config.name, "tokenizer"))
+    settings = settings or config.pretraining
+    phases = available_phases(settings.phases, corpus)
+    settings = dataclasses.replace(settings, phases=phases)
+    dtype = hardware.pick_dtype(config.run.dtype)
+    inputs = {
+        "settings": dataclasses.asdict(settings),
+        "model": dataclasses.asdict(config.model),
+        "corpus": corpus.manifest["inputs"],
+        "dtype": str(dtype),
+        "seed": seed,
+    }
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[
+        :12
+    ]
+    folder = artifacts.stage_dir(config.name, stage)
+    if _made_from(folder) == digest:
+        print("already trained with these settings, data and seed")
+        return folder
+
+    torch.manual_seed(seed)
+    model = Qwen(ModelConfig.from_scale(config)).to(hardware.device())
+    sampler = MixtureSampler(corpus, phases, settings.batch_tokens, seed)
+    trainer = Trainer(model, settings, sampler.total_steps, dtype)
+    states = artifacts.stage_dir(config.name, "training_state")
+    state_file = states / f"{stage}-{digest}.safetensors"
+    metrics = load_training_state(state_file, trainer) if state_file.exists() else []
+    train(trainer, sampler, metrics, state_file, corpus, tokenizer, stop_after)
+    if trainer.step_count < sampler.total_steps:
+        return state_file
+    if is_first():
+        with artifacts.write_stage(
+            config.name, stage, {**inputs, "digest": digest}
+        ) as new:
+            master_model(trainer).save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            stop = tokenizer.endoftext_id
+            generation = {"eos_token_id": stop, "pad_token_id": stop}
+            (new / "generation_config.json").write_text(json.dumps(generation) + "\n")
+            lines = [json.dumps(record) + "\n" for record in metrics]
+            (new / "metrics.jsonl").write_text("".join(lines))
+        state_file.unlink(missing_ok=True)
+    if world()[1] > 1:
+        dist.barrier()
+    return folder

@@ -407,6 +407,32 @@ def test_a_full_disk_keeps_the_previous_state(prepared, monkeypatch):
     assert load_training_state(state, fresh(config))[-1]["step"] == 5
 
 
+def test_a_finished_run_is_not_repeated(prepared, capsys):
+    config, _, _, _ = prepared
+    folder = pretrain(config, stage="finished")
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert pretrain(config, stage="finished") == folder
+    assert "already trained" in capsys.readouterr().out
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    pretrain(config, seed=1, stage="finished")
+    assert (folder / "model.safetensors").stat().st_mtime_ns != before
+
+
+def test_domains_that_could_not_be_fetched_leave_the_mixture(prepared):
+    config, _, corpus, _ = prepared
+    phases = (Phase(512, 32, {"wiki_en": 0.5, "python": 0.3, "tasks": 0.2}),)
+    monkey = type(
+        "Corpus",
+        (),
+        {"domains": corpus.domains, "manifest": corpus.manifest | {"left_out": {"wiki_en": "?"}}},
+    )
+    assert pretraining.available_phases(phases, monkey)[0].mixture == pytest.approx(
+        {"python": 0.6, "tasks": 0.4}
+    )
+    with pytest.raises(ValueError, match="names the domain 'wiki_en'"):
+        MixtureSampler(corpus, pretraining.available_phases(phases, corpus), 512)
+
+
 def test_other_settings_do_not_resume_each_other(prepared):
     config, _, _, _ = prepared
     one = pretrain(config, stage="settings", stop_after=3)
@@ -520,7 +546,7 @@ def test_ngram_equals_a_dictionary(order):
         -math.log(probability(tuple(heldout[max(0, i - order + 1) : i]), heldout[i], min(order, i + 1)))
         for i in range(1, len(heldout))
     ]
-    np.testing.assert_allclose(ngram_nll(train, heldout, order, 8), expected, rtol=1e-9)
+    np.testing.assert_allclose(ngram_nll(train, heldout, 3, 8)[order - 1], expected, rtol=1e-9)
 
 
 def test_xz_is_the_real_xz():
