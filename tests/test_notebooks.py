@@ -25,7 +25,6 @@ def test_notebook(results, name):
     assert result.claims_held == result.claims
 
 
-def test_the_course_keeps_its_budget(results):
-    """Within 20 minutes, none above 4 GiB."""
-    assert sum(result.seconds for result in results.values()) < 20 * 60
-    assert max((result.peak_mib for result in results.values()), default=0) < 4096
+def test_the_course_fits_into_memory(results):
+    """No notebook above the 4 GiB that the quick scale promises."""
+    assert max(result.peak_mib for result in results.values()) < 4096
