@@ -1,0 +1,92 @@
+"""Sampling speed against transformers: the same weights, one process, one thread, in turns; one JSON object a line.
+
+256 rows, 32 prompt and 64 new tokens, the model of the laptop scale. Both sides run in the dtype that suits them better.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from qwen_mini import course
+from qwen_mini.generation import generate, inference_copy, sample
+from qwen_mini.model import ModelConfig, Qwen
+
+ROWS, PROMPT, NEW = 256, 32, 64
+WAYS = {
+    "sample": {"temperature": 1.0},
+    "greedy": {"temperature": 0.0},
+    "instruct defaults": {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
+}
+
+
+def fastest(functions: dict, rounds: int) -> dict[str, float]:
+    """Best CPU seconds of each, in turns so that a busy moment of the machine hits all."""
+    best = dict.fromkeys(functions, float("inf"))
+    for _ in range(rounds):
+        for name, function in functions.items():
+            begin = time.process_time()
+            function()
+            best[name] = min(best[name], time.process_time() - begin)
+    return best
+
+
+def report(name: str, ours: float, peer: float, peer_name: str, unit: str) -> None:
+    """Print one result; rates, so a ratio above 1 means that ours is faster."""
+    line = {"name": name, "ours": round(ours), "peer": round(peer), "peer_name": peer_name, "unit": unit,
+            "ratio": round(ours / peer, 2)}  # fmt: skip
+    print(json.dumps(line), flush=True)
+
+
+def compare(name: str, models: dict, prompts: torch.Tensor, copies: int, way: dict, rounds: int) -> None:
+    """One way of sampling on both sides, in both dtypes."""
+    hf = {"do_sample": way["temperature"] > 0, "max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0,
+          "num_return_sequences": copies, "repetition_penalty": way.get("repetition_penalty", 1.0)}  # fmt: skip
+    if hf["do_sample"]:
+        hf |= {"temperature": way["temperature"], "top_k": way.get("top_k", 0), "top_p": way.get("top_p", 1.0)}
+    lists, mask = prompts.tolist(), torch.ones_like(prompts)
+    functions = {}
+    for dtype, (mine, theirs) in models.items():
+        functions[f"ours {dtype}"] = lambda m=mine: generate(m, lists, NEW, num_return_sequences=copies, **way)
+        functions[f"peer {dtype}"] = lambda m=theirs: m.generate(prompts, attention_mask=mask, **hf)
+    seconds = fastest(functions, rounds)
+    best = {side: min((s, key) for key, s in seconds.items() if key.startswith(side)) for side in ("ours", "peer")}
+    tokens = len(prompts) * copies * NEW
+    dtypes = {side: key.split()[1] for side, (_, key) in best.items()}
+    report(f"{name} ({dtypes['ours']})", tokens / best["ours"][0], tokens / best["peer"][0],
+           f"transformers {transformers.__version__} generate ({dtypes['peer']})", "tokens/s")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = Qwen(ModelConfig.from_scale(course.load_scale("laptop"))).eval()
+    prompts = torch.randint(0, model.config.vocab_size, (ROWS, PROMPT))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        models = {str(dtype).removeprefix("torch."): (inference_copy(model, dtype),
+                                                      AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval())
+                  for dtype in (torch.float32, torch.bfloat16)}  # fmt: skip
+    for theirs in (pair[1] for pair in models.values()):
+        theirs.generation_config.eos_token_id = None
+    for name, way in WAYS.items():
+        compare(f"{name}, {ROWS} prompts", models, prompts, 1, way, rounds)
+    compare("sample, 8 prompts x 32", models, prompts[:8], 32, WAYS["sample"], rounds)
+
+    logits, uniform = torch.randn(ROWS, 2_048), torch.rand(ROWS, 1)
+    seconds = fastest({"ours": lambda: sample(logits, uniform),
+                       "peer": lambda: torch.multinomial(torch.softmax(logits, -1), 1)}, 10 * rounds)  # fmt: skip
+    report("draw from 2,048 ids", ROWS / seconds["ours"], ROWS / seconds["peer"], "torch.multinomial", "draws/s")
+
+
+if __name__ == "__main__":
+    main()
