@@ -17,8 +17,8 @@ from .layers import apply_rope
 def masked_attention(q, k, v, mask=None):
     """softmax(q kᵀ / √head_dim + mask) v with grouped heads, written out: the reference for every faster path.
 
-    q: (batch, heads, queries, head_dim); k, v: (batch, kv_heads, keys, head_dim); mask: True where a query may see a key,
-    broadcastable to (batch, 1, queries, keys). Query head i reads kv head i // group. Softmax in float32 (or wider).
+    q: (batch, heads, queries, head_dim); k, v: (batch, kv_heads, keys, head_dim); mask: True where a query may see a
+    key, broadcastable to (batch, 1, queries, keys). Query head i reads kv head i // group. Softmax in float32 or wider.
     """
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     rows = q.unflatten(1, (kv_heads, group))                               # (batch, kv_heads, group, queries, head_dim)
@@ -75,13 +75,13 @@ class TiledAttention(torch.autograd.Function):
         grad_rows, grad_keys, grad_values = torch.empty_like(rows), torch.empty_like(values), torch.empty_like(values)
         keys, values = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
         starts = range(0, length, TiledAttention.TILE)
-        for start, weights in reversed(list(zip(starts, tiles, strict=True))):   # the last tile sees every key: it writes
-            end = min(start + TiledAttention.TILE, length)                       # the gradients, the others add to them
-            tile, beta = slice(start * group, end * group), float(end < length)
+        for start, weights in reversed(list(zip(starts, tiles, strict=True))):
+            end = min(start + TiledAttention.TILE, length)
+            tile = slice(start * group, end * group)
             grad_scores = torch.ops.aten._softmax_backward_data(
                 torch.bmm(grad[:, tile], values[..., :end]), weights, -1, weights.dtype)
             grad_rows[:, tile] = torch.bmm(grad_scores, keys[:, :end])
-            if beta:
+            if end < length:       # the last tile sees every key: it writes the gradients, the others add to them
                 grad_values[:, :end].baddbmm_(weights.transpose(1, 2), grad[:, tile])
                 grad_keys[:, :end].baddbmm_(grad_scores.transpose(1, 2), rows[:, tile])
             else:
@@ -101,8 +101,11 @@ def visible(queries: int, keys: int, document_ids=None, key_documents=None, devi
 
 # %% ../notebooks/03_attention.ipynb #d32f0309
 class LayerCache:
-    """Keys and values of one layer. Keys lie transposed, (batch, kv_heads, head_dim, capacity): a decode step multiplies
-    by the transpose, and reading it row by row is up to twice as fast in bfloat16 on a CPU."""
+    """Keys and values of one layer.
+
+    Keys lie transposed, (batch, kv_heads, head_dim, capacity): a decode step multiplies by the transpose, and reading it
+    row by row is up to twice as fast in bfloat16 on a CPU.
+    """
 
     def __init__(self, parent: "KVCache", keys: torch.Tensor, values: torch.Tensor):
         self.parent, self.keys, self.values = parent, keys, values
@@ -121,11 +124,13 @@ class LayerCache:
 class KVCache:
     """Keys and values of all layers, allocated once for `capacity` tokens.
 
-    Size: 2 · layers · kv_heads · head_dim · capacity · bytes per value, times the batch. `length` counts the tokens held;
-    the model advances it after the last layer. `document_ids` (batch, capacity) remembers which tokens may see each other
-    (None as long as all may)."""
+    Size: 2 · layers · kv_heads · head_dim · capacity · bytes per value, times the batch. `length` counts the tokens
+    held; the model advances it after the last layer. `document_ids` (batch, capacity) remembers which tokens may see
+    each other (None as long as all may).
+    """
 
-    def __init__(self, num_layers, batch_size, num_key_value_heads, head_dim, capacity, dtype=torch.float32, device=None):
+    def __init__(self, num_layers, batch_size, num_key_value_heads, head_dim, capacity,
+                 dtype=torch.float32, device=None):
         shape = (batch_size, num_key_value_heads)
         self.capacity, self.length, self.document_ids = capacity, 0, None
         self.layers = [LayerCache(self, torch.zeros(*shape, head_dim, capacity, dtype=dtype, device=device),
@@ -208,7 +213,7 @@ class GroupedQueryAttention(nn.Module):
         self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=False)
 
     def forward(self, x, attention, position_ids=None, document_ids=None, cache=None):
-        """x: (batch, length, hidden_size); `attention` has the signature of `causal_attention`. Returns the shape of x."""
+        """x: (batch, length, hidden_size); `attention`: a function like `causal_attention`. Returns the shape of x."""
         q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (batch, heads, length, head_dim)
                    for projection in (self.q_proj, self.k_proj, self.v_proj))
         out = attention(q, k, v, position_ids, document_ids, cache)

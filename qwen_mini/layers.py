@@ -13,8 +13,8 @@ from torch import nn
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Divide every vector by its root mean square, then scale each channel by `weight`.
 
-    x: (..., hidden_size); weight: (hidden_size,). The mean is taken in float32 (or wider) and the result cast back *before*
-    the multiplication by `weight`, as in Hugging Face's Qwen2. Source: arXiv 1910.07467; report §2.
+    x: (..., hidden_size); weight: (hidden_size,). The mean is taken in float32 (or wider) and the result cast back
+    *before* the multiplication by `weight`, as in Hugging Face's Qwen2. Source: arXiv 1910.07467; report §2.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -24,8 +24,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 class FusedRMSNorm(torch.autograd.Function):
     """`rms_norm` with its gradient written by hand: one saved activation and half the passes over memory.
 
-    In bfloat16 the factor 1 / rms is rounded before it multiplies, several times faster than a detour through float32 and
-    within two units in the last place of `rms_norm`.
+    In bfloat16 the factor 1 / rms is rounded before it multiplies: several times faster than a detour through float32,
+    and within two units in the last place of `rms_norm`.
     """
 
     @staticmethod
@@ -41,7 +41,7 @@ class FusedRMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         normed, scale, weight = ctx.saved_tensors
         product = grad * normed
-        grad_weight = product.flatten(0, -2).sum(0)
+        grad_weight = product.reshape(-1, weight.numel()).sum(0)
         projection = product @ (weight / -weight.numel())                  # −mean(grad · weight · normed)
         grad_x = (grad * weight).addcmul_(normed, projection.unsqueeze(-1)).mul_(scale)
         return grad_x, grad_weight, None
