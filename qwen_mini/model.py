@@ -157,7 +157,8 @@ class Qwen(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         frequencies = rope_frequencies_on_cpu(config.head_dim, config.rope_theta)
         self.attention = functools.partial(causal_attention, frequencies=frequencies)
-        self.apply(self._init_weights)
+        if not self.lm_head.weight.is_meta:               # "meta" has shapes, no numbers
+            self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
