@@ -129,6 +129,9 @@ def test_export_copies_a_checkpoint(tiny_checkpoint, tmp_path, capsys):
     words = ["export", "pretraining", str(tmp_path / "out"), "--scale", "quick"]
     assert cli.main(words) == 0 and (tmp_path / "out" / "model.safetensors").exists()
     assert cli.main(words) == 2 and "exists already" in capsys.readouterr().err
+    assert cli.main(["export", "pretraining", str(tmp_path / "half"), "--scale", "quick", "--bfloat16"]) == 0
+    whole, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("out", "half"))
+    assert 0.45 * whole < half < 0.55 * whole
 
 
 def test_chat_completes_with_a_base_model(tiny_checkpoint, runs_folder, monkeypatch, capsys):
@@ -140,3 +143,22 @@ def test_chat_completes_with_a_base_model(tiny_checkpoint, runs_folder, monkeypa
     assert cli.main(["chat", "--scale", "quick", "--stage", "sft"]) == 2
     (runs_folder / "quick" / "pretraining" / "model.safetensors").write_bytes(b"torn")
     assert cli.main(["chat", "--scale", "quick"]) == 2 and "cannot be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (ROOT / "data" / "checkpoints").is_dir(), reason="no checkpoint is shipped")
+def test_shipped_checkpoints_open_in_transformers_and_here():
+    import torch
+
+    from qwen_mini.model import Qwen
+    from qwen_mini.tokenizer import Tokenizer
+
+    transformers = pytest.importorskip("transformers")
+    for folder in sorted((ROOT / "data" / "checkpoints").iterdir()):
+        text = "The river is long.\nQuestion: 12+7=?"
+        ids = Tokenizer.from_pretrained(folder).encode(text)
+        assert transformers.AutoTokenizer.from_pretrained(folder)(text).input_ids == ids
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            ours = Qwen.from_pretrained(folder)(torch.tensor([ids]))
+            torch.testing.assert_close(ours, theirs(torch.tensor([ids])).logits, rtol=1e-4, atol=1e-4)
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 8 * 2**20

@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add(export, "copy a stage's Hugging Face checkpoint folder", "laptop")
     sub.add_argument("stage")
     sub.add_argument("folder", type=Path)
+    sub.add_argument("--bfloat16", action="store_true", help="store the weights in 16 bits")
     return top
 
 
@@ -109,7 +110,13 @@ def export(options) -> int:
         raise CourseError(f"the stage {options.stage!r} holds no Hugging Face checkpoint: {found}")
     if options.folder.exists():
         raise CourseError(f"{options.folder} exists already: name a new folder")
-    shutil.copytree(found, options.folder)
+    shutil.copytree(found, options.folder, ignore=shutil.ignore_patterns("metrics.jsonl"))
+    if options.bfloat16:
+        import torch
+
+        from qwen_mini.model import Qwen
+
+        Qwen.from_pretrained(found).save_pretrained(options.folder, torch.bfloat16)
     print(f"copied {options.stage} to {options.folder}")
     return 0
 
