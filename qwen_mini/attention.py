@@ -103,8 +103,8 @@ def visible(queries: int, keys: int, document_ids=None, key_documents=None, devi
 class LayerCache:
     """Keys and values of one layer.
 
-    Keys lie transposed, (batch, kv_heads, head_dim, capacity): a decode step multiplies by the transpose, and reading it
-    row by row is up to twice as fast in bfloat16 on a CPU.
+    Keys lie transposed, (batch, kv_heads, head_dim, capacity): a decode step multiplies by the transpose, and reading
+    it row by row is up to twice as fast in bfloat16 on a CPU.
     """
 
     def __init__(self, parent: "KVCache", keys: torch.Tensor, values: torch.Tensor):
