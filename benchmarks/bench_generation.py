@@ -1,6 +1,6 @@
 """Sampling speed against transformers: the same weights, one process, one thread, in turns; one JSON object a line.
 
-256 rows, 32 prompt and 64 new tokens, the model of the laptop scale. Both sides run in the dtype that suits them better.
+256 rows, 32 prompt and 64 new tokens, the model of the laptop scale. Each side runs in the dtype that suits it better.
 """
 
 import argparse

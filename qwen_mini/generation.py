@@ -22,54 +22,72 @@ from .layers import RMSNorm, SwiGLU, rms_norm, rope_tables, rotate
 from .model import Decoder, DecoderLayer, Qwen, count_parameters
 
 # %% ../notebooks/05_generation.ipynb #7364f47b
-def candidates(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and ids that survive top-k, then top-p: each (batch, width), best first; −inf where top-p said no.
+def candidates(
+    logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What top-k, then top-p leave: logits and ids, each (batch, width), best first.
 
-    top_k: the best k (0: all), exactly k even among equals. top_p: the best ids until their probabilities, renormalised
-    after top-k, reach top_p; at least one. Sorting a whole vocabulary takes longer than a small model does, so top-p alone
-    tries the best 128 first. Sources: arXiv 1805.04833 (top-k), 1904.09751 (top-p); order as in Hugging Face.
+    top_k: the best k (0: all), exactly k even among equals. top_p: the best ids until
+    their probabilities, renormalised after top-k, reach top_p; at least one; what
+    falls out is −inf. Sorting a whole vocabulary takes longer than a small model does,
+    so top-p alone tries the best 128 first. Sources: arXiv 1805.04833 (top-k),
+    1904.09751 (top-p); order as in Hugging Face.
     """
     vocab_size = logits.shape[-1]
     limit = min(top_k or vocab_size, vocab_size)
     for width in [limit] if top_k else sorted({min(128, limit), limit}):
         values, ids = logits.topk(width)
-        probs = (values - (values if top_k else logits).logsumexp(-1, keepdim=True)).exp()
+        total = (values if top_k else logits).logsumexp(-1, keepdim=True)
+        probs = (values - total).exp()
         mass = probs.cumsum(-1)
         if width == limit or bool((mass[:, -1] >= top_p).all()):
             break
     return values.masked_fill(mass - probs >= top_p, -math.inf), ids
 
-# %% ../notebooks/05_generation.ipynb #a677a0e7
-def penalize_repetition(logits: torch.Tensor, history: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Make every id of `history` less likely: positive logits are divided by `penalty`, negative ones multiplied.
 
-    logits: (batch, vocab); history: (batch, length) ids of prompt and answer so far, repeats count once. Source: CTRL
-    (arXiv 1909.05858) §4.1, with the sign rule of Hugging Face's processor.
+
+# %% ../notebooks/05_generation.ipynb #a677a0e7
+def penalize_repetition(
+    logits: torch.Tensor, history: torch.Tensor, penalty: float
+) -> torch.Tensor:
+    """Make every id of `history` less likely, whatever the sign of its logit.
+
+    logits: (batch, vocab); history: (batch, length) ids of prompt and answer so far,
+    repeats count once. Source: CTRL (arXiv 1909.05858) §4.1, with the sign rule of
+    Hugging Face's processor.
     """
-    seen = logits.gather(1, history)                       # only the few columns that change
-    return logits.scatter(1, history, torch.where(seen < 0, seen * penalty, seen / penalty))
+    seen = logits.gather(1, history)                     # only the columns that change
+    seen = torch.where(seen < 0, seen * penalty, seen / penalty)
+    return logits.scatter(1, history, seen)
+
+
 
 # %% ../notebooks/05_generation.ipynb #622c47f9
 def sample(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The id where the running sum of softmax(logits) passes `uniform`: (batch, vocab), (batch, 1) in [0, 1) → (batch, 1).
+    """The id where the running sum of softmax(logits) passes `uniform`, (batch, 1).
 
-    The inverse of the cumulative distribution: one random number a row, and the same number gives the same id. Never
+    logits: (batch, vocab); uniform: (batch, 1) in [0, 1). The inverse of the cumulative
+    distribution: one random number a row, and the same number gives the same id. Never
     returns an id whose logit is −inf.
     """
     cumulative = torch.softmax(logits, -1).cumsum(-1)
-    total = cumulative[:, -1:]                                             # 1 up to rounding
+    total = cumulative[:, -1:]                             # 1 up to rounding
     if not bool(total.isfinite().all()):
-        raise ValueError("the model's logits are not finite: there is nothing to sample from")
-    point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, point, right=True)               # first id with cumulative > point
+        raise ValueError("the model's logits are not finite: nothing to sample from")
+    below = torch.nextafter(total, torch.zeros_like(total))
+    point = torch.minimum(uniform * total, below)
+    return torch.searchsorted(cumulative, point, right=True)   # first sum > point
+
+
 
 # %% ../notebooks/05_generation.ipynb #0ec62582
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; applied in this order: forbidden ids, repetition penalty, temperature, top-k, top-p.
+    """How the next token is chosen, in the order of application below.
 
-    temperature 0 takes the best id (greedy). vocab_size: ids from there on are padding of the embedding table and never
-    come out. forbidden_ids: neither do these, for example control tokens of a base model.
+    vocab_size: ids from there on are padding of the embedding table and never come out.
+    forbidden_ids: neither do these, such as control tokens. Then repetition_penalty,
+    temperature (0 takes the best id: greedy), top_k (0: off), top_p (1: off).
     """
 
     temperature: float = 0.0
@@ -80,19 +98,21 @@ class Sampling:
     forbidden_ids: Sequence[int] = ()
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or a positive number of ids, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be a positive number (1 is off), got {self.repetition_penalty}")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
+        rules = [
+            ("temperature", "0 (greedy) or positive", 0 <= self.temperature < math.inf),
+            ("top_k", "0 (off) or a positive number of ids", self.top_k >= 0),
+            ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
+            ("repetition_penalty", "positive (1 is off)",
+             0 < self.repetition_penalty < math.inf),
+            ("vocab_size", "at least 1",
+             self.vocab_size is None or self.vocab_size >= 1),
+        ]
+        for name, rule, kept in rules:
+            if not kept:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
 
     def adjust(self, logits: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
-        """What comes before top-k: (batch, vocab) float32 → (batch, vocab or vocab_size); history: (batch, length) ids."""
+        """What precedes top-k. logits: (batch, vocab), history: (batch, length)."""
         logits = logits[:, :self.vocab_size]
         if len(self.forbidden_ids):
             columns = torch.as_tensor(self.forbidden_ids, device=logits.device)
@@ -101,152 +121,182 @@ class Sampling:
             logits = penalize_repetition(logits, history, self.repetition_penalty)
         return logits / self.temperature if self.temperature not in (0, 1) else logits
 
-    def choose(self, logits: torch.Tensor, history: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        """Draw one id a row, (batch, 1); uniform: (batch, 1) random numbers in [0, 1)."""
+    def choose(self, logits, history, uniform) -> torch.Tensor:
+        """One id a row, (batch, 1); uniform: (batch, 1) random numbers in [0, 1)."""
         logits = self.adjust(logits, history)
         if self.temperature == 0:
             best, ids = logits.max(-1, keepdim=True)
             if not bool(best.isfinite().all()):
-                raise ValueError("the model's logits are not finite: there is no best token")
+                raise ValueError("the model's logits are not finite: no best token")
             return ids
         if self.top_k or self.top_p < 1:
             logits, ids = candidates(logits, self.top_k, self.top_p)
             return ids.gather(1, sample(logits, uniform))
         return sample(logits, uniform)
 
-    def probabilities(self, logits: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
-        """The distribution that `choose` draws from, over the whole vocabulary: (batch, vocab). To look at, not to run."""
-        full = self.adjust(logits, history)
-        kept, ids = candidates(full, 1 if self.temperature == 0 else self.top_k, self.top_p)
-        probs = torch.zeros_like(logits)
-        return probs.scatter(1, ids, torch.softmax(kept, -1))
+    def probabilities(self, logits, history) -> torch.Tensor:
+        """What `choose` draws from, over the whole vocabulary: to look at it."""
+        full, greedy = self.adjust(logits, history), self.temperature == 0
+        kept, ids = candidates(full, 1 if greedy else self.top_k, self.top_p)
+        return torch.zeros_like(logits).scatter(1, ids, torch.softmax(kept, -1))
 
 # %% ../notebooks/05_generation.ipynb #0f346ea1
-def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(batch, longest) ids that all end in the last column, and document ids that hide the padding (None if there is none).
+def left_pad(
+    prompts: Sequence[Sequence[int]],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prompts as one (batch, longest) tensor, all ending in the last column.
 
-    Real tokens are document 0, padding is document 1, so no real token sees it. Its id is the prompt's own first token:
-    any id would do for attention, and this one adds nothing to what a repetition penalty counts.
+    Also returns document ids (None without padding): real tokens are document 0,
+    padding is document 1, so no real token sees it. Its id is the prompt's own first
+    token: attention would take any id; this one adds nothing to a repetition penalty.
     """
     longest = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    if bool((lengths == longest).all()):
-        return ids, None
-    return ids, (torch.arange(longest) < longest - lengths[:, None]).long()
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts])
+    ids = torch.tensor([[prompt[0]] * (longest - len(prompt)) + list(prompt)
+                        for prompt in prompts])
+    hidden = torch.arange(longest) < padding[:, None]
+    return ids, hidden.long() if bool(hidden.any()) else None
 
 # %% ../notebooks/05_generation.ipynb #9467ebed
 class FusedDecoder:
-    """One decode step of a plain, small `Qwen` with half as many operations: (rows, 1) ids → (rows, hidden_size).
+    """One decode step of a plain, small `Qwen` with half as many operations.
 
-    Holds its own joined copies of the weights as they were at the start, so it serves one rollout and is thrown away.
+    Holds joined copies of the weights as they were at the start, so it serves one
+    rollout and is thrown away. The query's rope tables carry the 1/√head_dim of the
+    scores.
     """
 
-    PLAIN = {Qwen, Decoder, DecoderLayer, GroupedQueryAttention, RMSNorm, SwiGLU, nn.Linear, nn.Embedding, nn.ModuleList}
-    LARGEST = 50_000_000                                   # parameters; beyond, the copies cost more than they save
+    PLAIN = {Qwen, Decoder, DecoderLayer, GroupedQueryAttention, RMSNorm, SwiGLU,
+             nn.Linear, nn.Embedding, nn.ModuleList}
+    LARGEST = 50_000_000           # parameters; beyond, copies cost more than they save
 
     @classmethod
     def fits(cls, model) -> bool:
-        """Whether the model is what this class computes: no other layers, no other attention function, not large."""
+        """Whether this is what the model computes: plain layers and attention, small."""
         attention = model.attention
-        plain = isinstance(attention, functools.partial) and attention.func is causal_attention
-        return (plain and set(attention.keywords) == {"frequencies"} and all(type(m) in cls.PLAIN for m in model.modules())
+        return (isinstance(attention, functools.partial)
+                and attention.func is causal_attention
+                and set(attention.keywords) == {"frequencies"}
+                and all(type(module) in cls.PLAIN for module in model.modules())
                 and count_parameters(model.config) <= cls.LARGEST)
 
     def __init__(self, model, capacity: int):
-        self.config, self.embedding = model.config, model.model.embed_tokens.weight
-        self.norm = model.model.norm.weight
+        self.config, self.norm = model.config, model.model.norm.weight
+        self.embedding = model.model.embed_tokens.weight
         self.layers = []
         for layer in model.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            qkv = attention.q_proj, attention.k_proj, attention.v_proj
-            self.layers.append((layer.input_layernorm.weight, torch.cat([p.weight for p in qkv]), torch.cat([p.bias for p in qkv]),
-                                attention.o_proj.weight, layer.post_attention_layernorm.weight,
-                                torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), mlp.down_proj.weight))
+            a, mlp = layer.self_attn, layer.mlp
+            qkv = torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])
+            bias = torch.cat([a.q_proj.bias, a.k_proj.bias, a.v_proj.bias])
+            gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+            norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+            self.layers.append((norms, qkv, bias, a.o_proj.weight, gate_up,
+                                mlp.down_proj.weight))
         c, device = model.config, self.embedding.device
-        cos, sin = rope_tables(torch.arange(capacity, device=device), model.attention.keywords["frequencies"])
-        scale = torch.tensor([c.head_dim ** -0.5] * c.num_attention_heads + [1.0] * c.num_key_value_heads, device=device)
-        self.cos, self.sin = ((table[:, None] * scale[:, None]).to(self.embedding.dtype) for table in (cos, sin))
+        heads = c.num_attention_heads
+        scale = torch.ones(heads + c.num_key_value_heads, 1, device=device)
+        scale[:heads] = c.head_dim ** -0.5
+        tables = rope_tables(torch.arange(capacity, device=device),
+                             model.attention.keywords["frequencies"])
+        self.cos, self.sin = ((table[:, None] * scale).to(self.embedding.dtype)
+                              for table in tables)         # (capacity, heads, head_dim)
 
     def __call__(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        c, position, eps = self.config, cache.length, self.config.rms_norm_eps
+        """(rows, 1) ids → (rows, hidden_size) after the final norm; fills the cache."""
+        c, eps = self.config, self.config.rms_norm_eps
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-        rows, end, bias = len(tokens), position + 1, None
+        rows, position, end = len(tokens), cache.length, cache.length + 1
+        cos, sin, bias = self.cos[position], self.sin[position], None
         cache.remember(None, 1)
-        if cache.document_ids is not None:                                 # left padding is document 1
-            bias = torch.zeros(rows, 1, end, dtype=self.embedding.dtype, device=tokens.device)
-            bias.masked_fill_(cache.document_ids[:, None, :end].to(tokens.device) != 0, -math.inf)
-        x = F.embedding(tokens[:, 0], self.embedding)                      # (rows, hidden_size)
-        for (norm1, qkv, qkv_bias, out, norm2, gate_up, down), stored in zip(self.layers, cache.layers, strict=True):
-            qkv = F.linear(rms_norm(x, norm1, eps), qkv, qkv_bias).view(rows, heads + 2 * kv_heads, c.head_dim)
-            turned = rotate(qkv[:, :heads + kv_heads], self.cos[position], self.sin[position])
-            stored.keys[..., position], stored.values[:, :, position] = turned[:, heads:], qkv[:, heads + kv_heads:]
-            q = turned[:, :heads].reshape(rows * kv_heads, -1, c.head_dim)               # the group as rows, scaled
-            scores = torch.bmm(q, stored.keys.flatten(0, 1)[..., :end])                  # (rows · kv_heads, group, end)
-            if bias is not None:
+        if cache.document_ids is not None:                 # left padding is document 1
+            padding = cache.document_ids[:, None, :end].to(tokens.device) != 0
+            bias = torch.zeros_like(padding, dtype=cos.dtype)
+            bias.masked_fill_(padding, -math.inf)          # (rows, 1, end)
+        x = F.embedding(tokens[:, 0], self.embedding)      # (rows, hidden_size)
+        for weights, stored in zip(self.layers, cache.layers, strict=True):
+            (norm1, norm2), qkv, qkv_bias, out, gate_up, down = weights
+            qkv = F.linear(rms_norm(x, norm1, eps), qkv, qkv_bias)
+            qkv = qkv.view(rows, -1, c.head_dim)           # (rows, all heads, head_dim)
+            turned, v = rotate(qkv[:, :-kv_heads], cos, sin), qkv[:, -kv_heads:]
+            stored.keys[..., position] = turned[:, heads:]
+            stored.values[:, :, position] = v
+            q = turned[:, :heads].reshape(rows * kv_heads, -1, c.head_dim)
+            scores = torch.bmm(q, stored.keys.flatten(0, 1)[..., :end])
+            if bias is not None:                         # (rows · kv_heads, group, end)
                 scores.view(rows, heads, end).add_(bias)
-            mixed = torch.bmm(torch.softmax(scores, -1), stored.values.flatten(0, 1)[:, :end])
+            mixed = torch.bmm(torch.softmax(scores, -1),
+                              stored.values.flatten(0, 1)[:, :end])
             x = x + F.linear(mixed.view(rows, -1), out)
-            gate, up = F.linear(rms_norm(x, norm2, eps), gate_up).chunk(2, -1)           # (rows, intermediate_size) each
+            gate, up = F.linear(rms_norm(x, norm2, eps), gate_up).chunk(2, -1)
             x = x + F.linear(F.silu(gate).mul_(up), down)
         cache.length = end
         return rms_norm(x, self.norm, eps)
 
 # %% ../notebooks/05_generation.ipynb #beed1e70
-#: Finished rows leave the batch once they are this share of it: copying the cache costs about as much as one step.
+#: Finished rows leave once they are this share of the batch: a copy costs about a step.
 DROP_SHARE = 0.25
 
 
 @torch.inference_mode()
-def rollout(model, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stop_ids: Sequence[int] = (),
-            generator: torch.Generator | None = None, copies: int = 1, return_logprobs: bool = False) -> Iterator[tuple]:
-    """The decoding loop behind `generate` and `stream`: yields (rows, tokens, logprobs) of every step, each (running,).
+def rollout(
+    model, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling,
+    stop_ids: Sequence[int] = (), generator: torch.Generator | None = None,
+    copies: int = 1, return_logprobs: bool = False,
+) -> Iterator[tuple]:
+    """The decoding loop: yields (rows, tokens, logprobs) of each step, each (running,).
 
-    rows: which of the len(prompts) · copies sequences the tokens belong to; a row that has met a stop id may still turn up
-    until it is dropped. logprobs is None unless asked for. Inputs are not checked here.
+    rows: which of the len(prompts) · copies texts the tokens belong to; one that has
+    met a stop id may turn up until it is dropped. logprobs: None unless asked for.
+    `generate` and `stream` check the inputs and collect the tokens.
     """
     device = model.model.embed_tokens.weight.device
     ids, document_ids = left_pad(prompts)
+    ids, count = ids.to(device), len(prompts) * copies
     document_ids = None if document_ids is None else document_ids.to(device)
-    uniform = torch.rand(len(prompts) * copies, max_new_tokens, generator=generator).to(device)
+    uniform = torch.rand(count, max_new_tokens, generator=generator).to(device)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+
     cache = model.make_cache(len(prompts), ids.shape[1] + max_new_tokens - 1)
-    hidden = model.hidden_states(ids.to(device), document_ids=document_ids, cache=cache)[:, -1]   # (prompts, hidden_size)
-    rows = torch.arange(len(prompts), device=device).repeat_interleave(copies)
-    history, hidden = ids.to(device)[rows], hidden[rows]
-    cache = cache.select(rows) if copies > 1 else cache
-    rows = torch.arange(len(rows), device=device)
+    hidden = model.hidden_states(ids, document_ids=document_ids, cache=cache)[:, -1]
+    if copies > 1:
+        member_of = torch.arange(len(prompts), device=device).repeat_interleave(copies)
+        cache, hidden, ids = cache.select(member_of), hidden[member_of], ids[member_of]
+    rows = torch.arange(count, device=device)
     running = torch.ones_like(rows, dtype=torch.bool)
     fused = FusedDecoder(model, cache.capacity) if FusedDecoder.fits(model) else None
     for step in range(max_new_tokens):
-        logits = model.lm_head(hidden).float()                             # (rows, vocab_size)
-        tokens = sampling.choose(logits, history, uniform[:, step:step + 1])
+        logits = model.lm_head(hidden).float()             # (rows, vocab_size)
+        tokens = sampling.choose(logits, ids, uniform[:, step:step + 1])
         logprobs = None
         if return_logprobs:
             logits = logits / (sampling.temperature or 1.0)
-            logprobs = (logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True))[:, 0]
+            logprobs = logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)
+            logprobs = logprobs[:, 0]
         yield rows, tokens[:, 0], logprobs
-        if len(stops):
-            running = running & ~torch.isin(tokens[:, 0], stops)
+        running = running & ~torch.isin(tokens[:, 0], stops)
         left = int(running.sum())
         if left == 0 or step == max_new_tokens - 1:
             return
         if sampling.repetition_penalty != 1:
-            history = torch.cat([history, tokens], 1)
+            ids = torch.cat([ids, tokens], 1)              # what the penalty counts
         if len(rows) - left >= DROP_SHARE * len(rows):
             keep = running.nonzero()[:, 0]
-            cache, tokens, history = cache.select(keep), tokens[keep], history[keep]
+            cache, tokens, ids = cache.select(keep), tokens[keep], ids[keep]
             rows, uniform, running = rows[keep], uniform[keep], running[keep]
-        hidden = fused(tokens, cache) if fused else model.hidden_states(tokens, cache=cache)[:, 0]
+        if fused is None:
+            hidden = model.hidden_states(tokens, cache=cache)[:, 0]
+        else:
+            hidden = fused(tokens, cache)                  # (rows, hidden_size)
 
 # %% ../notebooks/05_generation.ipynb #4710cbf2
 @dataclass
 class Completion:
     """What one prompt was continued with.
 
-    tokens: neither prompt nor padding; they end with the stop token if `finished`, else `max_new_tokens` ran out.
-    logprobs, if asked for: log softmax(logits / temperature) of each token under the model itself, before forbidden ids,
-    penalty, top-k and top-p (temperature 1 when greedy).
+    tokens: neither prompt nor padding; the last is the stop token if `finished`, else
+    `max_new_tokens` ran out. logprobs, if asked for: log softmax(logits / temperature)
+    of each token under the model itself, before forbidden ids, penalty, top-k and top-p
+    (temperature 1 when greedy).
     """
 
     tokens: list[int]
@@ -254,48 +304,63 @@ class Completion:
     logprobs: list[float] | None = None
 
 
-def check_request(model, prompts, max_new_tokens: int, stop_ids: Sequence[int], context: int | None) -> list[list[int]]:
-    """The prompts as lists of ids, or a ValueError that says in one sentence what is wrong with the request."""
+def check_request(
+    model, prompts, max_new_tokens: int, stop_ids: Sequence[int], context: int | None
+) -> list[list[int]]:
+    """The prompts as lists of ids, or a ValueError: one sentence on what is wrong."""
     prompts = prompts.tolist() if isinstance(prompts, torch.Tensor) else list(prompts)
-    vocab_size, context = model.config.vocab_size, context or model.config.max_position_embeddings
+    vocab_size = model.config.vocab_size
+    context = context or model.config.max_position_embeddings
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, int | str):
-            raise ValueError(f"prompts must be a list of token lists, but item {number} is {prompt!r}: wrap one prompt as [ids]")
+            raise ValueError(f"prompts must be a list of token lists, but item "
+                             f"{number} is {prompt!r}: wrap one prompt as [ids]")
         if not len(prompt):
-            raise ValueError(f"prompt {number} is empty: give it at least one token, for example <|endoftext|>")
-        wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
-        if wrong is not None:
-            raise ValueError(f"prompt {number} holds the id {wrong}, but the model knows the ids 0 to {vocab_size - 1}")
+            raise ValueError(f"prompt {number} is empty: give it at least one token, "
+                             "for example <|endoftext|>")
+        wrong = [token for token in prompt if not 0 <= token < vocab_size]
+        if wrong:
+            raise ValueError(f"prompt {number} holds the id {wrong[0]}, but the model "
+                             f"knows the ids 0 to {vocab_size - 1}")
         if len(prompt) + max_new_tokens > context:
-            raise ValueError(f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones would follow, but the "
-                             f"model's context holds {context}")
+            raise ValueError(f"prompt {number} has {len(prompt)} tokens and "
+                             f"{max_new_tokens} new ones would follow, but the model's "
+                             f"context holds {context}")
     for stop in stop_ids:
         if not 0 <= stop < vocab_size:
-            raise ValueError(f"the stop id {stop} can never come out of a model that knows the ids 0 to {vocab_size - 1}")
+            raise ValueError(f"the stop id {stop} can never come out of a model that "
+                             f"knows the ids 0 to {vocab_size - 1}")
     return [list(prompt) for prompt in prompts]
 
 
-def generate(model, prompts, max_new_tokens: int, *, stop_ids: Sequence[int] = (), num_return_sequences: int = 1,
-             generator: torch.Generator | None = None, return_logprobs: bool = False, context: int | None = None,
-             **sampling) -> list[Completion]:
-    """Continue every prompt, `num_return_sequences` times each: the first prompt's completions first.
+def generate(
+    model, prompts, max_new_tokens: int, *, stop_ids: Sequence[int] = (),
+    num_return_sequences: int = 1, generator: torch.Generator | None = None,
+    return_logprobs: bool = False, context: int | None = None, **sampling,
+) -> list[Completion]:
+    """Continue every prompt, `num_return_sequences` times each, in the prompts' order.
 
-    prompts: lists of ids of any lengths, or a (batch, length) tensor. sampling: fields of `Sampling` (temperature, top_k,
-    top_p, repetition_penalty, vocab_size, forbidden_ids); default greedy. stop_ids: any of them ends a row. generator: a
-    CPU generator; same seed, same batch, same samples. context: how many tokens the model can hold if not
-    `max_position_embeddings`, for an attention function that reaches further. Raises ValueError with one sentence.
+    prompts: lists of ids of any lengths, or a (batch, length) tensor. stop_ids: any of
+    them ends a row. generator: on the CPU; same seed, same request, same samples.
+    context: how many tokens the model holds, if its attention function reaches further
+    than `max_position_embeddings`. sampling: fields of `Sampling` (temperature, top_k,
+    top_p, repetition_penalty, vocab_size, forbidden_ids); default greedy. Raises
+    ValueError with one sentence.
     """
     sampling = Sampling(**sampling)
     prompts = check_request(model, prompts, max_new_tokens, stop_ids, context)
     if num_return_sequences < 1:
-        raise ValueError(f"num_return_sequences must be at least 1, got {num_return_sequences}")
+        raise ValueError("num_return_sequences must be at least 1, "
+                         f"got {num_return_sequences}")
     if not prompts:
         return []
-    tokens = torch.zeros(len(prompts) * num_return_sequences, max_new_tokens, dtype=torch.long)
-    logprobs = torch.zeros(tokens.shape)
-    steps = rollout(model, prompts, max_new_tokens, sampling, stop_ids, generator, num_return_sequences, return_logprobs)
+    count = len(prompts) * num_return_sequences
+    tokens = torch.zeros(count, max_new_tokens, dtype=torch.long)
+    logprobs = torch.zeros(count, max_new_tokens)
+    steps = rollout(model, prompts, max_new_tokens, sampling, stop_ids, generator,
+                    num_return_sequences, return_logprobs)
     for step, (rows, new, scores) in enumerate(steps):
         rows = rows.cpu()
         tokens[rows, step] = new.cpu()
@@ -303,48 +368,64 @@ def generate(model, prompts, max_new_tokens: int, *, stop_ids: Sequence[int] = (
             logprobs[rows, step] = scores.cpu()
     stops, completions = frozenset(stop_ids), []
     for row, scores in zip(tokens.tolist(), logprobs.tolist(), strict=True):
-        end = next((i + 1 for i, token in enumerate(row) if token in stops), max_new_tokens)
-        completions.append(Completion(row[:end], row[end - 1] in stops, scores[:end] if return_logprobs else None))
+        met = (i + 1 for i, token in enumerate(row) if token in stops)
+        end = next(met, max_new_tokens)
+        completions.append(Completion(row[:end], row[end - 1] in stops,
+                                      scores[:end] if return_logprobs else None))
     return completions
 
 # %% ../notebooks/05_generation.ipynb #9235e024
-def sample_group(model, prompt: Sequence[int], group_size: int, max_new_tokens: int, temperature: float = 1.0,
-                 **options) -> list[Completion]:
-    """`group_size` samples of one prompt, which is computed once; options as in `generate`."""
-    return generate(model, [prompt], max_new_tokens, num_return_sequences=group_size, temperature=temperature, **options)
+def sample_group(
+    model, prompt: Sequence[int], group_size: int, max_new_tokens: int,
+    temperature: float = 1.0, **options,
+) -> list[Completion]:
+    """`group_size` samples of one prompt, computed once; options as in `generate`."""
+    [group] = sample_groups(model, [prompt], group_size, max_new_tokens, temperature,
+                            **options)
+    return group
 
 
-def sample_groups(model, prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int, temperature: float = 1.0,
-                  **options) -> list[list[Completion]]:
+def sample_groups(
+    model, prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int,
+    temperature: float = 1.0, **options,
+) -> list[list[Completion]]:
     """`sample_group` of several prompts in one batch: one list a prompt."""
-    flat = generate(model, prompts, max_new_tokens, num_return_sequences=group_size, temperature=temperature, **options)
+    flat = generate(model, prompts, max_new_tokens, num_return_sequences=group_size,
+                    temperature=temperature, **options)
     return [flat[start:start + group_size] for start in range(0, len(flat), group_size)]
 
 # %% ../notebooks/05_generation.ipynb #783ddb7e
 def inference_copy(model, dtype: torch.dtype | None = None):
-    """A copy for sampling alone, without gradients, in `dtype` or the one that is faster on this machine."""
-    twin = copy.deepcopy(model).to(dtype or hardware.pick_dtype()).eval().requires_grad_(False)
+    """A copy for sampling only, in `dtype` or in what is faster on this machine."""
+    twin = copy.deepcopy(model).to(dtype or hardware.pick_dtype())
     twin.zero_grad(set_to_none=True)
-    return twin
+    return twin.eval().requires_grad_(False)
 
 # %% ../notebooks/05_generation.ipynb #9e26f8b7
-def stream(model, tokenizer, prompt: str | Sequence[int], max_new_tokens: int, *, stop_ids: Sequence[int] | None = None,
-           generator: torch.Generator | None = None, context: int | None = None, **sampling) -> Iterator[str]:
-    """Continue one prompt and yield its text in pieces as it is written; unfinished characters wait for their last byte.
+def stream(
+    model, tokenizer, prompt: str | Sequence[int], max_new_tokens: int, *,
+    stop_ids: Sequence[int] | None = None, generator: torch.Generator | None = None,
+    context: int | None = None, **sampling,
+) -> Iterator[str]:
+    """Continue one prompt and yield its text in pieces as it is written.
 
-    stop_ids: default `<|im_end|>` and `<|endoftext|>`; the stop token itself and other special tokens are not shown. Ids that
-    the tokenizer does not know are never sampled. The pieces joined are `tokenizer.decode` of the tokens.
+    Unfinished characters wait for their last byte. stop_ids: default `<|im_end|>` and
+    `<|endoftext|>`; the stop token itself and other special tokens are not shown. Ids
+    that the tokenizer does not know are never sampled. Otherwise as `generate`.
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    stops = (tokenizer.im_end_id, tokenizer.endoftext_id) if stop_ids is None else tuple(stop_ids)
-    sampling = Sampling(**{"vocab_size": min(tokenizer.vocab_size, model.config.vocab_size), **sampling})
-    [ids] = check_request(model, [ids], max_new_tokens, stops, context)
+    if stop_ids is None:
+        stop_ids = tokenizer.im_end_id, tokenizer.endoftext_id
+    known = min(tokenizer.vocab_size, model.config.vocab_size)
+    sampling = Sampling(**{"vocab_size": known, **sampling})
+    prompts = check_request(model, [ids], max_new_tokens, stop_ids, context)
 
     def pieces() -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for _, tokens, _ in rollout(model, [ids], max_new_tokens, sampling, stops, generator):
+        steps = rollout(model, prompts, max_new_tokens, sampling, stop_ids, generator)
+        for _, tokens, _ in steps:
             token = int(tokens[0])
-            if token in stops:
+            if token in stop_ids:
                 break
             if tokenizer.decode([token], skip_special_tokens=True):
                 piece = decoder.decode(tokenizer.token_bytes(token))
@@ -354,4 +435,4 @@ def stream(model, tokenizer, prompt: str | Sequence[int], max_new_tokens: int, *
         if rest:
             yield rest
 
-    return pieces()                                        # so that a wrong request fails here, not at the first piece
+    return pieces()            # a wrong request has failed by now, not at a first piece

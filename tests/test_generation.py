@@ -371,7 +371,7 @@ def test_a_stream_can_be_left_early(model, tokenizer):
         ({"top_k": -1}, "top_k must be 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\]"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be a positive number"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
         ({"stop_ids": [300]}, "stop id 300 can never come out"),
         ({"num_return_sequences": 0}, "num_return_sequences must be at least 1"),
