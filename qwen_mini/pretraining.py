@@ -919,11 +919,10 @@ def pretrain(
         with artifacts.write_stage(
             config.name, stage, {**inputs, "digest": digest}
         ) as new:
-            master_model(trainer).save_pretrained(new)
-            tokenizer.save_pretrained(new)
             stop = tokenizer.endoftext_id
             generation = {"eos_token_id": stop, "pad_token_id": stop}
-            (new / "generation_config.json").write_text(json.dumps(generation) + "\n")
+            master_model(trainer).save_pretrained(new, generation_config=generation)
+            tokenizer.save_pretrained(new)
             lines = [json.dumps(record) + "\n" for record in metrics]
             (new / "metrics.jsonl").write_text("".join(lines))
         state_file.unlink(missing_ok=True)

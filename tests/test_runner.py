@@ -54,7 +54,8 @@ def bench(tmp_path, runs_folder):
     return run
 
 
-def test_a_good_notebook_passes_and_is_then_up_to_date(tmp_path, runs_folder, capsys):
+def test_a_good_notebook_passes_and_is_then_up_to_date(tmp_path, runs_folder, capsys, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cells = [
         "import os; x = bytearray(200_000_000)",
         "with course.artifacts.write_stage('quick', 'toy') as folder: (folder / 'a').write_text('1')",

@@ -78,6 +78,11 @@ def run(books: list[Notebook], scale="quick", seed=0, force=False, keep_going=Fa
 def execute(nb: Notebook, scale: str, config: ScaleConfig, seed: int, timeout: float) -> str:
     """Execute one notebook into `runs/<scale>/notebooks/`; returns what went wrong, "" if nothing did."""
     import papermill
+    from papermill.clientwrap import PapermillNotebookClient
+
+    # The client would answer widgets on a channel that it is polling, and can then wait for ever for a reply that has
+    # come; unanswered, what a widget's callback prints or raises lands in the cell, where `hidden_error` looks.
+    PapermillNotebookClient.on_comm_open_jupyter_widget = lambda self, msg: None
 
     forget(config.name, nb.name)
     target = executed_path(config.name, nb)
