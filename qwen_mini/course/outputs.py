@@ -29,13 +29,18 @@ def copy_outputs(nb: Notebook, scale_name: str) -> bool:
 
 
 def clean(outputs: list) -> list:
-    """Outputs without what differs between executions: counts, addresses, widgets, warnings, overwritten lines."""
+    """Outputs without what differs between executions: counts, addresses, widgets, warnings, overwritten lines.
+
+    A cell that shows a widget keeps nothing: the widget is dead on paper, and its static twin stands in the cell before.
+    """
     kept = []
+    if any(WIDGET_VIEW in output.get("data", {}) for output in outputs):
+        return kept
     for output in outputs:
         if output.output_type == "stream":
             if output.name == "stdout":
                 _append_text(kept, output.text)
-        elif output.output_type in ("display_data", "execute_result") and WIDGET_VIEW not in output.data:
+        elif output.output_type in ("display_data", "execute_result"):
             kept.append(_clean_data(output))
     for output in kept:
         if output.output_type == "stream":
