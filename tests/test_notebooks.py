@@ -15,7 +15,7 @@ def results(tmp_path_factory):
     """One run of the whole course, from nothing, into a folder of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN_MINI_RUNS", str(tmp_path_factory.mktemp("course")))
-        return {result.notebook: result for result in runner.run(BOOKS, "quick", keep_going=True)}
+        return {result.notebook: result for result in runner.run(BOOKS, "quick", keep_going=True, timeout=600)}
 
 
 @pytest.mark.parametrize("name", [nb.name for nb in BOOKS])
