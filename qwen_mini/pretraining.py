@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['cross_entropy', 'LinearCrossEntropy', 'linear_cross_entropy', 'learning_rate_factor', 'AdamW', 'orthogonalize',
            'Muon', 'make_optimizers', 'Batch', 'MixtureSampler', 'available_phases', 'world', 'is_first', 'Trainer',
-           'save_training_state', 'load_training_state', 'heldout_nll', 'evaluate_bits_per_byte', 'token_sizes',
-           'evaluate_rows', 'evaluate', 'xz_bits_per_byte', 'ngram_nll', 'Progress', 'describe', 'train',
-           'master_model', 'pretrain']
+           'save_training_state', 'load_training_state', 'training_header', 'heldout_nll', 'evaluate_bits_per_byte',
+           'token_sizes', 'evaluate_rows', 'evaluate', 'xz_bits_per_byte', 'ngram_nll', 'Progress', 'describe', 'train',
+           'master_model', 'agreed_dtype', 'pretrain']
 
 # %% ../notebooks/08_pretraining.ipynb #f8679619
 import dataclasses
@@ -62,23 +62,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(
             weight.shape, device=weight.device
-        )  # float32: it sums many chunks
+        )  # float32: a long sum
         scaled = (
             hidden if weights is None else hidden * weights.to(hidden.dtype)[:, None]
         )
         losses = torch.empty(len(targets), device=hidden.device)
         for start in range(0, len(targets), LinearCrossEntropy.CHUNK):
             chunk = slice(start, start + LinearCrossEntropy.CHUNK)
-            probabilities = torch.softmax(
-                F.linear(hidden[chunk], weight), -1
-            )  # (chunk, vocab_size)
-            losses[chunk] = (
-                probabilities.gather(1, targets[chunk, None])[:, 0]
-                .float()
-                .clamp_min(1e-30)
-                .log_()
-                .neg_()
-            )
+            logits = F.linear(hidden[chunk], weight)  # (chunk, vocab_size)
+            probabilities = torch.softmax(logits, -1)
+            # log p(target) by way of the likeliest token: exact even where p(target) is 0
+            total = logits.amax(-1).float() - probabilities.amax(-1).float().log()
+            losses[chunk] = total - logits.gather(1, targets[chunk, None])[:, 0].float()
             torch.mm(probabilities, weight, out=grad_hidden[chunk])
             grad_weight += probabilities.t() @ scaled[chunk]
         grad_hidden -= weight[targets]
@@ -579,34 +574,49 @@ class Trainer:
 
 # %% ../notebooks/08_pretraining.ipynb #8218b13f
 def save_training_state(path: Path, trainer: Trainer, metrics: list[dict]) -> None:
-    """One safetensors file with tensors, step and metrics so far; it replaces the old one
-    only when it is complete.
+    """One safetensors file with tensors, step, precision and metrics so far; it replaces the
+    old one only when it is complete.
     """
     header = {
         "format": "pt",
         "step": str(trainer.step_count),
+        "dtype": str(trainer.working[0].dtype).removeprefix("torch."),
         "metrics": json.dumps(metrics),
     }
-    state = {
-        name: tensor.contiguous().cpu() for name, tensor in trainer.state_dict().items()
-    }
+    state = {name: x.contiguous().cpu() for name, x in trainer.state_dict().items()}
     artifacts.write_file(path, save(state, metadata=header))
 
 
 def load_training_state(path: Path, trainer: Trainer) -> list[dict]:
     """Put a trainer where `save_training_state` left it; returns the metrics up to there."""
+    header = training_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata()
-            trainer.load_state_dict(
-                {key: file.get_tensor(key) for key in file.keys()}, int(header["step"])
-            )  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no training state of this model ({error}): "
-            "delete it to start from the beginning"
-        ) from None
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        trainer.load_state_dict(state, int(header["step"]))
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise _foreign_state(path, error) from None
     return json.loads(header["metrics"])
+
+
+def training_header(path: Path) -> dict[str, str]:
+    """Step, precision and metrics of a training state, without its tensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except SafetensorError as error:
+        raise _foreign_state(path, error) from None
+    missing = {"step", "dtype", "metrics"} - header.keys()
+    if missing:
+        raise _foreign_state(path, f"no {' and no '.join(sorted(missing))}")
+    return header
+
+
+def _foreign_state(path: Path, reason) -> ValueError:
+    return ValueError(
+        f"{path} is no training state of this model ({reason}): "
+        "delete it to start from the beginning"
+    )
 
 # %% ../notebooks/08_pretraining.ipynb #76e3fc06
 @torch.no_grad()
@@ -693,17 +703,19 @@ def evaluate_rows(
     """
     row = corpus.manifest["domains"][domain]["row_tokens"]
     count = min(max_rows, len(corpus.tokens(domain, "heldout")) // row)
-    tokens = torch.from_numpy(
-        np.asarray(corpus.tokens(domain, "heldout")[: count * row]).astype(np.int64)
-    ).view(count, row)
-    weights = torch.from_numpy(
-        np.asarray(corpus.weights(domain, "heldout")[: count * row]).copy()
-    ).view(count, row)
-    logits = torch.cat([model(part[:, :-1]) for part in tokens.split(32)]).float()
-    answers = weights[:, 1:] > 10
-    losses = F.cross_entropy(logits[answers], tokens[:, 1:][answers])
-    accuracy = (logits[answers].argmax(-1) == tokens[:, 1:][answers]).float().mean()
-    return {"loss": losses.item(), "accuracy": accuracy.item()}
+    shape, size = (count, row), count * row
+    tokens = np.asarray(corpus.tokens(domain, "heldout")[:size]).astype(np.int64)
+    weights = np.asarray(corpus.weights(domain, "heldout")[:size])
+    rows = torch.from_numpy(tokens).view(shape).to(model.lm_head.weight.device)
+    answers = torch.from_numpy(weights > 10).view(shape).to(rows.device)[:, 1:]
+    losses, right = [], []
+    for part, asked in zip(rows.split(32), answers.split(32), strict=True):
+        logits = model.lm_head(model.hidden_states(part[:, :-1])[asked]).float()
+        targets = part[:, 1:][asked]
+        losses.append(F.cross_entropy(logits, targets, reduction="none"))
+        right.append(logits.argmax(-1) == targets)
+    loss, accuracy = torch.cat(losses).mean(), torch.cat(right).float().mean()
+    return {"loss": loss.item(), "accuracy": accuracy.item()}
 
 
 def evaluate(
@@ -867,6 +879,19 @@ def _made_from(folder: Path) -> str | None:
     return json.loads(manifest.read_text(encoding="utf-8"))["inputs"].get("digest")
 
 
+def agreed_dtype(preference: str, state_file: Path) -> torch.dtype:
+    """The precision of a run: the one it began with, else the faster one as the first
+    process measures it. Timings differ from process to process; a run must not.
+    """
+    if state_file.exists():
+        return getattr(torch, training_header(state_file)["dtype"])
+    choices = [torch.float32, torch.bfloat16]
+    choice = torch.tensor(choices.index(hardware.pick_dtype(preference)))
+    if world()[1] > 1:
+        dist.broadcast(choice, 0)
+    return choices[choice]
+
+
 def pretrain(
     config,
     seed: int = 0,
@@ -889,12 +914,10 @@ def pretrain(
     settings = settings or config.pretraining
     phases = available_phases(settings.phases, corpus)
     settings = dataclasses.replace(settings, phases=phases)
-    dtype = hardware.pick_dtype(config.run.dtype)
     inputs = {
         "settings": dataclasses.asdict(settings),
         "model": dataclasses.asdict(config.model),
         "corpus": corpus.manifest["inputs"],
-        "dtype": str(dtype),
         "seed": seed,
     }
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[
@@ -908,16 +931,25 @@ def pretrain(
     torch.manual_seed(seed)
     model = Qwen(ModelConfig.from_scale(config)).to(hardware.device())
     sampler = MixtureSampler(corpus, phases, settings.batch_tokens, seed)
-    trainer = Trainer(model, settings, sampler.total_steps, dtype)
+    parts = world()[1] * settings.grad_accumulation
+    for phase in phases:
+        if settings.batch_tokens // phase.length % parts:
+            raise ValueError(
+                f"{settings.batch_tokens // phase.length} rows of {phase.length} tokens cannot "
+                f"be shared by {world()[1]} process(es) x {settings.grad_accumulation} "
+                "micro-batches: change batch_tokens, grad_accumulation or the processes"
+            )
     states = artifacts.stage_dir(config.name, "training_state")
     state_file = states / f"{stage}-{digest}.safetensors"
+    dtype = agreed_dtype(config.run.dtype, state_file)
+    trainer = Trainer(model, settings, sampler.total_steps, dtype)
     metrics = load_training_state(state_file, trainer) if state_file.exists() else []
     train(trainer, sampler, metrics, state_file, corpus, tokenizer, stop_after)
     if trainer.step_count < sampler.total_steps:
         return state_file
     if is_first():
         with artifacts.write_stage(
-            config.name, stage, {**inputs, "digest": digest}
+            config.name, stage, {**inputs, "dtype": str(dtype), "digest": digest}
         ) as new:
             stop = tokenizer.endoftext_id
             generation = {"eos_token_id": stop, "pad_token_id": stop}

@@ -147,6 +147,15 @@ def test_linear_cross_entropy_equals_the_plain_one(weighted, tokens):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+def test_linear_cross_entropy_of_a_hopeless_target():
+    """A target whose probability is 0 in float32 still has a finite loss, and the right one."""
+    hidden, head = 40 * torch.randn(20, 24), 4 * torch.randn(50, 24)
+    targets = (hidden @ head.T).argmin(-1)
+    plain = cross_entropy(hidden, head, targets)
+    assert plain > 500
+    torch.testing.assert_close(linear_cross_entropy(hidden, head, targets), plain, rtol=1e-5, atol=1e-3)
+
+
 def test_loss_and_gradients_equal_transformers():
     transformers = pytest.importorskip("transformers")
     config = ModelConfig(97, 32, 48, 2, 4, 2, 8, 64, 10_000.0, 1e-6, True)
@@ -431,6 +440,22 @@ def test_domains_that_could_not_be_fetched_leave_the_mixture(prepared):
     )
     with pytest.raises(ValueError, match="names the domain 'wiki_en'"):
         MixtureSampler(corpus, pretraining.available_phases(phases, corpus), 512)
+
+
+def test_a_run_keeps_the_precision_it_began_with(prepared, monkeypatch):
+    config, _, _, _ = prepared
+    state = pretrain(config, stage="precision", stop_after=3)
+    monkeypatch.setattr(pretraining.hardware, "pick_dtype", lambda _: torch.bfloat16)
+    assert pretraining.agreed_dtype("auto", state) == torch.float32
+    folder = pretrain(config, stage="precision")
+    assert json.loads((folder / "manifest.json").read_text())["inputs"]["dtype"] == "torch.float32"
+
+
+def test_rows_that_cannot_be_shared_are_refused(prepared, monkeypatch):
+    config, _, _, _ = prepared
+    monkeypatch.setattr(pretraining, "world", lambda: (0, 3))
+    with pytest.raises(ValueError, match=r"16 rows of 32 tokens cannot be shared by 3 process\(es\) x 1"):
+        pretrain(config, stage="rows")
 
 
 def test_other_settings_do_not_resume_each_other(prepared):

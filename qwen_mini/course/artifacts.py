@@ -14,6 +14,9 @@ from .errors import CourseError
 from .paths import home, runs, shown
 
 
+MAKERS = {"tokenizer": "corpus"}  # stages that are not made by the notebook of their own name
+
+
 class ArtifactError(CourseError):
     """A result that could not be written."""
 
@@ -24,9 +27,7 @@ class MissingStage(CourseError):
 
 def stage_dir(scale_name: str, stage: str) -> Path:
     """Where the stage of a scale lives: `runs/<scale>/<stage>`, whether it exists or not."""
-    path = runs() / scale_name / stage
-    _recover(path)
-    return path
+    return runs() / scale_name / stage
 
 
 def shipped_dir(stage: str) -> Path:
@@ -36,18 +37,18 @@ def shipped_dir(stage: str) -> Path:
 
 def has(scale_name: str, stage: str) -> bool:
     """Whether `find` would find the stage."""
-    return _complete(stage_dir(scale_name, stage)) or shipped_dir(stage).is_dir()
+    return _whole(stage_dir(scale_name, stage)) is not None or shipped_dir(stage).is_dir()
 
 
 def find(scale_name: str, stage: str) -> Path:
     """The stage's folder: from this scale's runs, else the shipped one, else `MissingStage`."""
     path = stage_dir(scale_name, stage)
-    if _complete(path):
-        return path
+    if whole := _whole(path):
+        return whole
     if shipped_dir(stage).is_dir():
         print(f"using the shipped checkpoint {shown(shipped_dir(stage))}: {shown(path)} has not been made yet")
         return shipped_dir(stage)
-    command = f"qwen-mini run {stage} --scale {scale_name}"
+    command = f"qwen-mini run {MAKERS.get(stage, stage)} --scale {scale_name}"
     raise MissingStage(f"the stage {stage!r} of scale {scale_name!r} is missing: make it with `{command}`")
 
 
@@ -61,6 +62,7 @@ def write_stage(scale_name: str, stage: str, inputs: dict | None = None) -> Iter
     path = stage_dir(scale_name, stage)
     with _readable_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _recover(path)
         _sweep(path)
         folder = Path(tempfile.mkdtemp(prefix=f".{stage}.partial-{os.getpid()}-", dir=path.parent))
         try:
@@ -95,6 +97,11 @@ def write_file(path: str | os.PathLike, content: bytes | str) -> Path:
 
 def _complete(path: Path) -> bool:
     return (path / "manifest.json").is_file()
+
+
+def _whole(path: Path) -> Path | None:
+    """The stage, or the version that it was replacing when a crash or another process cut in between; else None."""
+    return next((folder for folder in (path, _old(path)) if _complete(folder)), None)
 
 
 def _old(path: Path) -> Path:

@@ -77,7 +77,7 @@ def talk(scale: str, stage: str | None, seed: int, temperature: float, max_token
     while text := _ask():
         try:
             said = talker.answer(text)
-        except CourseError as error:
+        except (CourseError, ValueError) as error:
             print(f"({error})")
             continue
         print(said if talker.instructed else text + said)

@@ -1,7 +1,14 @@
 """What this machine is good at."""
 
 import functools
+import os
 import time
+
+
+def threads(config) -> int:
+    """Threads to compute with: OMP_NUM_THREADS if it is set to a number, else the scale's, else all cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) > 0 else config.run.threads or os.cpu_count() or 1
 
 
 def device() -> str:

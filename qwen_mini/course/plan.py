@@ -3,6 +3,7 @@
 from .scales import ScaleConfig
 
 GIB = 2**30
+STATE_BYTES = 20  # bfloat16 weight and gradient; float32 master, gradient and two moments
 ACCELERATOR_FLOPS = 0.4 * 312e12  # 40 % of an A100's bfloat16 peak
 
 
@@ -31,13 +32,13 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
     training, phases = config.pretraining, config.pretraining.phases
     tokens = sum(phase.tokens for phase in phases)
     flops = sum(phase.tokens * flops_per_token(shape, phase.length, training=True) for phase in phases)
-    state = 16 * parameters / gpus
+    state = STATE_BYTES * parameters  # on every device: nothing is sharded before chapter 19
     micro = training.batch_tokens // (training.grad_accumulation * gpus)
     activations = micro * activation_bytes_per_token(config.model)
     return [
         ("parameters", f"{parameters:,} ({count_parameters(shape, embedding=False):,} without embeddings)"),
         ("tokens", f"{tokens:,} in {tokens // training.batch_tokens:,} steps, {tokens / parameters:.1f} per parameter"),
-        ("weights, gradients, optimizer", f"{state / GIB:.2f} GiB a device (16 bytes a parameter, {gpus} device(s))"),
+        ("weights, gradients, optimizer", f"{state / GIB:.2f} GiB a device ({STATE_BYTES} bytes a parameter, on every device)"),
         ("activations", f"{activations / GIB:.2f} GiB a device ({micro:,} tokens at once, rule of thumb)"),
         ("memory", _verdict((state + activations) / GIB, config.run.memory_gib)),
         ("KV cache", f"{kv_cache_bytes_per_token(shape):,} bytes a token in bfloat16"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from .. import __version__
+from . import hardware
 from .artifacts import write_file
 from .claims import forget, read_claims
 from .errors import CourseError
@@ -161,7 +162,7 @@ def _cell_report(cell: str, error: str, cell_lines: int = 12, error_lines: int =
 @contextlib.contextmanager
 def _environment(config: ScaleConfig):
     """What the kernel inherits: the scale's threads, this package, and no randomness from hashing."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(config.run.threads or os.cpu_count() or 1)
+    threads = str(hardware.threads(config))
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     settings = {
         "OMP_NUM_THREADS": threads,
@@ -301,13 +302,16 @@ class State:
 
 
 def fingerprint_of(nb: Notebook, scale: str, seed: int) -> str:
-    """Hash of what decides what a notebook does: its code, the modules up to its chapter, scale, seed and version."""
+    """Hash of what decides what a notebook does: its code, modules up to its chapter, course, sources, scale, seed."""
     digest = hashlib.sha256()
     parts = [nb.code_hash, __version__, str(seed), scale_file(scale).read_text(encoding="utf-8")]
     for chapter in notebooks(home()):
         module = PACKAGE / f"{chapter.module}.py"
         if chapter.number <= nb.number and module.exists():
             parts.append(module.read_text(encoding="utf-8"))
+    parts += [path.read_text(encoding="utf-8") for path in sorted((PACKAGE / "course").glob("*.py"))]
+    sources = home() / "data" / "sources.toml"
+    parts += [sources.read_text(encoding="utf-8")] if sources.exists() else []
     for part in parts:
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]

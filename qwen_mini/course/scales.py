@@ -158,6 +158,7 @@ class Pretraining:
         _positive(self, "grad_accumulation", "eval_every", "eval_tokens", "checkpoint_every")
         _not_negative(self, "warmup_steps", "weight_decay")
         _share(self, "min_lr_ratio", "decay_fraction")
+        _require(self.schedule != "wsd" or self.decay_fraction > 0, "decay_fraction", "must be above 0 for wsd")
         for key in ("beta1", "beta2"):
             _require(0 <= getattr(self, key) < 1, key, f"must be at least 0 and below 1, got {getattr(self, key)}")
         _require(len(self.phases) > 0, "phases", "must hold at least one phase")

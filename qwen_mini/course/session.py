@@ -1,11 +1,10 @@
 """The first line of every notebook: `config = course.start("03_attention", scale=scale, seed=seed)`."""
 
 import importlib
-import os
 import random
 from types import ModuleType
 
-from . import claims, figures
+from . import claims, figures, hardware
 from .scales import ScaleConfig, load_scale
 
 
@@ -18,7 +17,7 @@ def start(notebook: str, scale: str = "laptop", seed: int = 0) -> ScaleConfig:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or config.run.threads or os.cpu_count() or 1))
+    torch.set_num_threads(hardware.threads(config))
     figures.apply_style()
     claims.open_notebook(notebook, config.name, seed)
     print(f"scale {config.name} · seed {seed}")

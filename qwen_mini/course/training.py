@@ -19,13 +19,14 @@ def train(config: ScaleConfig, seed: int = 0) -> int:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     first = int(os.environ.get("RANK", "0")) == 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, (config.run.threads or os.cpu_count() or 1) // here))
+    torch.set_num_threads(max(1, hardware.threads(config) // here))
     if processes > 1:
         gpu = hardware.device() == "cuda"
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # the others wait for as long as the first process needs to prepare the corpus
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(days=1))
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"  # losses and weights are summed on the CPU
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     try:
         if first:
             prepare_corpus(config, seed)
