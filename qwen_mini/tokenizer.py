@@ -254,7 +254,8 @@ def _checked_roles(messages: Sequence[Mapping]) -> list[str]:
     for i, message in enumerate(messages):
         if message.get("role") not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"message {i} has role {message.get('role')!r}: use system, user, assistant or tool")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+        calls = message["role"] == "assistant" and message.get("tool_calls")
+        if not isinstance(message.get("content"), str) and not calls:
             raise ValueError(f"message {i} ({message['role']}) has no content: it must be a str")
     return [message["role"] for message in messages]
 
