@@ -191,7 +191,7 @@ def causal_attention(q, k, v, position_ids=None, document_ids=None, cache=None, 
     if length == 1:
         return decode_attention(q, k, v, document_ids, key_documents)
     if document_ids is None and start == 0:
-        if q.device.type == "cpu" and torch.is_grad_enabled() and length <= 512:
+        if q.device.type == "cpu" and length <= 512:
             return TiledAttention.apply(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     mask = visible(length, k.shape[2], document_ids, key_documents, q.device)

@@ -153,13 +153,22 @@ def _alive(pid: int) -> bool:
 def _write_manifest(folder: Path, facts: dict) -> None:
     path = folder / "manifest.json"
     own = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    files = {
-        file.relative_to(folder).as_posix(): file.stat().st_size
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file != path
-    }
-    manifest = {**facts, "version": __version__, "files": files, **own}
+    manifest = {**facts, "version": __version__, "files": _sizes(folder), **own}
     path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def count_files(folder: Path) -> None:
+    """Bring the list of files in a copied stage's manifest up to date."""
+    path = folder / "manifest.json"
+    if path.exists():
+        manifest = json.loads(path.read_text(encoding="utf-8")) | {"files": _sizes(folder)}
+        write_file(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file of a folder but its manifest."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != "manifest.json"]
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
 
 
 def _fsync(path: Path) -> None:

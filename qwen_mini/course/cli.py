@@ -117,6 +117,7 @@ def export(options) -> int:
         from qwen_mini.model import Qwen
 
         Qwen.from_pretrained(found).save_pretrained(options.folder, torch.bfloat16)
+    artifacts.count_files(options.folder)
     print(f"copied {options.stage} to {options.folder}")
     return 0
 
