@@ -925,7 +925,9 @@ def pretrain(
     ]
     folder = artifacts.stage_dir(config.name, stage)
     if _made_from(folder) == digest:
-        print("already trained with these settings, data and seed")
+        print("already trained with these settings, data and seed; the last step:")
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        print(describe(last, last["step"]))
         return folder
 
     torch.manual_seed(seed)
