@@ -153,7 +153,10 @@ def test_a_new_upstream_stage_makes_readers_stale(tmp_path, runs_folder):
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, runs_folder):
     books = [write(tmp_path, "01_fast"), write(tmp_path, "02_slow", "import time\ntime.sleep(600)")]
     command = [sys.executable, "-u", "-m", "qwen_mini.course", "run", *(str(nb.path) for nb in books)]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background would inherit deaf ears
+    running = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
+    )
     assert "01_fast" in running.stdout.readline()
     time.sleep(2)
     running.send_signal(signal.SIGINT)
