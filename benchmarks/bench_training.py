@@ -2,6 +2,7 @@
 batch, one process, in turns.
 """
 
+import dataclasses
 import json
 import statistics
 import time
@@ -22,12 +23,11 @@ ROWS, LENGTH, ROUNDS = 16, 256, 9
 
 def ours(config: ModelConfig):
     """The course's step with AdamW, in the faster precision of this machine."""
-    settings = load_scale("gpu").pretraining
+    settings = dataclasses.replace(load_scale("gpu").pretraining, grad_accumulation=1)
     trainer = Trainer(Qwen(config), settings, 1_000, hardware.pick_dtype())
     weights = torch.ones(ROWS, LENGTH)
 
     def step(ids):
-        trainer.settings = trainer.settings.__class__(**{**vars(settings), "grad_accumulation": 1})
         return trainer.step(Batch(ids[:, :-1], ids[:, 1:], weights, None, []))["loss"]
 
     return step

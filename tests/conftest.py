@@ -22,3 +22,12 @@ def runs_folder(tmp_path, monkeypatch):
     folder = tmp_path / "runs"
     monkeypatch.setenv("QWEN_MINI_RUNS", str(folder))
     return folder
+
+
+@pytest.fixture
+def qwen2():
+    """The reference implementation of the layers; skips the test where transformers is not installed."""
+    pytest.importorskip("transformers")
+    from transformers.models.qwen2 import modeling_qwen2
+
+    return modeling_qwen2

@@ -25,14 +25,6 @@ ATTENTION = functools.partial(causal_attention, frequencies=rope_frequencies(HEA
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@pytest.fixture
-def qwen2():
-    pytest.importorskip("transformers")
-    from transformers.models.qwen2 import modeling_qwen2
-
-    return modeling_qwen2
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

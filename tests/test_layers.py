@@ -26,14 +26,6 @@ EPS = 1e-6
 POSITION = st.integers(0, 2_000)
 
 
-@pytest.fixture
-def qwen2():
-    pytest.importorskip("transformers")
-    from transformers.models.qwen2 import modeling_qwen2
-
-    return modeling_qwen2
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

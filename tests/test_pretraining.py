@@ -364,14 +364,12 @@ def test_a_foreign_or_truncated_training_state_is_refused(prepared, tmp_path):
 
 
 # ---------------------------------------------------------------- the stage
-def run_pretrain(scale: str, runs: Path, stage: str, **options) -> subprocess.Popen:
+def run_pretrain(scale: str, runs: Path, stage: str) -> subprocess.Popen:
     code = (
         f"from qwen_mini import course; from qwen_mini.pretraining import pretrain; import torch; "
         f"torch.set_num_threads(1); pretrain(course.load_scale({scale!r}), stage={stage!r})"
     )
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | {"QWEN_MINI_RUNS": str(runs)}, **options
-    )
+    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"QWEN_MINI_RUNS": str(runs)})
 
 
 def losses_of(folder: Path) -> list[tuple]:
