@@ -184,7 +184,8 @@ def causal_attention(q, k, v, position_ids=None, document_ids=None, cache=None, 
     q, k = apply_rope(q, position_ids, frequencies), apply_rope(k, position_ids, frequencies)
     key_documents = document_ids
     if cache is not None:
-        k, v = cache.update(k, v)
+        cached = cache.update(k, v)
+        k, v = cached if start else (k, v)     # a first pass reads its own keys, which lie row by row
         if cache.parent.document_ids is not None:
             key_documents = cache.parent.document_ids[:, :k.shape[2]]
             document_ids = key_documents[:, start:]

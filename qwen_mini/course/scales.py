@@ -169,6 +169,77 @@ class Pretraining:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One stage of context extension: `tokens` at base `rope_theta`, `shares[i]` of them in windows of `lengths[i]`."""
+
+    tokens: int
+    rope_theta: float
+    lengths: tuple[int, ...]
+    shares: tuple[float, ...]
+
+    def __post_init__(self):
+        _positive(self, "tokens", "rope_theta")
+        _require(len(self.lengths) > 0 and min(self.lengths) > 0, "lengths", "must name window lengths above 0")
+        _require(len(self.shares) == len(self.lengths), "shares", "must hold one share for every length")
+        _require(all(share > 0 for share in self.shares), "shares", "must hold shares above 0 only")
+        _require(abs(sum(self.shares) - 1) < 1e-6, "shares", f"must sum to 1, got {sum(self.shares):g}")
+
+
+@dataclass(frozen=True)
+class LongContext:
+    """Context extension by training, of the scale's own model or (`start`) of the one that ships with the course."""
+
+    start: typing.Literal["own", "shipped"]
+    batch_tokens: int
+    learning_rate: float
+    matrix_learning_rate: float
+    warmup_steps: int
+    needle_share: float
+    needle_rows: int
+    tries: int
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self):
+        _positive(self, "batch_tokens", "learning_rate", "matrix_learning_rate", "needle_rows", "tries")
+        _not_negative(self, "warmup_steps")
+        _require(0 < self.needle_share < 1, "needle_share", "must lie strictly between 0 and 1")
+        _require(len(self.stages) > 0, "stages", "must hold at least one stage")
+        for stage in self.stages:
+            fits = all(self.batch_tokens % length == 0 for length in stage.lengths)
+            _require(fits, "batch_tokens", "must be a multiple of every window length")
+
+    @property
+    def trained_length(self) -> int:
+        """The longest window, and so the context that the extended model has seen."""
+        return max(max(stage.lengths) for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class DualChunk:
+    """How far chapter 11 measures: multiples of the trained length, and prompts per task and length."""
+
+    factors: tuple[int, ...]
+    tries: int
+
+    def __post_init__(self):
+        _positive(self, "tries")
+        _require(len(self.factors) > 0 and min(self.factors) > 0, "factors", "must name multiples above 0")
+
+
+@dataclass(frozen=True)
+class SparsePrefill:
+    """How far chapter 12 measures: prompt lengths in tokens, tokens per prefill chunk, and prompts at the longest."""
+
+    lengths: tuple[int, ...]
+    chunk_tokens: int
+    tries: int
+
+    def __post_init__(self):
+        _positive(self, "chunk_tokens", "tries")
+        _require(len(self.lengths) > 1 and min(self.lengths) > 0, "lengths", "must name two lengths or more")
+
+
+@dataclass(frozen=True)
 class ScaleConfig:
     """One scale, whole: `config.model.hidden_size`, `config.pretraining.phases[0].tokens`, …"""
 
@@ -178,6 +249,9 @@ class ScaleConfig:
     model: Model
     corpus: Corpus
     pretraining: Pretraining
+    long_context: LongContext
+    dual_chunk: DualChunk
+    sparse_prefill: SparsePrefill
 
     def __post_init__(self):
         _require(
