@@ -1,0 +1,267 @@
+"""Needle tasks, the length mixture, and the stage that extends a context: exact resume, exact base, honest scores."""
+
+import dataclasses
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_mini import course
+from qwen_mini.attention import causal_attention
+from qwen_mini.corpus import needle_pieces, prepare_corpus
+from qwen_mini.course import artifacts
+from qwen_mini.course.scales import Stage
+from qwen_mini.layers import rope_frequencies
+from qwen_mini.long_context import (
+    RULER,
+    Example,
+    StageSampler,
+    add_needles,
+    evaluate_task,
+    extend_context,
+    extended_checkpoint,
+    interleave,
+    long_documents,
+    long_rows,
+    needle_batch,
+    open_long_corpus,
+    position_losses,
+    score,
+    set_base,
+    starting_point,
+    wilson_interval,
+    with_needles,
+)
+from qwen_mini.model import Qwen, read_config
+from qwen_mini.tokenizer import Tokenizer
+
+SHIPPED = artifacts.shipped_dir("pretraining")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The quick scale with two tiny stages, its corpus made in a folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWEN_MINI_RUNS", str(tmp_path_factory.mktemp("runs")))
+        config = course.load_scale("quick")
+        corpus = dataclasses.replace(config.corpus, sources=("python",), max_bytes_per_source=300_000,
+                                     task_documents=300, chat_documents=60, needle_rows=64)  # fmt: skip
+        phases = tuple(
+            dataclasses.replace(p, mixture={"python": 0.7, "tasks": 0.2, "chat": 0.1}) for p in config.pretraining.phases
+        )
+        pretraining = dataclasses.replace(config.pretraining, phases=phases, eval_every=100, eval_tokens=512,
+                                          checkpoint_every=100)  # fmt: skip
+        settings = dataclasses.replace(
+            config.long_context, batch_tokens=1_024, needle_rows=40, warmup_steps=1,
+            stages=(Stage(3_072, 5_000.0, (256, 128), (0.4, 0.6)), Stage(3_072, 20_000.0, (512, 128), (0.4, 0.6))),
+        )  # fmt: skip
+        config = dataclasses.replace(config, corpus=corpus, pretraining=pretraining, long_context=settings,
+                                     run=dataclasses.replace(config.run, dtype="float32"))  # fmt: skip
+        prepare_corpus(config, 0)
+        yield config
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_pretrained(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def hay(tokenizer):
+    text = "The river is long and the house stands by the road. A stone fell into the water near the old bridge. "
+    return np.array(tokenizer.encode(text * 200), dtype=np.uint16)
+
+
+@pytest.mark.parametrize("name", RULER)
+@pytest.mark.parametrize("length", [96, 257, 1_024])
+def test_every_task_fills_its_length_and_its_answer_is_right(name, length, hay, tokenizer):
+    pieces = needle_pieces(tokenizer)
+    for seed in range(20):
+        example = RULER[name](length, hay, pieces, random.Random(seed))
+        assert len(example.prompt) + len(example.answer) == length
+        assert score(example.answer, example.references) == 1
+        assert score([], example.references) == 0
+        assert max(example.prompt + example.answer) < tokenizer.vocab_size
+        garbage = random.Random(seed).choices(hay.tolist(), k=len(example.answer))
+        assert score(garbage, example.references) < 1
+
+
+@pytest.mark.parametrize("name", ["passkey", "single", "multi_key", "only_needles", "multi_value", "multi_query"])
+def test_what_is_asked_for_stands_in_the_prompt(name, hay, tokenizer):
+    example = RULER[name](512, hay, needle_pieces(tokenizer), random.Random(4))
+    text = tokenizer.decode(example.prompt)
+    assert all(tokenizer.decode(list(r)) in text for r in example.references)
+
+
+def test_variable_tracking_can_be_followed_by_hand(hay, tokenizer):
+    pieces = needle_pieces(tokenizer)
+    example = RULER["variable_tracking"](300, hay, pieces, random.Random(2))
+    equals, ids = pieces.equals[0], example.prompt
+    asked, chain = ids[-2], []
+    while asked not in pieces.digits:
+        place = next(i for i in range(len(ids) - 3) if ids[i] == asked and ids[i + 1] == equals)
+        asked = ids[place + 2]
+        chain.append(asked)
+    assert [(name,) for name in chain[:-1]] == [tuple(r) for r in example.references[:-1]] and len(chain) == 5
+
+
+def test_tasks_that_do_not_fit_are_an_error(hay, tokenizer):
+    with pytest.raises(course.CourseError, match="do not fit"):
+        RULER["multi_query"](40, hay, needle_pieces(tokenizer), random.Random(0))
+
+
+def test_score_counts_neighbouring_ids_only():
+    assert score([1, 2, 3, 9, 9], [(1, 2, 3)]) == 1
+    assert score([1, 9, 2, 3], [(1, 2, 3)]) == 0
+    assert score([5, 6, 1], [(5,), (7,), (1,), (6, 1)]) == 0.75
+
+
+def test_wilson_interval_against_known_values():
+    low, high = wilson_interval(0.5, 100)
+    assert abs(low - 0.40383) < 1e-4 and abs(high - 0.59617) < 1e-4
+    assert wilson_interval(1.0, 20)[1] == 1 and abs(wilson_interval(1.0, 20)[0] - 0.83887) < 1e-4
+    assert wilson_interval(0.0, 20)[0] == 0
+
+
+def test_evaluate_task_is_exact_on_a_model_that_knows_and_one_that_does_not(hay, tokenizer):
+    """The shipped model finds a pass key at its trained length; untrained weights do not."""
+    model = Qwen.from_pretrained(SHIPPED).eval().requires_grad_(False)
+    pieces = needle_pieces(tokenizer)
+    assert evaluate_task(model, RULER["passkey"], 128, 8, hay, pieces) >= 0.75
+    torch.manual_seed(0)
+    assert evaluate_task(Qwen(model.config).eval(), RULER["passkey"], 128, 4, hay, pieces) == 0
+
+
+def test_evaluation_asks_every_model_the_same(hay, tokenizer):
+    seen = []
+
+    def spy(length, filler, pieces, rng):
+        seen.append(RULER["single"](length, filler, pieces, rng))
+        return Example(seen[-1].prompt, seen[-1].answer, seen[-1].references)
+
+    model = Qwen.from_pretrained(SHIPPED).eval().requires_grad_(False)
+    for _ in range(2):
+        evaluate_task(model, spy, 96, 3, hay, needle_pieces(tokenizer))
+    assert [e.prompt for e in seen[:3]] == [e.prompt for e in seen[3:]]
+
+
+@pytest.mark.parametrize("steps", [1, 7, 100])
+def test_lengths_keep_their_shares_at_all_times(steps):
+    shares = {1_024: 0.4, 512: 0.2, 256: 0.3, 128: 0.1}
+    order = interleave(shares, steps)
+    for end in range(1, steps + 1):
+        assert all(abs(order[:end].count(n) - share * end) < 1.5 for n, share in shares.items())
+
+
+def test_needle_rows_mark_answers_and_repeat_with_their_seed(hay, tokenizer):
+    ids, weights = needle_batch(60, 256, hay, needle_pieces(tokenizer), "x")
+    again, _ = needle_batch(60, 256, hay, needle_pieces(tokenizer), "x")
+    other, _ = needle_batch(60, 256, hay, needle_pieces(tokenizer), "y")
+    assert ids.shape == weights.shape == (60, 257)
+    assert (ids == again).all() and (ids != other).any()
+    assert ((weights == 50).sum(1) >= 1).all()
+
+
+def test_needles_replace_needles_and_shares_sum_to_one():
+    mixture = with_needles({"a": 0.5, "b": 0.3, "needles_64": 0.2}, "needles_512", 0.25)
+    assert mixture.keys() == {"a", "b", "needles_512"} and math.isclose(sum(mixture.values()), 1)
+    assert math.isclose(mixture["a"] / mixture["b"], 0.5 / 0.3)
+
+
+def test_the_sampler_knows_its_base_and_its_lengths(small):
+    corpus, _ = open_long_corpus(small, starting_point(small))
+    add_needles(corpus, [128, 256, 512], 40, 0)
+    sampler = StageSampler(corpus, small.long_context, small.pretraining.phases[-1].mixture, 0)
+    assert sampler.total_steps == 6
+    assert [sampler.base(i) for i in range(7)] == [5_000.0] * 3 + [20_000.0] * 4
+    lengths = [sampler.batch(i).input_ids.shape[1] for i in range(6)]
+    assert set(lengths[:3]) == {256, 128} and set(lengths[3:]) == {512, 128}
+    assert all(sampler.batch(i).input_ids.numel() == 1_024 for i in range(6))
+    whole = sampler.batch(4).input_ids
+    halves = [sampler.batch(4, rank, 2).input_ids for rank in range(2)]
+    assert sum(len(h) for h in halves) == len(whole) and torch.equal(whole[::2], halves[0])
+
+
+def test_text_in_other_ids_is_the_same_text(small):
+    """The corpus has the ids of its own tokenizer; what the extension trains on has those of the checkpoint."""
+    corpus, tokenizer = open_long_corpus(small, starting_point(small))
+    own = Tokenizer.from_pretrained(artifacts.find("quick", "tokenizer"))
+    before = own.decode(corpus.corpus.tokens("python")[:500].tolist())
+    after = tokenizer.decode(corpus.tokens("python")[:800].tolist())
+    common = min(len(before), len(after), 400)
+    assert before[:common] == after[:common]
+    chat = corpus.tokens("chat")
+    assert tokenizer.control_tokens["<|im_start|>"] in chat and tokenizer.control_tokens["<|im_end|>"] in chat
+
+
+def test_extension_writes_a_checkpoint_with_the_new_base_and_context(small):
+    folder = extend_context(small, 0, "extended")
+    config = read_config(folder)
+    assert config.rope_theta == 20_000.0 and config.max_position_embeddings == 512
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(900, (2, 400), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(Qwen.from_pretrained(folder).eval()(ids), theirs(ids).logits, rtol=1e-4, atol=2e-4)
+
+
+def test_an_interrupted_extension_reaches_the_same_numbers(small, capsys):
+    whole = extend_context(small, 0, "whole")
+    for stop in (2, 4):
+        state = extend_context(small, 0, "cut", stop_after=stop)
+        assert state.suffix == ".safetensors" and state.exists()
+    cut = extend_context(small, 0, "cut")
+    assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
+    losses = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").open()] for f in (whole, cut)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    assert not state.exists()
+    capsys.readouterr()
+    extend_context(small, 0, "cut")
+    assert "already extended" in capsys.readouterr().out
+
+
+def test_set_base_changes_attention_and_config_alone():
+    model = Qwen.from_pretrained(SHIPPED).eval()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    set_base(model, 50_000, 777)
+    assert model.config.rope_theta == 50_000 and model.config.max_position_embeddings == 777
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    q, k, v = (torch.randn(1, n, 9, 32) for n in (4, 2, 2))
+    want = causal_attention(q, k, v, frequencies=rope_frequencies(32, 50_000))
+    torch.testing.assert_close(model.attention(q, k, v), want)
+
+
+def test_long_documents_are_long_and_beyond_what_the_corpus_reads(tokenizer):
+    documents = long_documents(5_000, limit=3)
+    assert len(documents) == 3 and all(len(text) == 5_000 for text in documents)
+    rows = long_rows(tokenizer, 1_000, limit=2)
+    assert rows.shape == (2, 1_001)
+    with pytest.raises(course.CourseError, match="no file of the standard library"):
+        long_documents(50_000_000)
+
+
+def test_position_losses_are_the_model_s(tokenizer):
+    model = Qwen.from_pretrained(SHIPPED).eval()
+    rows = long_rows(tokenizer, 200, limit=2)
+    with torch.no_grad():
+        want = torch.nn.functional.cross_entropy(
+            model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten(), reduction="none"
+        ).view(2, 200)
+    torch.testing.assert_close(position_losses(model, rows), want, rtol=1e-4, atol=1e-4)
+
+
+def test_where_the_chapters_begin():
+    quick, laptop = course.load_scale("quick"), course.load_scale("laptop")
+    assert starting_point(quick) == SHIPPED
+    assert extended_checkpoint(quick) == artifacts.shipped_dir("long_context")
+    assert laptop.long_context.start == "own"
+
+
+def test_the_shipped_long_checkpoint_finds_a_key_at_four_times_the_old_context(hay, tokenizer):
+    folder = artifacts.shipped_dir("long_context")
+    model = Qwen.from_pretrained(folder, torch.bfloat16).eval().requires_grad_(False)
+    assert model.config.max_position_embeddings == 1_024
+    assert evaluate_task(model, RULER["passkey"], 1_024, 6, hay, needle_pieces(tokenizer)) >= 0.8
