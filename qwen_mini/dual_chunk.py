@@ -20,24 +20,44 @@ def ntk_frequencies(head_dim: int, base: float, factor: float) -> torch.Tensor:
     return rope_frequencies(head_dim, base * factor ** (head_dim / (head_dim - 2)))
 
 
-def yarn_range(head_dim: int, base: float, original_length: int, beta_fast: float = 32.0,
-               beta_slow: float = 1.0) -> tuple[int, int]:
+def yarn_range(
+    head_dim: int,
+    base: float,
+    original_length: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+) -> tuple[int, int]:
     """(low, high): pairs up to `low` stay as they are, pairs from `high` on are interpolated."""
+
     def pair_of(turns):
-        return head_dim * math.log(original_length / (2 * math.pi * turns)) / (2 * math.log(base))
+        return (
+            head_dim
+            * math.log(original_length / (2 * math.pi * turns))
+            / (2 * math.log(base))
+        )
 
-    return max(math.floor(pair_of(beta_fast)), 0), min(math.ceil(pair_of(beta_slow)), head_dim - 1)
+    return max(math.floor(pair_of(beta_fast)), 0), min(
+        math.ceil(pair_of(beta_slow)), head_dim - 1
+    )
 
 
-def yarn_frequencies(head_dim: int, base: float, factor: float, original_length: int,
-                     beta_fast: float = 32.0, beta_slow: float = 1.0) -> torch.Tensor:
+def yarn_frequencies(
+    head_dim: int,
+    base: float,
+    factor: float,
+    original_length: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+) -> torch.Tensor:
     """Angular speeds under YaRN, (head_dim / 2,), for `factor` times the trained `original_length`.
 
     The ramp is linear in the index of the pair, as in every implementation (the paper's is linear in the number of
     turns). Source: arXiv 2309.00071 §3.2.
     """
     if factor < 1:
-        raise ValueError(f"factor must be at least 1 (the trained length itself), got {factor}")
+        raise ValueError(
+            f"factor must be at least 1 (the trained length itself), got {factor}"
+        )
     low, high = yarn_range(head_dim, base, original_length, beta_fast, beta_slow)
     pairs = torch.arange(head_dim // 2, dtype=torch.float32)
     ramp = ((pairs - low) / (high - low if high > low else 1e-3)).clamp(0, 1)
@@ -50,22 +70,51 @@ def yarn_temperature(factor: float) -> float:
     return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
 
 
-def yarn_attention(q, k, v, position_ids=None, document_ids=None, cache=None, *, frequencies, temperature=1.0):
+def yarn_attention(
+    q,
+    k,
+    v,
+    position_ids=None,
+    document_ids=None,
+    cache=None,
+    *,
+    frequencies,
+    temperature=1.0,
+):
     """`causal_attention` at YaRN's frequencies, its logits multiplied by `temperature`²; same arguments and shapes."""
-    return causal_attention(q * temperature**2, k, v, position_ids, document_ids, cache, frequencies=frequencies)
+    return causal_attention(
+        q * temperature**2,
+        k,
+        v,
+        position_ids,
+        document_ids,
+        cache,
+        frequencies=frequencies,
+    )
 
 # %% ../notebooks/11_yarn_and_dual_chunk.ipynb #ad390770
-def query_positions(positions: torch.Tensor, stride: int, chunk_size: int) -> tuple[torch.Tensor, ...]:
+def query_positions(
+    positions: torch.Tensor, stride: int, chunk_size: int
+) -> tuple[torch.Tensor, ...]:
     """The query's RoPE position towards keys of its own chunk, of the chunk before, and of all others."""
     inside = positions % stride
-    return inside, (inside + stride).clamp(max=chunk_size), torch.full_like(inside, min(2 * stride - 1, chunk_size))
+    return (
+        inside,
+        (inside + stride).clamp(max=chunk_size),
+        torch.full_like(inside, min(2 * stride - 1, chunk_size)),
+    )
 
 
 def dual_chunk_positions(length: int, stride: int, chunk_size: int) -> torch.Tensor:
     """Relative position of every query (row) and key (column), (length, length); −1 where a query may not look."""
     positions = torch.arange(length)
-    behind = positions[:, None] // stride - positions // stride  # how many chunks the key lies back
-    intra, succ, inter = (p[:, None] - positions % stride for p in query_positions(positions, stride, chunk_size))
+    behind = (
+        positions[:, None] // stride - positions // stride
+    )  # how many chunks the key lies back
+    intra, succ, inter = (
+        p[:, None] - positions % stride
+        for p in query_positions(positions, stride, chunk_size)
+    )
     matrix = torch.where(behind == 0, intra, torch.where(behind == 1, succ, inter))
     return matrix.masked_fill(positions[:, None] < positions, -1)
 
@@ -76,9 +125,18 @@ def naive_dual_chunk_attention(q, k, v, *, frequencies, stride, chunk_size, scal
     behind = positions[:, None] // stride - positions // stride
     group = q.shape[1] // k.shape[1]
     turn = lambda x, p: rotate(x, *rope_tables(p, frequencies, x.dtype))
-    keys, values = turn(k, positions % stride).repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    intra, succ, inter = (turn(q, p) @ keys.mT for p in query_positions(positions, stride, chunk_size))
-    scores = torch.where(behind == 0, intra, torch.where(behind == 1, succ, inter)) * scale * q.shape[-1] ** -0.5
+    keys, values = (
+        turn(k, positions % stride).repeat_interleave(group, 1),
+        v.repeat_interleave(group, 1),
+    )
+    intra, succ, inter = (
+        turn(q, p) @ keys.mT for p in query_positions(positions, stride, chunk_size)
+    )
+    scores = (
+        torch.where(behind == 0, intra, torch.where(behind == 1, succ, inter))
+        * scale
+        * q.shape[-1] ** -0.5
+    )
     scores = scores.masked_fill(positions[:, None] < positions, -math.inf)
     return torch.softmax(scores, -1) @ values
 
@@ -91,13 +149,19 @@ def attention_and_lse(q, k, v, causal=False):
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     if causal and group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    rows = q if causal else q.unflatten(1, (kv_heads, group)).flatten(2, 3)  # a group's queries are rows of one matrix
+    rows = (
+        q if causal else q.unflatten(1, (kv_heads, group)).flatten(2, 3)
+    )  # a group's queries are rows of one matrix
     if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, k, v, 0.0, causal)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows, k, v, 0.0, causal
+        )
     else:
         scores = (rows @ k.mT).float() * q.shape[-1] ** -0.5
         if causal:
-            scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], device=q.device), -math.inf)
+            scores = scores.masked_fill(
+                ~visible(q.shape[2], k.shape[2], device=q.device), -math.inf
+            )
         lse = scores.logsumexp(-1)
         out = (scores - lse[..., None]).exp().to(v.dtype) @ v
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
@@ -109,7 +173,9 @@ def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     if len(parts) == 1:
         return outs[0]
     weights = torch.softmax(torch.stack(sums), 0).to(outs[0].dtype)
-    return sum(out * weight[..., None] for out, weight in zip(outs, weights, strict=True))
+    return sum(
+        out * weight[..., None] for out, weight in zip(outs, weights, strict=True)
+    )
 
 # %% ../notebooks/11_yarn_and_dual_chunk.ipynb #93effbc9
 def temperature_of(length: int, original_length: int | None) -> float:
@@ -118,7 +184,9 @@ def temperature_of(length: int, original_length: int | None) -> float:
 
 
 @functools.lru_cache(maxsize=16)
-def chunk_tables(frequencies: tuple, chunk_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def chunk_tables(
+    frequencies: tuple, chunk_size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The rope tables of the positions 0 … chunk_size: all that DCA ever needs, (chunk_size + 1, head_dim)."""
     return rope_tables(torch.arange(chunk_size + 1), torch.tensor(frequencies), dtype)
 
@@ -129,24 +197,54 @@ def chunk_runs(first: int, stride: int) -> tuple[int, int]:
     return max(own - stride, 0), own
 
 
-def check_chunks(chunk_size: int, local_size: int, position_ids, document_ids, start: int, length: int) -> None:
+def check_chunks(
+    chunk_size: int,
+    local_size: int,
+    position_ids,
+    document_ids,
+    start: int,
+    length: int,
+) -> None:
     """ValueError in one sentence for chunks that do not fit, or positions that DCA does not make itself."""
     if not 0 <= local_size < chunk_size:
-        raise ValueError(f"local_size must be at least 0 and below chunk_size {chunk_size}, got {local_size}: "
-                         "the stride is what is left")
+        raise ValueError(
+            f"local_size must be at least 0 and below chunk_size {chunk_size}, got {local_size}: "
+            "the stride is what is left"
+        )
     if local_size > chunk_size - local_size:
-        raise ValueError(f"local_size {local_size} is longer than the stride {chunk_size - local_size}: "
-                         "choose at most half of chunk_size")
+        raise ValueError(
+            f"local_size {local_size} is longer than the stride {chunk_size - local_size}: "
+            "choose at most half of chunk_size"
+        )
     counting = position_ids is None or torch.equal(
-        position_ids.cpu().expand(1, length) if position_ids.ndim == 1 else position_ids.cpu(),
-        torch.arange(start, start + length).expand(1 if position_ids.ndim == 1 else len(position_ids), length))
+        position_ids.cpu().expand(1, length)
+        if position_ids.ndim == 1
+        else position_ids.cpu(),
+        torch.arange(start, start + length).expand(
+            1 if position_ids.ndim == 1 else len(position_ids), length
+        ),
+    )
     if document_ids is not None or not counting:
-        raise ValueError("dual chunk attention counts positions itself: it takes prompts of equal length, "
-                         "without padding, packing or position_ids of your own")
+        raise ValueError(
+            "dual chunk attention counts positions itself: it takes prompts of equal length, "
+            "without padding, packing or position_ids of your own"
+        )
 
 
-def dual_chunk_attention(q, k, v, position_ids=None, document_ids=None, cache=None, *, frequencies,
-                         chunk_size, local_size, original_length=None, length=None):
+def dual_chunk_attention(
+    q,
+    k,
+    v,
+    position_ids=None,
+    document_ids=None,
+    cache=None,
+    *,
+    frequencies,
+    chunk_size,
+    local_size,
+    original_length=None,
+    length=None,
+):
     """Attention whose relative positions never exceed `chunk_size`: for inputs longer than training, without training.
 
     q: (batch, heads, new, head_dim); k, v: (batch, kv_heads, new, head_dim), before rotation; cache: a `LayerCache`, in
@@ -159,7 +257,10 @@ def dual_chunk_attention(q, k, v, position_ids=None, document_ids=None, cache=No
     if cache is not None and cache.parent.document_ids is not None:
         document_ids = cache.parent.document_ids
     check_chunks(chunk_size, local_size, position_ids, document_ids, start, q.shape[2])
-    cos, sin = (t.to(q.device) for t in chunk_tables(tuple(frequencies.tolist()), chunk_size, q.dtype))
+    cos, sin = (
+        t.to(q.device)
+        for t in chunk_tables(tuple(frequencies.tolist()), chunk_size, q.dtype)
+    )
     turn = lambda x, p: rotate(x, cos[p], sin[p])
     q = q * temperature_of(length or end, original_length)
     positions = torch.arange(start, end, device=q.device)
@@ -173,13 +274,22 @@ def dual_chunk_attention(q, k, v, position_ids=None, document_ids=None, cache=No
     out = torch.empty_like(q)
     roles = query_positions(positions, stride, chunk_size)
     for first in range(start // stride * stride, end, stride):
-        a, b = max(first, start), min(first + stride, end)  # these queries share a chunk
+        a, b = (
+            max(first, start),
+            min(first + stride, end),
+        )  # these queries share a chunk
         rows = slice(a - start, b - start)
         intra, succ, inter = (turn(q[:, :, rows], p[rows]) for p in roles)
         previous, own = chunk_runs(a, stride)
         runs = [(inter, 0, previous), (succ, previous, own), (intra, own, a)]
-        parts = [attention_and_lse(x, k[:, :, i:j], v[:, :, i:j]) for x, i, j in runs if j > i]
-        out[:, :, rows] = merge([*parts, attention_and_lse(intra, k[:, :, a:b], v[:, :, a:b], causal=True)])
+        parts = [
+            attention_and_lse(x, k[:, :, i:j], v[:, :, i:j])
+            for x, i, j in runs
+            if j > i
+        ]
+        out[:, :, rows] = merge(
+            [*parts, attention_and_lse(intra, k[:, :, a:b], v[:, :, a:b], causal=True)]
+        )
     return out
 
 
@@ -189,10 +299,16 @@ def decode_dual_chunk(q, k, v, turn, stride: int, chunk_size: int) -> torch.Tens
     kv_heads, last = k.shape[1], k.shape[2] - 1
     previous, own = chunk_runs(last, stride)
     roles = query_positions(torch.tensor([last], device=q.device), stride, chunk_size)
-    rows = [turn(q, p).view(batch, kv_heads, -1, head_dim) * head_dim**-0.5 for p in roles]  # (…, group, head_dim)
-    runs = zip(reversed(rows), ((0, previous), (previous, own), (own, last + 1)), strict=True)
+    rows = [
+        turn(q, p).view(batch, kv_heads, -1, head_dim) * head_dim**-0.5 for p in roles
+    ]  # (…, group, head_dim)
+    runs = zip(
+        reversed(rows), ((0, previous), (previous, own), (own, last + 1)), strict=True
+    )
     scores = torch.cat([x @ k[:, :, i:j].mT for x, (i, j) in runs], -1)
-    weights = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    weights = torch.softmax(
+        scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)
+    ).to(q.dtype)
     return (weights @ v).view(q.shape)
 
 # %% ../notebooks/11_yarn_and_dual_chunk.ipynb #804a5dec
@@ -212,7 +328,14 @@ def position_scheme(config, mode: str, length: int, original_length: int | None 
     if mode == "rope":
         return functools.partial(causal_attention, frequencies=plain)
     if mode == "yarn":
-        return functools.partial(yarn_attention, frequencies=stretched, temperature=yarn_temperature(factor))
+        return functools.partial(
+            yarn_attention, frequencies=stretched, temperature=yarn_temperature(factor)
+        )
     return functools.partial(
-        dual_chunk_attention, frequencies=stretched if mode == "dca+yarn" else plain, chunk_size=trained,
-        local_size=trained // 4, original_length=None if mode == "dca" else trained, length=max(length, 1))
+        dual_chunk_attention,
+        frequencies=stretched if mode == "dca+yarn" else plain,
+        chunk_size=trained,
+        local_size=trained // 4,
+        original_length=None if mode == "dca" else trained,
+        length=max(length, 1),
+    )

@@ -26,9 +26,24 @@ import torch.nn.functional as F
 
 from .attention import causal_attention
 from qwen_mini.corpus import (
-    WEIGHT_ANSWER, WEIGHT_FILLER, WEIGHT_TEMPLATE, NeedlePieces, clean, draw_keys, draw_value, filler_slice,
-    hide_needles, needle_pieces, needle_prompt, needle_row, needle_statement, open_corpus, pack, passkey_prompt,
-    recall_row, unpack,
+    WEIGHT_ANSWER,
+    WEIGHT_FILLER,
+    WEIGHT_TEMPLATE,
+    NeedlePieces,
+    clean,
+    draw_keys,
+    draw_value,
+    filler_slice,
+    hide_needles,
+    needle_pieces,
+    needle_prompt,
+    needle_row,
+    needle_statement,
+    open_corpus,
+    pack,
+    passkey_prompt,
+    recall_row,
+    unpack,
 )
 from .course import CourseError, artifacts, hardware
 from .course.scales import Phase
@@ -36,8 +51,16 @@ from .generation import generate
 from .layers import rope_frequencies
 from .model import Qwen, read_config
 from qwen_mini.pretraining import (
-    MixtureSampler, Trainer, agreed_dtype, available_phases, describe, evaluate_bits_per_byte, is_first,
-    load_training_state, master_model, train,
+    MixtureSampler,
+    Trainer,
+    agreed_dtype,
+    available_phases,
+    describe,
+    evaluate_bits_per_byte,
+    is_first,
+    load_training_state,
+    master_model,
+    train,
 )
 from .tokenizer import Tokenizer
 
@@ -56,8 +79,10 @@ def long_documents(characters: int, skip: int = 8_000, limit: int = 8) -> list[s
             if len(text) >= characters:
                 texts.append(text[:characters])
     if not texts:
-        raise CourseError(f"no file of the standard library is longer than {skip + characters} characters: "
-                          "ask for shorter documents, or use a Python that carries its source")
+        raise CourseError(
+            f"no file of the standard library is longer than {skip + characters} characters: "
+            "ask for shorter documents, or use a Python that carries its source"
+        )
     return texts[:limit]
 
 
@@ -67,7 +92,9 @@ def long_rows(tokenizer: Tokenizer, length: int, limit: int = 8) -> torch.Tensor
     encoded = [ids[: length + 1] for ids in tokenizer.encode_batch(documents)]
     rows = [ids for ids in encoded if len(ids) == length + 1]
     if not rows:
-        raise CourseError(f"no unseen document fills {length:,} tokens: ask for a shorter window")
+        raise CourseError(
+            f"no unseen document fills {length:,} tokens: ask for a shorter window"
+        )
     return torch.tensor(rows)
 
 
@@ -77,15 +104,20 @@ def position_losses(model: Qwen, rows: torch.Tensor) -> torch.Tensor:
     losses = []
     for row in rows.split(1):  # one at a time: logits of long rows are large
         hidden = model.hidden_states(row[:, :-1])[0]
-        chunks = [F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
-                  for h, t in zip(hidden.split(1_024), row[0, 1:].split(1_024), strict=True)]
+        chunks = [
+            F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
+            for h, t in zip(hidden.split(1_024), row[0, 1:].split(1_024), strict=True)
+        ]
         losses.append(torch.cat(chunks))
     return torch.stack(losses)
 
 # %% ../notebooks/10_long_context.ipynb #924b8935
 def starting_point(config) -> Path:
     """Folder of the checkpoint to extend: the scale's own pre-training, or the one that ships with the course."""
-    if config.long_context.start == "shipped" and artifacts.shipped_dir("pretraining").is_dir():
+    if (
+        config.long_context.start == "shipped"
+        and artifacts.shipped_dir("pretraining").is_dir()
+    ):
         return artifacts.shipped_dir("pretraining")
     return artifacts.find(config.name, "pretraining")
 
@@ -97,34 +129,59 @@ class LongCorpus:
     `recode_tokens`: at most so many tokens of a domain are encoded anew where the corpus has other ids.
     """
 
-    def __init__(self, corpus, tokenizer: Tokenizer, corpus_tokenizer: Tokenizer | None = None,
-                 recode_tokens: int = 200_000):
+    def __init__(
+        self,
+        corpus,
+        tokenizer: Tokenizer,
+        corpus_tokenizer: Tokenizer | None = None,
+        recode_tokens: int = 200_000,
+    ):
         self.corpus, self.tokenizer, self.made = corpus, tokenizer, {}
-        text = {name: facts for name, facts in corpus.domains.items() if not facts.get("row_tokens")}
+        text = {
+            name: facts
+            for name, facts in corpus.domains.items()
+            if not facts.get("row_tokens")
+        }
         self.domains = dict(text)
         self.manifest = {**corpus.manifest, "domains": self.domains}
         if corpus_tokenizer is not None and same_ids(tokenizer, corpus_tokenizer):
             corpus_tokenizer = None
-        for name, split in itertools.product(text, ("train", "heldout")) if corpus_tokenizer else ():
+        for name, split in (
+            itertools.product(text, ("train", "heldout")) if corpus_tokenizer else ()
+        ):
             tokens = corpus.tokens(name, split)[:recode_tokens]
             self.made[name, split] = recode(tokens, corpus_tokenizer, tokenizer), None
 
     def tokens(self, domain: str, split: str = "train") -> np.ndarray:
-        return self.made[domain, split][0] if (domain, split) in self.made else self.corpus.tokens(domain, split)
+        return (
+            self.made[domain, split][0]
+            if (domain, split) in self.made
+            else self.corpus.tokens(domain, split)
+        )
 
     def weights(self, domain: str, split: str = "train") -> np.ndarray | None:
-        return self.made[domain, split][1] if (domain, split) in self.made else self.corpus.weights(domain, split)
+        return (
+            self.made[domain, split][1]
+            if (domain, split) in self.made
+            else self.corpus.weights(domain, split)
+        )
 
     def text_domains(self) -> list[str]:
-        return [name for name, facts in self.domains.items() if not facts.get("row_tokens")]
+        return [
+            name for name, facts in self.domains.items() if not facts.get("row_tokens")
+        ]
 
     def filler(self, split: str) -> np.ndarray:
         """All real text of a side as one stream of ordinary ids: the hay of every needle task."""
-        real = [name for name in self.text_domains() if self.domains[name]["kind"] == "real"]
+        real = [
+            name for name in self.text_domains() if self.domains[name]["kind"] == "real"
+        ]
         stream = np.concatenate([np.asarray(self.tokens(name, split)) for name in real])
         return stream[~np.isin(stream, list(self.tokenizer.control_tokens.values()))]
 
-    def add_rows(self, domain: str, split: str, ids: np.ndarray, weights: np.ndarray) -> None:
+    def add_rows(
+        self, domain: str, split: str, ids: np.ndarray, weights: np.ndarray
+    ) -> None:
         """Add rows (count, length + 1) with their loss weights in tenths to one side of a domain."""
         self.made[domain, split] = ids.ravel(), weights.ravel()
         self.domains[domain] = {"row_tokens": ids.shape[1], "kind": "procedural"}
@@ -132,12 +189,17 @@ class LongCorpus:
 
 def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
     """Whether two tokenizers give every id the same bytes."""
-    return a.vocab_size == b.vocab_size and all(a.token_bytes(i) == b.token_bytes(i) for i in range(a.vocab_size))
+    return a.vocab_size == b.vocab_size and all(
+        a.token_bytes(i) == b.token_bytes(i) for i in range(a.vocab_size)
+    )
 
 
 def recode(tokens: np.ndarray, old: Tokenizer, new: Tokenizer) -> np.ndarray:
     """A stream of documents in the ids of another tokenizer."""
-    texts = [old.decode(document) for document in unpack(np.asarray(tokens), old.endoftext_id)]
+    texts = [
+        old.decode(document)
+        for document in unpack(np.asarray(tokens), old.endoftext_id)
+    ]
     ids = [new.encode(text, allow_control=True) for text in texts]
     return pack(ids, new.endoftext_id, "<u2" if new.vocab_size <= 65_536 else "<u4")
 
@@ -146,7 +208,9 @@ def open_long_corpus(config, folder: Path) -> tuple[LongCorpus, Tokenizer]:
     """The corpus for extending or measuring the checkpoint in `folder`, and the checkpoint's tokenizer."""
     tokenizer = Tokenizer.from_pretrained(folder)
     own = Tokenizer.from_pretrained(artifacts.find(config.name, "tokenizer"))
-    return LongCorpus(open_corpus(artifacts.find(config.name, "corpus")), tokenizer, own), tokenizer
+    return LongCorpus(
+        open_corpus(artifacts.find(config.name, "corpus")), tokenizer, own
+    ), tokenizer
 
 # %% ../notebooks/10_long_context.ipynb #c6b10bd9
 @dataclass(frozen=True)
@@ -158,79 +222,138 @@ class Example:
     references: list[tuple[int, ...]]
 
 
-def passkey(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random) -> Example:
+def passkey(
+    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
+) -> Example:
     """niah_single: " The pass key is 58301." somewhere, asked in prose."""
     prompt, value = passkey_prompt(length - 5, filler, pieces, rng)
     return Example(prompt, value, [tuple(value)])
 
 
-def single(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random) -> Example:
+def single(
+    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
+) -> Example:
     """niah_single with any key, compact or in prose."""
-    prompt, value = needle_prompt(length - 5, filler, pieces, rng, 1, style=rng.choice(("compact", "prose")))
+    prompt, value = needle_prompt(
+        length - 5, filler, pieces, rng, 1, style=rng.choice(("compact", "prose"))
+    )
     return Example(prompt, value, [tuple(value)])
 
 
-def multi_key(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random) -> Example:
+def multi_key(
+    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
+) -> Example:
     """niah_multikey_1: four keys, one asked; compact or in prose."""
-    prompt, value = needle_prompt(length - 5, filler, pieces, rng, 4, style=rng.choice(("compact", "prose")))
+    prompt, value = needle_prompt(
+        length - 5, filler, pieces, rng, 4, style=rng.choice(("compact", "prose"))
+    )
     return Example(prompt, value, [tuple(value)])
 
 
-def only_needles(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random) -> Example:
+def only_needles(
+    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
+) -> Example:
     """niah_multikey_2: the haystack is made of needles, with keys of two words."""
     size, asked = 3 + 5 + len(pieces.stop), 3 + len(pieces.newline)
     count = (length - asked - 5) // size
     numbers = rng.sample(range(len(pieces.words) ** 2), count)
-    keys = [tuple(pieces.words[i] for i in divmod(number, len(pieces.words))) for number in numbers]
+    keys = [
+        tuple(pieces.words[i] for i in divmod(number, len(pieces.words)))
+        for number in numbers
+    ]
     values = [draw_value(pieces, rng) for _ in keys]
-    stated = [needle_statement(pieces, key, value, "compact") for key, value in zip(keys, values, strict=True)]
+    stated = [
+        needle_statement(pieces, key, value, "compact")
+        for key, value in zip(keys, values, strict=True)
+    ]
     chosen = rng.randrange(count)
     rest = filler_slice(filler, length - asked - 5 - count * size, rng)
-    prompt = [*rest, *itertools.chain(*stated), *pieces.newline, *keys[chosen], *pieces.equals]
+    prompt = [
+        *rest,
+        *itertools.chain(*stated),
+        *pieces.newline,
+        *keys[chosen],
+        *pieces.equals,
+    ]
     return Example(prompt, list(values[chosen]), [values[chosen]])
 
 # %% ../notebooks/10_long_context.ipynb #8e76c4d0
-def hidden(length: int, needles: list, asked: list, answer: list, filler: np.ndarray, rng: random.Random) -> list[int]:
+def hidden(
+    length: int,
+    needles: list,
+    asked: list,
+    answer: list,
+    filler: np.ndarray,
+    rng: random.Random,
+) -> list[int]:
     """A prompt of `length − len(answer)` ids: needles in this order at random depths of the filler, then `asked`."""
     room = length - len(answer) - len(asked) - sum(map(len, needles))
     if room < 0:
-        raise CourseError(f"{len(needles)} needles, a question and an answer do not fit into {length} tokens")
+        raise CourseError(
+            f"{len(needles)} needles, a question and an answer do not fit into {length} tokens"
+        )
     depths = sorted(rng.random() for _ in needles)
     return hide_needles(needles, depths, filler_slice(filler, room, rng))[0] + asked
 
 
-def multi_value(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random) -> Example:
+def multi_value(
+    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
+) -> Example:
     """niah_multivalue: one key stated with four values; all are asked for, in the order of the text."""
     [key] = draw_keys(pieces, rng, 1)
     values = [draw_value(pieces, rng) for _ in range(4)]
     stated = [needle_statement(pieces, key, value, "compact") for value in values]
     asked = [*pieces.newline, *key, *pieces.equals]
     answer = list(itertools.chain(*stated))[len(key) + len(pieces.equals) :]
-    return Example(hidden(length, stated, asked, answer, filler, rng) , answer, values)
+    return Example(hidden(length, stated, asked, answer, filler, rng), answer, values)
 
 
-def multi_query(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random) -> Example:
+def multi_query(
+    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
+) -> Example:
     """niah_multiquery: four keys, all asked for at once, answered key by key in the order of the question."""
     keys = draw_keys(pieces, rng, 4)
     values = [draw_value(pieces, rng) for _ in keys]
-    stated = [needle_statement(pieces, key, value, "compact") for key, value in zip(keys, values, strict=True)]
+    stated = [
+        needle_statement(pieces, key, value, "compact")
+        for key, value in zip(keys, values, strict=True)
+    ]
     order = rng.sample(range(4), 4)
-    asked = [*pieces.newline, *itertools.chain(*(keys[i] for i in order)), *pieces.newline]
+    asked = [
+        *pieces.newline,
+        *itertools.chain(*(keys[i] for i in order)),
+        *pieces.newline,
+    ]
     answer = list(itertools.chain(*(stated[i] for i in order)))
     return Example(hidden(length, stated, asked, answer, filler, rng), answer, values)
 
 
-def variable_tracking(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random) -> Example:
+def variable_tracking(
+    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
+) -> Example:
     """vt: a value and four assignments, " lamp=58301." " river= lamp." …; asked for the last, the chain back is due."""
     chain = [draw_value(pieces, rng), *draw_keys(pieces, rng, 5)]
-    stated = [[*name, *pieces.equals, *source, *pieces.stop] for source, name in itertools.pairwise(chain)]
+    stated = [
+        [*name, *pieces.equals, *source, *pieces.stop]
+        for source, name in itertools.pairwise(chain)
+    ]
     asked = [*pieces.newline, *chain[-1], *pieces.equals]
     back = list(reversed(chain[:-1]))
-    answer = [*itertools.chain(*([*name, *pieces.equals] for name in back[:-1])), *back[-1], *pieces.stop]
+    answer = [
+        *itertools.chain(*([*name, *pieces.equals] for name in back[:-1])),
+        *back[-1],
+        *pieces.stop,
+    ]
     return Example(hidden(length, stated, asked, answer, filler, rng), answer, back)
 
 # %% ../notebooks/10_long_context.ipynb #01aff749
-def word_list(length: int, counts: dict[int, int], asked: list[int], filler_word: int, rng: random.Random) -> list[int]:
+def word_list(
+    length: int,
+    counts: dict[int, int],
+    asked: list[int],
+    filler_word: int,
+    rng: random.Random,
+) -> list[int]:
     """`length` ids: every word as often as `counts` says, in random order, then `asked`; `filler_word` fills up."""
     body = list(itertools.chain(*([word] * count for word, count in counts.items())))
     room = length - len(asked)
@@ -239,44 +362,83 @@ def word_list(length: int, counts: dict[int, int], asked: list[int], filler_word
     return body + asked
 
 
-def common_words(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random) -> Example:
+def common_words(
+    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
+) -> Example:
     """cwe: five words stand ten times as often as all the others; name them, in any order."""
     words = rng.sample(pieces.words, min(len(pieces.words), 9 + length // 40))
     room = length - 5 - len(pieces.what_is)
     total = 10 * 5 + len(words) - 5
-    counts = {word: room * (10 if i < 5 else 1) // total for i, word in enumerate(words)}
+    counts = {
+        word: room * (10 if i < 5 else 1) // total for i, word in enumerate(words)
+    }
     prompt = word_list(length - 5, counts, list(pieces.what_is), words[-1], rng)
     return Example(prompt, rng.sample(words[:5], 5), [(word,) for word in words[:5]])
 
 
-def frequent_words(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random) -> Example:
+def frequent_words(
+    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
+) -> Example:
     """fwe: frequencies fall as 1, 1/4, 1/9, … (Zipf, α = 2); name the three most frequent words, in order."""
     words = rng.sample(pieces.words, min(len(pieces.words), 8 + length // 50))
     room, weights = length - 3 - len(pieces.the), np.arange(1, len(words) + 1) ** -2.0
-    counts = np.maximum(1, np.floor(room * weights / weights.sum())).astype(int).tolist()
-    prompt = word_list(length - 3, dict(zip(words, counts, strict=True)), list(pieces.the), words[0], rng)
+    counts = (
+        np.maximum(1, np.floor(room * weights / weights.sum())).astype(int).tolist()
+    )
+    prompt = word_list(
+        length - 3,
+        dict(zip(words, counts, strict=True)),
+        list(pieces.the),
+        words[0],
+        rng,
+    )
     return Example(prompt, words[:3], [(word,) for word in words[:3]])
 
 
-RULER = {task.__name__: task for task in (
-    passkey, single, multi_key, only_needles, multi_value, multi_query, variable_tracking, common_words, frequent_words)}
+RULER = {
+    task.__name__: task
+    for task in (
+        passkey,
+        single,
+        multi_key,
+        only_needles,
+        multi_value,
+        multi_query,
+        variable_tracking,
+        common_words,
+        frequent_words,
+    )
+}
 
 # %% ../notebooks/10_long_context.ipynb #03674100
 def score(output: list[int], references: list[tuple[int, ...]]) -> float:
     """Share of the references that occur in the output as neighbouring ids."""
-    windows = {len(r): {tuple(output[i : i + len(r)]) for i in range(len(output))} for r in references}
+    windows = {
+        len(r): {tuple(output[i : i + len(r)]) for i in range(len(output))}
+        for r in references
+    }
     return sum(tuple(r) in windows[len(r)] for r in references) / len(references)
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval for a rate of which `share` was seen in `n` trials (E. B. Wilson, 1927)."""
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    half = (
+        z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    )
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def evaluate_task(model: Qwen, task, length: int, tries: int, filler: np.ndarray, pieces: NeedlePieces,
-                  seed: int = 0, batch_tokens: int = 16_384) -> float:
+def evaluate_task(
+    model: Qwen,
+    task,
+    length: int,
+    tries: int,
+    filler: np.ndarray,
+    pieces: NeedlePieces,
+    seed: int = 0,
+    batch_tokens: int = 16_384,
+) -> float:
     """Mean score of `tries` prompts that fill `length` tokens with their answers; the same prompts for every model.
 
     `task`: a function of `RULER` or of its form. The model's attention function decides how far it reaches.
@@ -286,30 +448,57 @@ def evaluate_task(model: Qwen, task, length: int, tries: int, filler: np.ndarray
     rows, total = max(1, batch_tokens // length), 0.0
     for group in (examples[i : i + rows] for i in range(0, tries, rows)):
         longest = max(len(example.answer) for example in group)
-        done = generate(model, [e.prompt for e in group], longest, context=length + longest)
-        total += sum(score(one.tokens, e.references) for one, e in zip(done, group, strict=True))
+        done = generate(
+            model, [e.prompt for e in group], longest, context=length + longest
+        )
+        total += sum(
+            score(one.tokens, e.references) for one, e in zip(done, group, strict=True)
+        )
     return total / tries
 
 # %% ../notebooks/10_long_context.ipynb #fd105025
-RECALL_SHARE, TASK_SHARE = 0.15, 0.4  # of needle rows: many short pairs; tasks of the mini-RULER; the rest as in 07
-TASK_WEIGHTS = {multi_query: 7, variable_tracking: 5, only_needles: 6, multi_value: 2, common_words: 1, frequent_words: 1}
+RECALL_SHARE, TASK_SHARE = (
+    0.15,
+    0.4,
+)  # of needle rows: many short pairs; tasks of the mini-RULER; the rest as in 07
+TASK_WEIGHTS = {
+    multi_query: 7,
+    variable_tracking: 5,
+    only_needles: 6,
+    multi_value: 2,
+    common_words: 1,
+    frequent_words: 1,
+}
 
 
-def task_row(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random) -> tuple[list[int], list[int]]:
+def task_row(
+    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
+) -> tuple[list[int], list[int]]:
     """`length + 1` ids of one mini-RULER example with its answer, and their loss weights in tenths."""
     task = rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()))[0]
     example = task(length + 1, filler, pieces, rng)
-    text = WEIGHT_TEMPLATE if task in (only_needles, common_words, frequent_words) else WEIGHT_FILLER
-    return example.prompt + example.answer, [text] * len(example.prompt) + [WEIGHT_ANSWER] * len(example.answer)
+    text = (
+        WEIGHT_TEMPLATE
+        if task in (only_needles, common_words, frequent_words)
+        else WEIGHT_FILLER
+    )
+    return example.prompt + example.answer, [text] * len(example.prompt) + [
+        WEIGHT_ANSWER
+    ] * len(example.answer)
 
 
-def needle_batch(count: int, length: int, filler: np.ndarray, pieces: NeedlePieces, seed) -> tuple[np.ndarray, np.ndarray]:
+def needle_batch(
+    count: int, length: int, filler: np.ndarray, pieces: NeedlePieces, seed
+) -> tuple[np.ndarray, np.ndarray]:
     """`count` needle rows for training: ids and loss weights in tenths, both (count, length + 1)."""
     rng = random.Random(str(seed))
     ids = np.empty((count, length + 1), dtype=filler.dtype)
     weights = np.empty((count, length + 1), dtype=np.uint8)
     for i in range(count):
-        rows, shares = (recall_row, task_row, needle_row), (RECALL_SHARE, TASK_SHARE, 1 - RECALL_SHARE - TASK_SHARE)
+        rows, shares = (
+            (recall_row, task_row, needle_row),
+            (RECALL_SHARE, TASK_SHARE, 1 - RECALL_SHARE - TASK_SHARE),
+        )
         ids[i], weights[i] = rng.choices(rows, shares)[0](length, filler, pieces, rng)
     return ids, weights
 
@@ -320,7 +509,9 @@ def add_needles(corpus: LongCorpus, lengths, count: int, seed: int) -> None:
     for split, rows in (("train", count), ("heldout", max(16, count // 40))):
         filler = corpus.filler(split)
         for length in lengths:
-            made = needle_batch(rows, length, filler, pieces, f"{seed}/needles/{length}/{split}")
+            made = needle_batch(
+                rows, length, filler, pieces, f"{seed}/needles/{length}/{split}"
+            )
             corpus.add_rows(f"needles_{length}", split, *made)
 
 
@@ -338,16 +529,26 @@ def interleave(shares: dict[int, float], steps: int) -> list[int]:
 class StageSampler:
     """Batches of all stages in order: lengths by `interleave`, domains by `mixture`, needles of the batch's length."""
 
-    def __init__(self, corpus: LongCorpus, settings, mixture: dict[str, float], seed: int = 0):
-        self.plan, self.phases = [], []  # a step: (base, sampler, the sampler's own step)
+    def __init__(
+        self, corpus: LongCorpus, settings, mixture: dict[str, float], seed: int = 0
+    ):
+        self.plan, self.phases = (
+            [],
+            [],
+        )  # a step: (base, sampler, the sampler's own step)
         for number, stage in enumerate(settings.stages):
             shares = dict(zip(stage.lengths, stage.shares, strict=True))
             order = interleave(shares, max(1, stage.tokens // settings.batch_tokens))
             counts, samplers = dict.fromkeys(shares, 0), {}
             for length in set(order):
-                phase = Phase(order.count(length) * settings.batch_tokens, length,
-                              with_needles(mixture, f"needles_{length}", settings.needle_share))
-                samplers[length] = MixtureSampler(corpus, [phase], settings.batch_tokens, seed + 1_000 * number)
+                phase = Phase(
+                    order.count(length) * settings.batch_tokens,
+                    length,
+                    with_needles(mixture, f"needles_{length}", settings.needle_share),
+                )
+                samplers[length] = MixtureSampler(
+                    corpus, [phase], settings.batch_tokens, seed + 1_000 * number
+                )
                 self.phases.append(phase)
             for length in order:
                 self.plan.append((stage.rope_theta, samplers[length], counts[length]))
@@ -367,24 +568,39 @@ class StageSampler:
         return sampler.batch(own_step, rank, world_size)
 
 
-def with_needles(mixture: dict[str, float], domain: str, share: float) -> dict[str, float]:
+def with_needles(
+    mixture: dict[str, float], domain: str, share: float
+) -> dict[str, float]:
     """The mixture's text, scaled down to make room for needle rows; its own needles are replaced."""
-    text = {name: weight for name, weight in mixture.items() if not name.startswith("needles_")}
+    text = {
+        name: weight
+        for name, weight in mixture.items()
+        if not name.startswith("needles_")
+    }
     total = sum(text.values())
-    return {**{name: weight / total * (1 - share) for name, weight in text.items()}, domain: share}
+    return {
+        **{name: weight / total * (1 - share) for name, weight in text.items()},
+        domain: share,
+    }
 
 # %% ../notebooks/10_long_context.ipynb #c9b338b8
 def set_base(model: Qwen, base: float, length: int) -> None:
     """Give the model another RoPE base, and note it and the trained length in its config; the weights stay."""
-    config = dataclasses.replace(model.config, rope_theta=float(base), max_position_embeddings=length)
+    config = dataclasses.replace(
+        model.config, rope_theta=float(base), max_position_embeddings=length
+    )
     model.config = config
-    model.attention = functools.partial(causal_attention, frequencies=rope_frequencies(config.head_dim, base))
+    model.attention = functools.partial(
+        causal_attention, frequencies=rope_frequencies(config.head_dim, base)
+    )
 
 
 class ExtensionTrainer(Trainer):
     """`Trainer` that gives the model the base of each step's stage first."""
 
-    def __init__(self, model, settings, sampler: StageSampler, length: int, dtype=torch.float32):
+    def __init__(
+        self, model, settings, sampler: StageSampler, length: int, dtype=torch.float32
+    ):
         super().__init__(model, settings, sampler.total_steps, dtype)
         self.sampler, self.length = sampler, length
 
@@ -393,7 +609,9 @@ class ExtensionTrainer(Trainer):
         return super().step(batch)
 
 
-def make_extension(config, folder: Path, corpus: LongCorpus, seed: int, dtype, settings=None) -> ExtensionTrainer:
+def make_extension(
+    config, folder: Path, corpus: LongCorpus, seed: int, dtype, settings=None
+) -> ExtensionTrainer:
     """Trainer and sampler (`.sampler`) for extending the checkpoint in `folder`; `corpus` gains the needle rows."""
     settings = settings or config.long_context
     lengths = sorted({length for stage in settings.stages for length in stage.lengths})
@@ -402,14 +620,25 @@ def make_extension(config, folder: Path, corpus: LongCorpus, seed: int, dtype, s
     sampler = StageSampler(corpus, settings, last.mixture, seed)
     model = Qwen.from_pretrained(folder).to(hardware.device())
     numbers = dataclasses.replace(
-        config.pretraining, batch_tokens=settings.batch_tokens, learning_rate=settings.learning_rate,
-        matrix_learning_rate=settings.matrix_learning_rate, warmup_steps=settings.warmup_steps,
-        schedule="wsd", decay_fraction=1.0, min_lr_ratio=0.05)
+        config.pretraining,
+        batch_tokens=settings.batch_tokens,
+        learning_rate=settings.learning_rate,
+        matrix_learning_rate=settings.matrix_learning_rate,
+        warmup_steps=settings.warmup_steps,
+        schedule="wsd",
+        decay_fraction=1.0,
+        min_lr_ratio=0.05,
+    )
     return ExtensionTrainer(model, numbers, sampler, lengths[-1], dtype)
 
 
-def extend_context(config, seed: int = 0, stage: str = "long_context", settings=None,
-                   stop_after: int | None = None) -> Path:
+def extend_context(
+    config,
+    seed: int = 0,
+    stage: str = "long_context",
+    settings=None,
+    stop_after: int | None = None,
+) -> Path:
     """Train the pre-trained checkpoint to a longer context, stage by stage; returns `runs/<scale>/<stage>`.
 
     An interrupted run goes on from its last training state and reaches the same numbers; a finished one is not
@@ -419,18 +648,32 @@ def extend_context(config, seed: int = 0, stage: str = "long_context", settings=
     settings = settings or config.long_context
     start = starting_point(config)
     corpus, tokenizer = open_long_corpus(config, start)
-    inputs = {"settings": dataclasses.asdict(settings), "start": fingerprint(start), "seed": seed,
-              "mixture": dict(config.pretraining.phases[-1].mixture), "corpus": corpus.manifest["inputs"]}
-    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
+    inputs = {
+        "settings": dataclasses.asdict(settings),
+        "start": fingerprint(start),
+        "seed": seed,
+        "mixture": dict(config.pretraining.phases[-1].mixture),
+        "corpus": corpus.manifest["inputs"],
+    }
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[
+        :12
+    ]
     folder = artifacts.stage_dir(config.name, stage)
     if (folder / "manifest.json").exists():
-        made_from = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["inputs"]
+        made_from = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))[
+            "inputs"
+        ]
         if made_from.get("digest") == digest:
             last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-            print(f"already extended with these settings, data and seed; the last step:\n{describe(last, last['step'])}")
+            print(
+                f"already extended with these settings, data and seed; the last step:\n{describe(last, last['step'])}"
+            )
             return folder
     torch.manual_seed(seed)
-    state_file = artifacts.stage_dir(config.name, "training_state") / f"{stage}-{digest}.safetensors"
+    state_file = (
+        artifacts.stage_dir(config.name, "training_state")
+        / f"{stage}-{digest}.safetensors"
+    )
     dtype = agreed_dtype(config.run.dtype, state_file)
     trainer = make_extension(config, start, corpus, seed, dtype, settings)
     metrics = load_training_state(state_file, trainer) if state_file.exists() else []
@@ -438,19 +681,28 @@ def extend_context(config, seed: int = 0, stage: str = "long_context", settings=
     if trainer.step_count < trainer.sampler.total_steps:
         return state_file
     if is_first():
-        with artifacts.write_stage(config.name, stage, {**inputs, "dtype": str(dtype), "digest": digest}) as new:
+        with artifacts.write_stage(
+            config.name, stage, {**inputs, "dtype": str(dtype), "digest": digest}
+        ) as new:
             stop = tokenizer.endoftext_id
             model = master_model(trainer)
-            model.save_pretrained(new, generation_config={"eos_token_id": stop, "pad_token_id": stop})
+            model.save_pretrained(
+                new, generation_config={"eos_token_id": stop, "pad_token_id": stop}
+            )
             tokenizer.save_pretrained(new)
-            (new / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))
+            (new / "metrics.jsonl").write_text(
+                "".join(json.dumps(record) + "\n" for record in metrics)
+            )
         state_file.unlink(missing_ok=True)
     return folder
 
 
 def extended_checkpoint(config) -> Path:
     """The long-context checkpoint that later chapters measure: the shipped one where the scale extends the shipped model."""
-    if config.long_context.start == "shipped" and artifacts.shipped_dir("long_context").is_dir():
+    if (
+        config.long_context.start == "shipped"
+        and artifacts.shipped_dir("long_context").is_dir()
+    ):
         return artifacts.shipped_dir("long_context")
     return artifacts.find(config.name, "long_context")
 
