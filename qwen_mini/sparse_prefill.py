@@ -151,7 +151,7 @@ class SparseAttention:
             torch.arange(2 * self.chunk_size),
             rope_frequencies(config.head_dim, config.rope_theta),
         )
-        self.tables = {torch.float32: (cos, sin)}
+        self.tables = {(torch.float32, torch.device("cpu")): (cos, sin)}
 
     def budget(self, layer: int, head: int) -> Budget:
         return (
@@ -162,11 +162,11 @@ class SparseAttention:
 
     def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rotate x, (…, head_dim), by positions that broadcast against its leading axes."""
-        if x.dtype not in self.tables:
-            self.tables[x.dtype] = tuple(
-                table.to(x.dtype) for table in self.tables[torch.float32]
-            )
-        cos, sin = self.tables[x.dtype]
+        place = x.dtype, x.device
+        if place not in self.tables:
+            first = next(iter(self.tables.values()))
+            self.tables[place] = tuple(t.to(x.device, x.dtype) for t in first)
+        cos, sin = self.tables[place]
         return rotate(x, cos[positions], sin[positions])
 
     def __call__(self, q, k, v, position_ids=None, document_ids=None, cache=None):
@@ -185,7 +185,8 @@ class SparseAttention:
             temperature_of(self.length or end, self.original_length)
             * q.shape[-1] ** -0.5
         )
-        cache.update(self.turn(k, torch.arange(start, end) % self.stride), v)
+        places = torch.arange(start, end, device=q.device) % self.stride
+        cache.update(self.turn(k, places), v)
         rows = (
             q[0].unflatten(0, (kv_heads, -1)).transpose(1, 2)
         )  # (kv_heads, new, group, head_dim)
@@ -250,7 +251,7 @@ class SparseAttention:
 
     def roles(self, q, first: int, continuous: bool = False):
         """The (intra, succ, inter) queries of rows that begin at `first` and lie in one dual chunk; q (rows, group, d)."""
-        positions = torch.arange(first, first + len(q))
+        positions = torch.arange(first, first + len(q), device=q.device)
         if continuous:
             inside = positions % self.stride
             roles = inside, inside + self.stride, inside + self.chunk_size
@@ -273,7 +274,7 @@ class SparseAttention:
             for i in range(begin, end, KEYS):
                 j = min(i + KEYS, end)
                 yield i, j, (role @ keys[:, i:j]).float()
-        later = torch.arange(len(q))[:, None] < torch.arange(len(q))
+        later = ~visible(len(q), len(q), device=q.device)[0, 0]
         own_scores = (
             (intra @ keys[:, first : first + len(q)]).float().unflatten(0, q.shape[:2])
         )
@@ -298,8 +299,8 @@ class SparseAttention:
         """Which keys every later query may see: by the attention of the last queries, or the first ones; ascending."""
         end = keys.shape[1]
         if not budget.estimate:
-            return torch.arange(min(budget.vertical, end))
-        total = torch.zeros(end)
+            return torch.arange(min(budget.vertical, end), device=q.device)
+        total = torch.zeros(end, device=q.device)
         for a, b in self.pieces(end - len(q), end, LAST):
             rows = q[a - end + len(q) : b - end + len(q)]
             tiles = self.score_tiles(rows, keys, a, self.continuous)
@@ -320,9 +321,9 @@ class SparseAttention:
         previous, own = chunk_runs(first, self.stride)
         intra, succ, inter = self.roles(q, first)
         band_start = (
-            first - window + block * torch.arange(blocks)
+            first - window + block * torch.arange(blocks, device=q.device)
         )  # the first key of each block's band
-        bounds = torch.tensor([previous, own, int(band_start[-1])])
+        bounds = torch.tensor([previous, own, int(band_start[-1])], device=q.device)
         c1, c2, c3 = torch.searchsorted(columns, bounds).tolist()
         c1, c2 = (
             min(c1, c3),
@@ -363,7 +364,7 @@ class SparseAttention:
             if before <= 0:
                 break
             near[index, :, :before] = succ[index] @ keys_of[index, :, :before]
-        later = torch.arange(block)[:, None] < torch.arange(block)
+        later = ~visible(block, block, device=q.device)[0, 0]
         near[..., window:].view(blocks, block, group, block).masked_fill_(
             later[:, None], -math.inf
         )
@@ -382,7 +383,7 @@ class SparseAttention:
                 0
             ]  # (group, row + 1)
             chunk = max(row // self.stride * self.stride, first)
-            kept = torch.zeros(row + 1, dtype=torch.bool)
+            kept = torch.zeros(row + 1, dtype=torch.bool, device=q.device)
             kept[columns[columns <= row]] = True
             kept[max(0, row - (row - chunk) % BLOCK - budget.window) :] = True
             shares.append(
@@ -426,7 +427,9 @@ def sparse_prefill(
     own, model.attention = model.attention, attention
     try:
         for chunk in input_ids.split(chunk_tokens, 1):
-            hidden = model.hidden_states(chunk, cache=cache)[:, -1]
+            hidden = model.hidden_states(
+                chunk.to(model.lm_head.weight.device), cache=cache
+            )[:, -1]
     finally:
         model.attention = own
     return model.lm_head(hidden).float(), cache
@@ -478,7 +481,8 @@ def ask(
     answer, ids = [], question
     try:
         for _ in range(new_tokens):
-            hidden = model.hidden_states(torch.tensor([ids]), cache=cache)[:, -1]
+            new = torch.tensor([ids], device=model.lm_head.weight.device)
+            hidden = model.hidden_states(new, cache=cache)[:, -1]
             ids = [int(model.lm_head(hidden).argmax())]
             answer += ids
     finally:
