@@ -142,9 +142,12 @@ def naive_dual_chunk_attention(q, k, v, *, frequencies, stride, chunk_size, scal
 
 # %% ../notebooks/11_yarn_and_dual_chunk.ipynb #9bed4b22
 def attention_and_lse(q, k, v, causal=False):
-    """Attention and the log-sum-exp of each query's scores; q (batch, heads, n, head_dim), k, v (batch, kv_heads, m, head_dim).
+    """Attention and the log-sum-exp of each query's scores.
 
-    On a CPU this is PyTorch's flash kernel, elsewhere it is written out. causal: n = m, each sees itself and those before.
+    q: (batch, heads, n, head_dim); k, v: (batch, kv_heads, m, head_dim).
+
+    On a CPU this is PyTorch's flash kernel, elsewhere it is written out. causal: n = m, each sees itself and those
+    before.
     """
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     if causal and group > 1:
@@ -179,7 +182,7 @@ def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
 
 # %% ../notebooks/11_yarn_and_dual_chunk.ipynb #93effbc9
 def temperature_of(length: int, original_length: int | None) -> float:
-    """What DCA takes from YaRN at `length` tokens: the factor of the logits, 1 up to `original_length` or without it."""
+    """What DCA takes from YaRN at `length` tokens: the logits' factor, 1 up to `original_length` or without it."""
     return yarn_temperature(length / original_length) ** 2 if original_length else 1.0
 
 
@@ -313,10 +316,10 @@ def decode_dual_chunk(q, k, v, turn, stride: int, chunk_size: int) -> torch.Tens
 
 # %% ../notebooks/11_yarn_and_dual_chunk.ipynb #804a5dec
 def position_scheme(config, mode: str, length: int, original_length: int | None = None):
-    """An attention function for `model.attention`: how to read `length` tokens with a model trained at `original_length`.
+    """An attention function for `model.attention`: how to read `length` tokens beyond the `original_length`.
 
     config: the model's. mode: "rope", "yarn", "dca", "dca+temperature" (as Qwen) or "dca+yarn" (chunks, temperature and
-    YaRN's frequencies). original_length: default `max_position_embeddings`; chunks are 3/4 of it, as Qwen's loader takes.
+    YaRN's frequencies). original_length: the trained one, default `max_position_embeddings`; chunks are 3/4 of it.
     """
     modes = ("rope", "yarn", "dca", "dca+temperature", "dca+yarn")
     if mode not in modes:

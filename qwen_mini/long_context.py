@@ -49,14 +49,13 @@ from .course import CourseError, artifacts, hardware
 from .course.scales import Phase
 from .generation import generate
 from .layers import rope_frequencies
-from .model import Qwen, read_config
+from .model import Qwen
 from qwen_mini.pretraining import (
     MixtureSampler,
     Trainer,
     agreed_dtype,
     available_phases,
     describe,
-    evaluate_bits_per_byte,
     is_first,
     load_training_state,
     master_model,
@@ -698,7 +697,7 @@ def extend_context(
 
 
 def extended_checkpoint(config) -> Path:
-    """The long-context checkpoint that later chapters measure: the shipped one where the scale extends the shipped model."""
+    """What later chapters measure: the scale's long-context checkpoint, or the shipped one at `start = "shipped"`."""
     if (
         config.long_context.start == "shipped"
         and artifacts.shipped_dir("long_context").is_dir()

@@ -23,7 +23,7 @@ def a_shape(length: int, init: int, window: int) -> torch.Tensor:
 
 
 def last_weights(q, k, last_q: int) -> torch.Tensor:
-    """Causal attention weights of the last `last_q` queries, float32 or wider, (last_q, length); q, k: (length, head_dim)."""
+    """Causal weights of the last `last_q` queries, float32 or wider, (last_q, length); q, k: (length, head_dim)."""
     last_q = min(last_q, len(q))
     scores = (q[-last_q:] @ k.T) * q.shape[-1] ** -0.5
     mask = visible(last_q, len(k), device=q.device)[0, 0]
@@ -51,9 +51,10 @@ def vertical_slash(
     first: int = 30,
     nearest: int = 100,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mask (length, length), columns and diagonals of one head from its last queries; q, k: (length, head_dim), rotated.
+    """Mask (length, length), columns and diagonals of one head from its last queries.
 
-    `vertical` columns with the `first` forced, `slash` diagonals with the `nearest` forced. Source: arXiv 2407.02490.
+    q, k: (length, head_dim), rotated. `vertical` columns with the `first` forced, `slash` diagonals with the
+    `nearest` forced. Source: arXiv 2407.02490.
     """
     weights, length = last_weights(q, k, last_q), len(k)
     rows = torch.arange(length - len(weights), length)
@@ -77,7 +78,7 @@ def vertical_slash(
 def block_sparse(q, k, blocks: int, block_size: int = 64) -> torch.Tensor:
     """Mask (length, length): per block of queries the `blocks` best blocks of keys, by the mean query and mean key.
 
-    The block of the queries themselves is always in; q, k: (length, head_dim), rotated; length a multiple of block_size.
+    The block of the queries themselves is always in. q, k: (length, head_dim), rotated; length in whole blocks.
     """
     if len(q) % block_size:
         raise ValueError(
@@ -123,7 +124,7 @@ class Budget:
 
 
 class SparseAttention:
-    """Sparse attention at dual chunk positions, with the signature of `causal_attention`: one prompt, read into a cache.
+    """Sparse attention at dual chunk positions, in the signature of `causal_attention`; one prompt, into a cache.
 
     config: the model's; trained at `max_position_embeddings`. length: tokens of the whole prompt, for the temperature
     (default: so far). budgets: a `Budget` for all, or [layer][kv_head]. temperature, continuous: False switches the
@@ -250,7 +251,7 @@ class SparseAttention:
         return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
 
     def roles(self, q, first: int, continuous: bool = False):
-        """The (intra, succ, inter) queries of rows that begin at `first` and lie in one dual chunk; q (rows, group, d)."""
+        """The (intra, succ, inter) queries of rows from `first` on that lie in one dual chunk; q (rows, group, d)."""
         positions = torch.arange(first, first + len(q), device=q.device)
         if continuous:
             inside = positions % self.stride
@@ -500,7 +501,7 @@ CANDIDATES = (
 def measure_recalls(
     model, input_ids: torch.Tensor, budgets, continuous: bool = True
 ) -> dict[tuple[int, int], float]:
-    """(layer, kv head) → recall of sampled queries while the model reads one prompt, (1, length), with these budgets."""
+    """(layer, kv head) → recall of sampled queries while one prompt, (1, length), is read with these budgets."""
     trained = model.config.max_position_embeddings
     stride = trained - trained // 4
     attention = SparseAttention(

@@ -69,7 +69,10 @@ def test_yarn_range_and_frequencies_are_the_golden_ones():
     torch.testing.assert_close(ratio, torch.tensor(want), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("factor, squared", [(2, 1.14343), (4, 1.296477), (8, 1.459129), (16, 1.631390), (32, 1.813260)])
+SQUARED = [(2, 1.14343), (4, 1.296477), (8, 1.459129), (16, 1.631390), (32, 1.813260)]
+
+
+@pytest.mark.parametrize("factor, squared", SQUARED)
 def test_the_temperature_is_the_golden_one(factor, squared):
     assert math.isclose(yarn_temperature(factor) ** 2, squared, rel_tol=1e-5)
     assert math.isclose(temperature_of(factor * 512, 512), squared, rel_tol=1e-5)
@@ -99,9 +102,8 @@ def test_yarn_logits_equal_transformers(tiny, factor):
     theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**values, rope_parameters=rope)).eval()
     theirs.load_state_dict(tiny.state_dict(), strict=True)
     ids = torch.randint(97, (2, 64), generator=torch.Generator().manual_seed(1))
-    attention = functools.partial(
-        yarn_attention, frequencies=yarn_frequencies(16, TINY.rope_theta, factor, 32), temperature=yarn_temperature(factor)
-    )
+    frequencies = yarn_frequencies(16, TINY.rope_theta, factor, 32)
+    attention = functools.partial(yarn_attention, frequencies=frequencies, temperature=yarn_temperature(factor))
     own, tiny.attention = tiny.attention, attention
     try:
         with torch.no_grad():

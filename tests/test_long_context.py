@@ -49,9 +49,8 @@ def small(tmp_path_factory):
         config = course.load_scale("quick")
         corpus = dataclasses.replace(config.corpus, sources=("python",), max_bytes_per_source=300_000,
                                      task_documents=300, chat_documents=60, needle_rows=64)  # fmt: skip
-        phases = tuple(
-            dataclasses.replace(p, mixture={"python": 0.7, "tasks": 0.2, "chat": 0.1}) for p in config.pretraining.phases
-        )
+        mixture = {"python": 0.7, "tasks": 0.2, "chat": 0.1}
+        phases = tuple(dataclasses.replace(phase, mixture=mixture) for phase in config.pretraining.phases)
         pretraining = dataclasses.replace(config.pretraining, phases=phases, eval_every=100, eval_tokens=512,
                                           checkpoint_every=100)  # fmt: skip
         settings = dataclasses.replace(

@@ -29,7 +29,7 @@ def modules_equal_notebooks(root: Path) -> list[str]:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             problems.append(f"qwen_mini/{name}.py differs from its notebook: run `python -m qwen_mini.course.sync`")
     for nb in books:
-        if nb.module and nb.module != nb.name.partition("_")[2]:
+        if nb.module and not nb.name.endswith(f"_{nb.module}"):
             problems.append(f"{nb.path.name} exports to {nb.module}, not to the module of its own name")
     for path in sorted((root / "qwen_mini").glob("*.py")):
         if path.stem not in generated and path.name not in ("__init__.py", "_modidx.py"):
