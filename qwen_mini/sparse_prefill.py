@@ -122,6 +122,13 @@ class Budget:
     window: int = 128
     estimate: bool = True
 
+    def __post_init__(self):
+        if self.vertical < 1 or self.window < 0:
+            raise ValueError(
+                "a budget needs at least one column and no negative band, "
+                f"got vertical {self.vertical} and window {self.window}"
+            )
+
 
 class SparseAttention:
     """Sparse attention at dual chunk positions, in the signature of `causal_attention`; one prompt, into a cache.
@@ -147,6 +154,17 @@ class SparseAttention:
         self.stride = self.chunk_size - self.chunk_size // 4
         self.original_length = self.chunk_size if temperature else None
         self.budgets = budgets or Budget()
+        every = (
+            [self.budgets]
+            if isinstance(self.budgets, Budget)
+            else sum(self.budgets, [])
+        )
+        widest = max(budget.window for budget in every)
+        if widest > self.stride:
+            raise ValueError(
+                f"a band of {widest} keys is longer than the stride {self.stride}: "
+                "choose a narrower window in the budget"
+            )
         self.recalls = None  # set to {} to have (layer, kv head) → recall of sampled queries written into it
         cos, sin = rope_tables(
             torch.arange(2 * self.chunk_size),
@@ -521,6 +539,8 @@ def choose_budgets(
     model, input_ids: torch.Tensor, candidates=CANDIDATES
 ) -> list[list[Budget]]:
     """Per layer and kv head, the candidate with the highest recall on a sample: pattern and split of equal cost."""
+    trained = model.config.max_position_embeddings
+    candidates = [c for c in candidates if c.window <= trained - trained // 4]
     recalls = [measure_recalls(model, input_ids, candidate) for candidate in candidates]
     best = {
         place: max(range(len(candidates)), key=lambda i: recalls[i][place])
@@ -547,7 +567,8 @@ def refine_budgets(
     A head that falls short gets twice the columns and a wider band.
     """
     budgets, rounds = [list(row) for row in budgets], []
-    stride = model.config.max_position_embeddings * 3 // 4
+    trained = model.config.max_position_embeddings
+    stride = trained - trained // 4
     while True:
         rounds.append(measure_recalls(model, input_ids, budgets))
         short = [
@@ -560,7 +581,7 @@ def refine_budgets(
         for layer, head in short:
             old = budgets[layer][head]
             budgets[layer][head] = Budget(
-                2 * old.vertical,
+                min(2 * old.vertical, max_vertical),
                 min(old.window + BLOCK, stride // BLOCK * BLOCK),
                 old.estimate,
             )

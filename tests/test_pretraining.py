@@ -98,6 +98,31 @@ mixture = {{ python = 0.7, tasks = 0.3 }}
 tokens = 10_240
 length = 64
 mixture = {{ python = 0.6, tasks = 0.15, chat = 0.1, needles_64 = 0.15 }}
+
+[long_context]
+start = "own"
+batch_tokens = 512
+learning_rate = 1e-3
+matrix_learning_rate = 0.004
+warmup_steps = 1
+needle_share = 0.3
+needle_rows = 8
+tries = 2
+
+[[long_context.stages]]
+tokens = 512
+rope_theta = 20000.0
+lengths = [64]
+shares = [1.0]
+
+[dual_chunk]
+factors = [1, 2]
+tries = 2
+
+[sparse_prefill]
+lengths = [128, 256]
+chunk_tokens = 96
+tries = 1
 """
 
 

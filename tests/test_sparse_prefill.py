@@ -1,13 +1,17 @@
 """Patterns against golden values, the skipping loop against dense attention, and every error of a prompt."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from qwen_mini import course
 from qwen_mini.attention import KVCache, visible
 from qwen_mini.dual_chunk import dual_chunk_attention, position_scheme
 from qwen_mini.layers import rope_frequencies
-from qwen_mini.model import ModelConfig, Qwen
+from qwen_mini.model import ModelConfig, Qwen, kv_cache_bytes_per_token
 from qwen_mini.sparse_prefill import (
+    MAX_FACTOR,
     Budget,
     SparseAttention,
     a_shape,
@@ -229,3 +233,48 @@ def test_the_choice_is_the_best_candidate_of_every_head(model):
     chosen = choose_budgets(model, ids, candidates)
     for (layer, head), best in {place: max(r[place] for r in recalls) for place in recalls[0]}.items():
         assert recalls[candidates.index(chosen[layer][head])][layer, head] == best
+
+
+CONTINUOUS = {  # golden rows of the positions that select: stride 5, chunk size 8
+    9: [9, 8, 7, 6, 5, 4, 3, 2, 1, 0],
+    10: [8, 7, 6, 5, 4, 5, 4, 3, 2, 1, 0],
+    11: [9, 8, 7, 6, 5, 6, 5, 4, 3, 2, 1, 0],
+    14: [12, 11, 10, 9, 8, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0],
+}
+
+
+@pytest.mark.parametrize("row", CONTINUOUS)
+def test_the_positions_that_select_run_on_as_in_the_golden_rows(row, monkeypatch):
+    attention = SparseAttention(dataclasses.replace(CONFIG, max_position_embeddings=8), budgets=Budget(4, 0))
+    monkeypatch.setattr(attention, "stride", 5)
+    monkeypatch.setattr(attention, "turn", lambda x, positions: positions)
+    intra, succ, inter = (int(p) for p in attention.roles(torch.zeros(1, 1, 16), row, continuous=True))
+    want = [(intra, succ, inter)[min(2, row // 5 - j // 5)] - j % 5 for j in range(row + 1)]
+    assert want == CONTINUOUS[row]
+    clamped = [int(p) for p in attention.roles(torch.zeros(1, 1, 16), row)]
+    assert max(clamped) <= 8
+
+
+def test_budgets_that_do_not_fit_are_an_error():
+    with pytest.raises(ValueError, match="at least one column"):
+        Budget(0, 64)
+    with pytest.raises(ValueError, match="a band of 256 keys is longer than the stride 192"):
+        SparseAttention(CONFIG, 500, Budget(16, 256))
+    with pytest.raises(ValueError, match="a band of 200 keys"):
+        SparseAttention(CONFIG, 500, [[Budget(16, 64), Budget(16, 200)]])
+
+
+def test_the_upper_end_is_kept_exactly(model):
+    budgets, _ = refine_budgets(model, prompt(700), [[Budget(16, 64)] * 2] * 2, threshold=2.0, max_vertical=40)
+    assert {budget.vertical for row in budgets for budget in row} == {40}
+
+
+@pytest.mark.parametrize("name", ["quick", "laptop", "gpu", "cluster"])
+def test_every_scale_measures_what_fits(name):
+    """Chunks of whole strides, caches within half of the memory, lengths within what is supported."""
+    scale = course.load_scale(name)
+    trained, settings = scale.long_context.trained_length, scale.sparse_prefill
+    assert settings.chunk_tokens % (trained - trained // 4) == 0
+    assert max(settings.lengths) <= MAX_FACTOR * trained and settings.lengths[1] > trained
+    model = ModelConfig.from_scale(scale)
+    assert (max(settings.lengths) + 64) * kv_cache_bytes_per_token(model) <= scale.run.memory_gib * 2**29

@@ -35,9 +35,14 @@ def shipped_dir(stage: str) -> Path:
     return home() / "data" / "checkpoints" / stage
 
 
+def made(scale_name: str, stage: str) -> bool:
+    """Whether the stage is in this scale's own runs."""
+    return _whole(stage_dir(scale_name, stage)) is not None
+
+
 def has(scale_name: str, stage: str) -> bool:
     """Whether `find` would find the stage."""
-    return _whole(stage_dir(scale_name, stage)) is not None or shipped_dir(stage).is_dir()
+    return made(scale_name, stage) or shipped_dir(stage).is_dir()
 
 
 def find(scale_name: str, stage: str) -> Path:

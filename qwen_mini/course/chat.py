@@ -9,10 +9,11 @@ BASE = ("long_context", "pretraining")
 
 
 def newest_stage(scale_name: str) -> str:
-    """The last stage of the pipeline whose model exists."""
-    for stage in (*INSTRUCTED, *BASE):
-        if artifacts.has(scale_name, stage):
-            return stage
+    """The last stage of the pipeline whose model exists: in the scale's own runs, else among the shipped ones."""
+    for exists in (artifacts.made, artifacts.has):
+        for stage in (*INSTRUCTED, *BASE):
+            if exists(scale_name, stage):
+                return stage
     raise artifacts.MissingStage(f"no model has been trained yet: make one with `qwen-mini run --scale {scale_name}`")
 
 
