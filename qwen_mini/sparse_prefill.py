@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'LAST', 'SINK', 'KEYS', 'TILE', 'MAX_FACTOR', 'CANDIDATES', 'a_shape', 'last_weights', 'top_with_forced',
            'vertical_slash', 'block_sparse', 'recall', 'Budget', 'SparseAttention', 'sparse_prefill', 'check_prompt',
-           'ask', 'measure_recalls', 'choose_budgets', 'refine_budgets']
+           'measure_recalls', 'choose_budgets', 'refine_budgets']
 
 # %% ../notebooks/12_sparse_prefill.ipynb #ae0c7dce
 import math
@@ -12,8 +12,15 @@ from dataclasses import dataclass
 import torch
 
 from .attention import KVCache, visible
-from .dual_chunk import chunk_runs, merge, query_positions, temperature_of
+from qwen_mini.dual_chunk import (
+    chunk_runs,
+    merge,
+    query_positions,
+    stride_of,
+    temperature_of,
+)
 from .layers import rope_frequencies, rope_tables, rotate
+from .model import kv_cache_bytes_per_token
 
 # %% ../notebooks/12_sparse_prefill.ipynb #804d7efc
 def a_shape(length: int, init: int, window: int) -> torch.Tensor:
@@ -151,7 +158,7 @@ class SparseAttention:
             length,
             continuous,
         )
-        self.stride = self.chunk_size - self.chunk_size // 4
+        self.stride = stride_of(self.chunk_size)
         self.original_length = self.chunk_size if temperature else None
         self.budgets = budgets or Budget()
         every = (
@@ -468,7 +475,7 @@ def check_prompt(
         raise ValueError(
             f"sparse_prefill reads one prompt of shape (1, length), got {tuple(input_ids.shape)}"
         )
-    length, stride = input_ids.shape[1], trained - trained // 4
+    length, stride = input_ids.shape[1], stride_of(trained)
     if length > MAX_FACTOR * trained:
         raise ValueError(
             f"the prompt has {length:,} tokens, above the supported {MAX_FACTOR * trained:,} "
@@ -479,34 +486,12 @@ def check_prompt(
             f"chunk_tokens must be a multiple of the stride {stride}, got {chunk_tokens}: "
             f"try {max(1, round(chunk_tokens / stride)) * stride}"
         )
-    c = config
-    token_bytes = (
-        2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * bytes_per_value
-    )
-    needed = (length + extra) * token_bytes
+    needed = (length + extra) * kv_cache_bytes_per_token(config, bytes_per_value)
     if needed > max_cache_bytes:
         raise ValueError(
             f"the KV cache of {length + extra:,} tokens needs {needed / 2**30:.2f} GiB, above "
             f"max_cache_bytes {max_cache_bytes / 2**30:.2f} GiB: raise it or shorten the prompt"
         )
-
-
-@torch.inference_mode()
-def ask(
-    model, cache: KVCache, question: list[int], new_tokens: int, attention
-) -> list[int]:
-    """Greedy answer to a question about what a cache holds; the cache is left as it was, for the next question."""
-    length, own, model.attention = cache.length, model.attention, attention
-    answer, ids = [], question
-    try:
-        for _ in range(new_tokens):
-            new = torch.tensor([ids], device=model.lm_head.weight.device)
-            hidden = model.hidden_states(new, cache=cache)[:, -1]
-            ids = [int(model.lm_head(hidden).argmax())]
-            answer += ids
-    finally:
-        cache.length, model.attention = length, own
-    return answer
 
 # %% ../notebooks/12_sparse_prefill.ipynb #169b8581
 CANDIDATES = (
@@ -520,8 +505,7 @@ def measure_recalls(
     model, input_ids: torch.Tensor, budgets, continuous: bool = True
 ) -> dict[tuple[int, int], float]:
     """(layer, kv head) → recall of sampled queries while one prompt, (1, length), is read with these budgets."""
-    trained = model.config.max_position_embeddings
-    stride = trained - trained // 4
+    stride = stride_of(model.config.max_position_embeddings)
     attention = SparseAttention(
         model.config, input_ids.shape[1], budgets, continuous=continuous
     )
@@ -539,8 +523,8 @@ def choose_budgets(
     model, input_ids: torch.Tensor, candidates=CANDIDATES
 ) -> list[list[Budget]]:
     """Per layer and kv head, the candidate with the highest recall on a sample: pattern and split of equal cost."""
-    trained = model.config.max_position_embeddings
-    candidates = [c for c in candidates if c.window <= trained - trained // 4]
+    stride = stride_of(model.config.max_position_embeddings)
+    candidates = [c for c in candidates if c.window <= stride]
     recalls = [measure_recalls(model, input_ids, candidate) for candidate in candidates]
     best = {
         place: max(range(len(candidates)), key=lambda i: recalls[i][place])
@@ -567,8 +551,7 @@ def refine_budgets(
     A head that falls short gets twice the columns and a wider band.
     """
     budgets, rounds = [list(row) for row in budgets], []
-    trained = model.config.max_position_embeddings
-    stride = trained - trained // 4
+    stride = stride_of(model.config.max_position_embeddings)
     while True:
         rounds.append(measure_recalls(model, input_ids, budgets))
         short = [

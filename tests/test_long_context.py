@@ -11,18 +11,22 @@ import torch
 
 from qwen_mini import course
 from qwen_mini.attention import causal_attention
-from qwen_mini.corpus import needle_pieces, prepare_corpus
+from qwen_mini.corpus import needle_pieces, needle_question, needle_statement, prepare_corpus
 from qwen_mini.course import artifacts
 from qwen_mini.course.scales import Stage
+from qwen_mini.generation import generate
 from qwen_mini.layers import rope_frequencies
 from qwen_mini.long_context import (
     RULER,
     Example,
     StageSampler,
     add_needles,
+    ask,
+    ask_all,
     evaluate_task,
     extend_context,
     extended_checkpoint,
+    haystack,
     interleave,
     long_documents,
     long_rows,
@@ -238,8 +242,40 @@ def test_long_documents_are_long_and_beyond_what_the_corpus_reads(tokenizer):
     assert len(documents) == 3 and all(len(text) == 5_000 for text in documents)
     rows = long_rows(tokenizer, 1_000, limit=2)
     assert rows.shape == (2, 1_001)
-    with pytest.raises(course.CourseError, match="no file of the standard library"):
+    longer = long_documents(1_000_000, limit=2)  # no file is so long: one follows the other
+    assert [len(text) for text in longer] == [1_000_000] * 2 and longer[0][:1_000] != longer[1][:1_000]
+    with pytest.raises(course.CourseError, match="the standard library has no 50,000,000 unseen characters"):
         long_documents(50_000_000)
+
+
+@pytest.mark.parametrize("style", ["prose", "compact"])
+def test_haystack_hides_every_key_once_and_asks_for_each(hay, tokenizer, style):
+    pieces = needle_pieces(tokenizer)
+    ids, planted = haystack(700, 4, hay, pieces, random.Random(3), style=style)
+    assert len(ids) == 700 and planted[0][0] == pieces.passkey
+    assert sorted(depth for _, _, depth in planted) == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    text = " ".join(map(str, ids))
+    for key, value, _ in planted:
+        assert text.count(" ".join(map(str, needle_statement(pieces, key, value, style)))) == 1
+    again, _ = haystack(700, 4, hay, pieces, random.Random(3), style=style)
+    assert again == ids
+
+
+def test_keys_asked_from_a_cache_are_those_of_whole_prompts(hay, tokenizer):
+    """One read and many questions answer as one prompt a question does, and the cache stays as it was."""
+    model = Qwen.from_pretrained(artifacts.shipped_dir("long_context")).eval().requires_grad_(False)
+    pieces = needle_pieces(tokenizer)
+    ids, planted = haystack(600, 5, hay, pieces, random.Random(1))
+    cache = model.make_cache(1, 700)
+    with torch.inference_mode():
+        model.hidden_states(torch.tensor([ids]), cache=cache)
+    found = ask_all(model, cache, planted, pieces, model.attention)
+    assert cache.length == 600 and sum(found) >= 4
+    for (key, value, _), right in zip(planted, found, strict=True):
+        question = needle_question(pieces, key, "prose")
+        whole = generate(model, [ids + question], 5, context=700)[0].tokens
+        assert (whole == list(value)) == right
+        assert ask(model, cache, question, 5, model.attention) == whole
 
 
 def test_position_losses_are_the_model_s(tokenizer):

@@ -116,7 +116,7 @@ lengths = [64]
 shares = [1.0]
 
 [dual_chunk]
-factors = [1, 2]
+factors = [1, 4]
 tries = 2
 
 [sparse_prefill]

@@ -71,6 +71,8 @@ def test_a_file_of_ones_own_is_a_scale(tmp_path):
         ("beta2", "beta2 = 1.0", r"\[pretraining\] key 'beta2'"),
         ("batch_tokens", "batch_tokens = 1000", r"\[pretraining\] key 'batch_tokens' must be a multiple"),
         ("max_position_embeddings", "max_position_embeddings = 8", r"\[model\] key 'max_position_embeddings'"),
+        ("factors", "factors = [1, 2]", r"\[dual_chunk\] key 'factors' must hold 1 and 4"),
+        ("chunk_tokens", "chunk_tokens = 1000", r"\[sparse_prefill\] key 'chunk_tokens' must be a multiple of 768"),
         ("[tokenizer]", "[tokeniser]", "top level has an unknown key 'tokeniser'"),
         ("[run]", "[run", "own.toml is not valid TOML"),
     ],

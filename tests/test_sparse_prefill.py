@@ -9,13 +9,13 @@ from qwen_mini import course
 from qwen_mini.attention import KVCache, visible
 from qwen_mini.dual_chunk import dual_chunk_attention, position_scheme
 from qwen_mini.layers import rope_frequencies
+from qwen_mini.long_context import ask
 from qwen_mini.model import ModelConfig, Qwen, kv_cache_bytes_per_token
 from qwen_mini.sparse_prefill import (
     MAX_FACTOR,
     Budget,
     SparseAttention,
     a_shape,
-    ask,
     block_sparse,
     choose_budgets,
     last_weights,

@@ -223,12 +223,13 @@ class DualChunk:
 
     def __post_init__(self):
         _positive(self, "tries")
-        _require(len(self.factors) > 0 and min(self.factors) > 0, "factors", "must name multiples above 0")
+        _require(min(self.factors, default=0) > 0, "factors", "must name multiples above 0")
+        _require({1, 4} <= set(self.factors), "factors", "must hold 1 and 4, which the claims compare")
 
 
 @dataclass(frozen=True)
 class SparsePrefill:
-    """How far chapter 12 measures: prompt lengths in tokens, tokens per prefill chunk, and prompts at the longest."""
+    """How far chapter 12 measures: prompt lengths in tokens, tokens per prefill chunk, prompts per length and depth."""
 
     lengths: tuple[int, ...]
     chunk_tokens: int
@@ -259,6 +260,10 @@ class ScaleConfig:
             "model.vocab_size",
             f"must be at least the tokenizer's {self.tokenizer.vocab_size}, got {self.model.vocab_size}",
         )
+        trained = self.long_context.trained_length
+        stride = trained - trained // 4  # of the dual chunks, chapter 11
+        reason = f"must be a multiple of {stride}, the stride of dual chunks at {trained} tokens"
+        _require(self.sparse_prefill.chunk_tokens % stride == 0, "sparse_prefill.chunk_tokens", reason)
         longest = max(phase.length for phase in self.pretraining.phases)
         _require(
             longest <= self.model.max_position_embeddings,

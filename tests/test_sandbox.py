@@ -1,0 +1,215 @@
+"""The sandbox against a hostile corpus: nothing escapes, hangs, or earns what it did not compute."""
+
+import os
+import struct
+import sys
+
+import pytest
+
+from qwen_mini.course import sandbox
+from qwen_mini.course.sandbox import Limits, Outcome, SandboxError, run_many, run_sandboxed
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the sandbox needs a system that can fork")
+LINUX = sys.platform.startswith("linux")
+
+
+def run(program: str, *arguments, **limits) -> Outcome:
+    return run_sandboxed(program, "f", [list(arguments)], Limits(**limits))
+
+
+def body(text: str) -> str:
+    return "def f(x):\n" + "\n".join("    " + line for line in text.split("\n"))
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 0, -7, 2**70, 1.5, "é\n", [], [1, [2, "x"]], {"a": {"b": [None]}}]
+)  # fmt: skip
+def test_plain_values_come_back_as_they_are(value):
+    assert run(body("return x"), value) == Outcome("ok", [value])
+    [got] = run(body("return x"), value).values
+    assert type(got) is type(value)
+
+
+def test_tuples_come_back_as_lists_and_calls_keep_their_order():
+    program = "seen = []\ndef f(x, y=2):\n    seen.append(x)\n    return seen, (x, y)"
+    outcome = run_sandboxed(program, "f", [[1], [5, 6]])
+    assert outcome.values == [[[1], [1, 2]], [[1, 5], [5, 6]]]
+
+
+@pytest.mark.parametrize("module", sandbox.PRELOADED)
+def test_what_programs_may_use_is_there(module):
+    assert run(f"import {module}\n" + body(f"return {module.split('.')[0]}.__name__"), 0).status == "ok"
+
+
+ENDS = {  # name -> (program, statuses that are right)
+    "endless loop": (body("while True: pass"), {"timeout"}),
+    "busy regex": ("import re\n" + body("return bool(re.match('(a+)+$', 'a' * 40 + 'b'))"), {"timeout"}),
+    "memory in one piece": (body("return len('x' * 10**11)"), {"error"}),
+    "memory bit by bit": (body("a = []\nwhile True: a.append('x' * 10**6)"), {"error", "killed"}),
+    "big number": (body("return len(str(9 ** 9 ** 9))"), {"timeout", "error", "killed"}),
+    "deep recursion": (body("return f(x)"), {"error"}),
+    "endless recursion": ("import sys\nsys.setrecursionlimit(10**9)\n" + body("return f(x)"), {"timeout", "killed"}),
+    "huge output": (body("return 'x' * 10**7"), {"output"}),
+    "deep output": (body("a = []\nfor _ in range(10**5): a = [a]\nreturn a"), {"error", "killed"}),
+    "exit": ("import sys\n" + body("sys.exit(0)"), {"error"}),
+    "hard exit": ("import os\n" + body("os._exit(0)"), {"killed", "error"}),
+    "exit at the top": ("raise SystemExit", {"error"}),
+    "syntax error": ("def f(x:\n", {"error"}),
+    "null byte": ("def f(x): return '\0'", {"error"}),
+    "no function": ("g = 1", {"error"}),
+    "no callable": ("f = 1", {"error"}),
+    "too many arguments": ("def f(): return 1", {"error"}),
+    "generator": (body("yield 1"), {"error"}),
+    "not a number": (body("return float('nan')"), {"error"}),
+    "an object": (body("return object()"), {"error"}),
+    "equal to everything": ("class E(int):\n    def __eq__(self, o): return True\n" + body("return E(1)"), {"error"}),
+    "a list of its own kind": ("class L(list):\n    pass\n" + body("return L([1])"), {"error"}),
+    "caught by itself": (body("while True:\n    try: f(x)\n    except BaseException: pass"), {"timeout", "killed"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_programs_that_misbehave_end(name):
+    program, right = ENDS[name]
+    outcome = run(program, 1)
+    assert outcome.status in right and outcome.values == [], outcome
+
+
+def test_a_sleeper_is_ended_by_the_clock():
+    assert run("import time\n" + body("time.sleep(60)"), 1, wall_seconds=0.3).status == "timeout"
+
+
+REACH = {
+    "read a file": "return open('/etc/hostname').read()",
+    "read itself": "return open('/proc/self/environ').read()",
+    "write a file": "return open('x', 'w').write('x')",
+    "list a folder": "import os\nreturn os.listdir('/')",
+    "remove": "import os\nreturn os.unlink('/tmp/x')",
+    "start a process": "import os\nreturn os.system('true')",
+    "fork": "import os\nreturn os.fork()",
+    "fork bomb": "import os\nwhile True: os.fork()",
+    "execute": "import os\nreturn os.execv('/bin/true', ['true'])",
+    "kill the parent": "import os\nreturn os.kill(os.getppid(), 9)",
+    "kill all": "import os\nreturn os.kill(-1, 9)",
+    "a thread": "import _thread\nreturn _thread.start_new_thread(print, ())",
+    "network": "import socket\nreturn str(socket.socket())",
+    "network, below": "import _socket\nreturn str(_socket.socket())",
+    "subprocess": "import subprocess\nreturn subprocess.run(['true']).returncode",
+    "ctypes": "import ctypes\nreturn ctypes.CDLL(None).getpid()",
+    "import from disk": "import sqlite3\nreturn 1",
+    "importlib": "import importlib\nreturn importlib.import_module('http.client').__name__",
+    "signals": "import signal\nreturn str(signal.signal(signal.SIGPROF, signal.SIG_IGN))",
+    "limits": "import resource\nreturn resource.setrlimit(resource.RLIMIT_CPU, (99, 99))",
+    "code from a string": "return eval(\"__import__('os').popen('id').read()\")",
+    "posix": "import posix\nreturn posix.open('/etc/hostname', 0)",
+    "subclasses": "for c in object.__subclasses__():\n"
+    "    if c.__name__ == '_wrap_close': return c.__init__.__globals__['system']('id')\nreturn 1 / 0",
+    "loader": "for c in object.__subclasses__():\n    if c.__name__ == 'FileLoader':\n"
+    "        return c('m', '/etc/hostname').get_data('/etc/hostname').decode()\nreturn 1 / 0",
+    "frames": "import sys\nreturn sys._getframe(2).f_globals['os'].listdir('/')",
+}
+
+
+@pytest.mark.parametrize("name", REACH)
+def test_nothing_outside_can_be_reached(name, tmp_path):
+    outcome = run(body(REACH[name]), 1)
+    assert outcome.status in ("error", "killed", "timeout") and outcome.values == [], outcome
+
+
+@pytest.mark.skipif(not LINUX, reason="the kernel's lock is Linux's")
+@pytest.mark.parametrize(
+    "attempt", ["os.open('/etc/hostname', 0)", "os.fork()", "os.kill(os.getppid(), 0)", "os.listdir('/')"]
+)
+def test_the_kernel_refuses_what_python_s_hooks_would_miss(attempt, monkeypatch):
+    """The worker without its audit hook: the second lock taken off, the first still holds."""
+    source = open(sandbox.__file__).read()
+    assert source.count("sys.addaudithook(_refuse)") == 1
+    monkeypatch.setattr(sandbox, "_workers", [])
+    loose = sandbox._Worker()
+    monkeypatch.setattr(sandbox, "__file__", str(_loosened(source)))
+    monkeypatch.setattr(sandbox, "_workers", [loose])
+    outcome = run("import os\n" + body(f"return str({attempt})"), 1)
+    loose.stop()
+    assert outcome.status == "error" and outcome.error.startswith("PermissionError: [Errno 1]"), outcome
+
+
+def _loosened(source: str):
+    import pathlib
+    import tempfile
+
+    path = pathlib.Path(tempfile.mkdtemp()) / "loose.py"
+    path.write_text(source.replace("sys.addaudithook(_refuse)", "pass"))
+    return path
+
+
+def test_secrets_of_the_caller_are_not_there(monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    sandbox.stop_workers()
+    outcome = run("import os\n" + body("return dict(os.environ)"), 1)
+    assert "SECRET_TOKEN" not in str(outcome.values) and "HOME" not in str(outcome.values)
+
+
+def test_a_forged_result_knows_no_expected_value():
+    forged = "import os\nfor h in range(3, 64):\n    try: os.write(h, b'{0}')\n    except OSError: pass\nos._exit(0)"
+    ok = b'{"status": "ok", "values": [1], "error": ""}'.decode()
+    assert run(forged.replace("{0}", ok), 1).values == [1]  # what it wrote, which the caller compares
+    for bad in ("", "nonsense", "[1]", '{"status": "ok"}', ok.replace("[1]", "[1, 2]"), ok.replace("ok", "gold")):
+        assert run(forged.replace("{0}", bad), 1).status == "killed"
+
+
+def test_one_program_leaves_nothing_for_the_next():
+    spoil = "import builtins, json, math\nbuiltins.len = lambda x: 7\njson.dumps = None\nmath.pi = 3\n" + body(
+        "return 1"
+    )
+    run(spoil, 1)
+    assert run("import math\n" + body("return [len([]), math.pi > 3.1]"), 1).values == [[0, True]]
+
+
+def test_same_program_same_result():
+    program = "import random\n" + body("return [random.random(), list({'a', 'b', 'c', 'd'}), hash('x')]")
+    sandbox.stop_workers()
+    first = run(program, 1)
+    sandbox.stop_workers()
+    assert run(program, 1) == first
+
+
+def test_many_keep_their_order_and_survive_a_lost_worker():
+    jobs = [(body(f"return x + {i}"), "f", [[i], [0]]) for i in range(60)]
+    assert [o.values for o in run_many(jobs)] == [[2 * i, i] for i in range(60)]
+    for worker in sandbox._workers:
+        worker.process.kill()
+        worker.process.wait()
+    assert [o.values for o in run_many(jobs)] == [[2 * i, i] for i in range(60)]
+    assert run_many([]) == []
+
+
+def test_no_process_is_left_behind():
+    run_many([(body("while True: pass"), "f", [[1]])] * 2, Limits(cpu_seconds=0.1))
+    processes = [worker.process for worker in sandbox._workers]
+    sandbox.stop_workers()
+    assert all(process.returncode is not None for process in processes) and sandbox._workers == []
+
+
+@pytest.mark.parametrize("name", ["cpu_seconds", "wall_seconds", "memory_mib", "output_bytes"])
+def test_limits_must_be_above_zero(name):
+    with pytest.raises(ValueError, match=f"limit {name} must be above 0"):
+        Limits(**{name: 0})
+
+
+def test_where_nothing_can_fork_it_says_so(monkeypatch):
+    monkeypatch.setattr(sandbox, "_workers", [])
+    monkeypatch.delattr(os, "fork")
+    with pytest.raises(SandboxError, match="Linux, macOS, or WSL"):
+        run(body("return 1"), 1)
+
+
+def test_the_filter_names_every_call_once():
+    for machine, table in sandbox.SYSCALLS.items():
+        numbers = [number for name, number in table.items() if name != "arch"]
+        assert len(set(numbers)) == len(numbers), machine
+    program = sandbox._seccomp_filter()
+    if program is not None:
+        code = [struct.unpack("<HBBI", program[i : i + 8]) for i in range(0, len(program), 8)]
+        assert code[-1] == (0x06, 0, 0, 0x7FFF0000) and code[-2] == (0x06, 0, 0, 0x00050001)
+        jumps = [i + 1 + yes for i, (op, yes, _, _) in enumerate(code) if op == 0x15 and i > 3]
+        assert set(jumps) == {len(code) - 1}  # every allowed call leads to "allow"

@@ -1,0 +1,249 @@
+"""Tasks: gold is right, everything else is wrong, splits do not leak, difficulty grows."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from qwen_mini.course import CourseError, artifacts
+from qwen_mini.tasks import (
+    ANSWER,
+    CONSTRAINTS,
+    LEVELS,
+    SPLITS,
+    TASKS,
+    UNSEEN_CONSTRAINTS,
+    Draw,
+    Task,
+    VerifierError,
+    add_task,
+    compatible,
+    consistent,
+    filter_responses,
+    final_answer,
+    fulfil,
+    instructions,
+    near_misses,
+    split_of,
+    verified,
+    verify_many,
+    wrong_line,
+)
+from qwen_mini.tokenizer import Tokenizer
+
+AREAS = {
+    "long generation", "mathematics", "coding", "instruction following", "structured data", "logic",
+    "cross-lingual transfer", "system prompts", "response filtering",
+}  # fmt: skip
+
+
+def examples(name: str, count: int, seed: int = 0, **options):
+    rng = random.Random(f"{seed}/{name}")
+    return [TASKS[name].generate(rng, rng.choice(LEVELS), **options) for _ in range(count)]
+
+
+def test_the_nine_areas_have_tasks():
+    assert {task.area for task in TASKS.values()} == AREAS
+    assert all(task.templates and task.unseen and not set(task.templates) & set(task.unseen) for task in TASKS.values())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_gold_is_right_and_near_misses_are_wrong(name):
+    drawn = [e for split in SPLITS for unseen in (False, True) for e in examples(name, 40, split=split, unseen=unseen)]
+    cases = [(e, e.response, True) for e in drawn]
+    rng = random.Random(name)
+    for e in drawn:
+        cases += [(e, text, False) for text in ("", " ", "\n", "?#!", "I do not know.", ANSWER, f"{ANSWER}?")]
+        cases += [(e, miss, False) for miss in near_misses(e, rng)]
+        prompt = e.messages[-1]["content"]
+        cases += [(e, prompt, False), (e, prompt + "\n" + e.response[: len(e.response) // 2], False)]
+    verdicts = verify_many((e, text) for e, text, _ in cases)
+    for (e, text, want), verdict in zip(cases, verdicts, strict=True):
+        assert verdict.correct == want, (e.messages, text, verdict)
+        assert verdict.formatted or not verdict.correct
+    assert len(cases) > 1_000 and all(len(near_misses(e, rng)) >= 3 for e in drawn)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if TASKS[name].check.__name__ != "passes_tests"])
+def test_a_truncated_response_is_wrong_wherever_it_is_cut(name):
+    for e in examples(name, 12):
+        for cut in range(len(e.response)):
+            verdict = TASKS[name].verify(e, e.response[:cut])
+            assert not verdict.correct, (e.response, cut)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_another_problem_s_answer_is_wrong(name):
+    drawn = examples(name, 60)
+    pairs = [(a, b.response) for a, b in zip(drawn, drawn[1:], strict=False) if a.answer != b.answer]
+    right = sum(verdict.correct for verdict in verify_many(pairs))
+    assert right <= (0.1 if name in ("instructions", "function") else 0) * len(pairs)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_splits_go_by_the_problem(name):
+    sides = {split: {e.key for e in examples(name, 120, split=split)} for split in SPLITS}
+    assert (
+        not sides["train"] & sides["test"] and not sides["train"] & sides["tune"] and not sides["tune"] & sides["test"]
+    )
+    for split, keys in sides.items():
+        assert {split_of(f"{name}/{key}") for key in keys} == {split}
+    seen = TASKS[name].generate(random.Random(5), 2, "test")
+    unseen = TASKS[name].generate(random.Random(5), 2, "test", unseen=True)
+    assert seen.messages != unseen.messages
+
+
+def test_the_split_has_the_shares_it_names():
+    counts = Counter(split_of(f"story/{i}") for i in range(20_000))
+    for split, (low, high) in SPLITS.items():
+        assert abs(counts[split] / 20_000 - (high - low)) < 0.01
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_same_seed_same_problem_and_harder_levels_are_longer(name):
+    assert TASKS[name].generate(random.Random(3), 4) == TASKS[name].generate(random.Random(3), 4)
+    length = lambda level: sum(
+        len(e.response) + (0 if TASKS[name].answered else len(e.messages[-1]["content"]))
+        for e in (TASKS[name].generate(random.Random(i), level) for i in range(40))
+    )
+    assert length(1) < length(3) < length(5)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_problems_fit_the_model_s_context(name):
+    tokenizer = Tokenizer.from_pretrained(artifacts.shipped_dir("long_context"))
+    for e in examples(name, 30):
+        prompt = tokenizer.encode_chat(e.messages, add_generation_prompt=True)
+        assert len(prompt) + len(tokenizer.encode(e.response)) + 1 <= 512
+
+
+@pytest.mark.parametrize(
+    ("response", "want"),
+    [
+        ("Answer: 7", "7"), ("3+4=7\nAnswer: 7", "7"), ("Answer: 7\n", None), ("Answer: 6\nAnswer: 7", None),
+        ("Answer: ", None), ("7", None), ("so Answer: 7", None), ("answer: 7", None), ("", None),
+        ("Answer: 7\nok", None),
+    ],
+)  # fmt: skip
+def test_the_answer_has_one_place(response, want):
+    assert final_answer(response) == want
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a": 1}', '{"a":1}', '{ "a" : 1 }'],
+)
+def test_json_is_compared_as_values(text):
+    task = Task(
+        "t",
+        "a",
+        lambda rng, level: Draw("k", {}, "", '{"a": 1}', {"object": {"a": 1}}),
+        TASKS["to_json"].check,
+        ("?",),
+        ("!",),
+        False,
+    )
+    example = next(e for i in range(50) if (e := _any_split(task, i)))
+    assert task.verify(example, text).correct
+    for bad in (
+        '{"a": "1"}',
+        '{"a": 1.0}',
+        '{"a": true}',
+        '{"a": 1, "a": 1}',
+        '{"a": 1, "b": 2}',
+        '[["a", 1]]',
+        '{"a": 1} x',
+        "{}",
+        "1",
+        "[" * 5_000,
+    ):
+        assert not task.verify(example, bad).correct, bad
+
+
+def _any_split(task, i):
+    for split in SPLITS:
+        try:
+            return task.generate(random.Random(i), 1, split)
+        except CourseError:
+            continue
+
+
+def test_unseen_constraints_are_never_drawn_for_training_but_can_be_asked_for():
+    rng = random.Random(0)
+    drawn = {name for _ in range(400) for name in instructions(rng, 4).facts["wanted"]}
+    assert drawn == set(CONSTRAINTS) - set(UNSEEN_CONSTRAINTS)
+    for _ in range(100):
+        draw = instructions(rng, 1, UNSEEN_CONSTRAINTS)
+        wanted = draw.facts["wanted"]
+        assert set(wanted) <= {"words", *UNSEEN_CONSTRAINTS}
+        assert all(CONSTRAINTS[n].holds(draw.answer, v) for n, v in wanted.items()), draw
+
+
+def test_every_constraint_can_fail_and_texts_keep_what_they_promise():
+    rng, failed = random.Random(1), set()
+    for _ in range(600):
+        wanted = instructions(rng, 4).facts["wanted"]
+        text = fulfil(wanted, rng)
+        assert compatible(wanted) and all(CONSTRAINTS[n].holds(text, v) for n, v in wanted.items()), (wanted, text)
+        failed |= {n for n, c in CONSTRAINTS.items() if not c.holds(text, c.options[0])}
+    assert failed == set(CONSTRAINTS)
+
+
+def test_both_checkers_must_agree():
+    e = TASKS["story"].generate(random.Random(3), 2)
+    first = e.reasoning.split("\n")[0]
+    lucky = e.response.replace(first, first[:-1] + str((int(first[-1]) + 1) % 10), 1)
+    doubled = e.response.replace(first, f"{first}\n{first}", 1)
+    assert verified(e, lucky) and not consistent(e, lucky) and wrong_line(lucky) and not consistent(e, doubled)
+    pairs = [(e, e.response), (e, lucky), (e, doubled), (e, first)]
+    assert filter_responses(pairs) == [(e, e.response)]
+    with pytest.raises(CourseError, match="two checkers or more"):
+        filter_responses(pairs, [verified])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_gold_chains_are_true(name):
+    if name != "first_error":  # which shows wrong lines only in its prompt
+        assert all(consistent(e, e.response) for e in examples(name, 100))
+    else:
+        assert all(wrong_line(e.response) is None for e in examples(name, 100))
+
+
+def test_bad_requests_get_one_sentence():
+    with pytest.raises(
+        CourseError, match="task 'story' has the splits train, tune, test and the levels 1 to 5, not 'dev' and 1"
+    ):
+        TASKS["story"].generate(random.Random(0), 1, "dev")
+    with pytest.raises(CourseError, match="not 'train' and 9"):
+        TASKS["story"].generate(random.Random(0), 9)
+    one = Task("one", "a", lambda rng, level: Draw("k", {}, "", "x"), lambda e, t: "", ("?",), ("!",))
+    empty = next(split for split in SPLITS if split != split_of("one/k"))
+    with pytest.raises(CourseError, match=f"no problem of level 1 in the split '{empty}'"):
+        one.generate(random.Random(0), 1, empty)
+
+
+def test_a_verifier_that_raises_stops_the_run():
+    broken = Task("broken", "a", lambda rng, level: Draw("k", {}, "", "x"), lambda e, t: 1 / 0, ("?",), ("!",))
+    example = _any_split(broken, 0)
+    with pytest.raises(VerifierError, match="the verifier of 'broken' failed on 'Answer: x': ZeroDivisionError"):
+        broken.verify(example, "Answer: x")
+
+
+def test_verify_many_is_verify_one_by_one():
+    pairs = [
+        (e, text)
+        for name in ("function", "story", "to_json")
+        for e in examples(name, 6)
+        for text in (e.response, "no", "")
+    ]
+    assert verify_many(pairs) == [TASKS[e.task].verify(e, text) for e, text in pairs]
+
+
+def test_a_task_of_one_s_own_can_be_added(monkeypatch):
+    monkeypatch.setattr("qwen_mini.tasks.TASKS", {})
+    add_task("own", "mathematics", lambda rng, level: Draw(str(rng.random()), {}, "1+1=2", "2"), ["?"], ["!"])
+    from qwen_mini import tasks
+
+    assert list(tasks.TASKS) == ["own"]
+    example = tasks.TASKS["own"].generate(random.Random(0))
+    assert tasks.TASKS["own"].verify(example, example.response).correct
