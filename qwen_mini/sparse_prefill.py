@@ -441,6 +441,11 @@ def sparse_prefill(
     """
     length, config = input_ids.shape[-1], model.config
     attention = attention or SparseAttention(config, length)
+    if getattr(attention, "length", None) not in (None, length):
+        raise ValueError(
+            f"this sparse attention was made for {attention.length:,} tokens, but the prompt "
+            f"has {length:,}: its last queries would not see everything"
+        )
     check_prompt(
         config,
         input_ids,

@@ -212,6 +212,11 @@ def test_prompts_that_do_not_fit_are_an_error(model, length, options, message):
         sparse_prefill(model, torch.zeros(1, length, dtype=torch.long), **{"chunk_tokens": 3 * STRIDE, **options})
 
 
+def test_an_attention_made_for_another_length_is_an_error(model):
+    with pytest.raises(ValueError, match="made for 600 tokens, but the prompt has 500"):
+        sparse_prefill(model, torch.zeros(1, 500, dtype=torch.long), SparseAttention(CONFIG, 600), 3 * STRIDE)
+
+
 def test_batches_padding_and_positions_are_an_error(model):
     with pytest.raises(ValueError, match="one prompt of shape"):
         sparse_prefill(model, torch.zeros(2, 10, dtype=torch.long))
