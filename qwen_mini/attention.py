@@ -6,6 +6,7 @@ __all__ = ['masked_attention', 'causal_bias', 'TiledAttention', 'visible', 'Laye
 
 # %% ../notebooks/03_attention.ipynb #07fc4998
 import functools
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,8 @@ class LayerCache:
     """
 
     def __init__(self, parent: "KVCache", keys: torch.Tensor, values: torch.Tensor):
-        self.parent, self.keys, self.values = parent, keys, values
+        self.parent = weakref.proxy(parent)  # a circle would keep the memory until the garbage collector comes
+        self.keys, self.values = keys, values
 
     def update(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append (batch, kv_heads, new, head_dim) and return all keys and values so far, oldest first."""

@@ -123,6 +123,18 @@ tries = 2
 lengths = [128, 256]
 chunk_tokens = 96
 tries = 1
+
+[sft]
+demonstrations = 2
+epochs = 1
+batch_rows = 4
+learning_rate = 1e-3
+matrix_learning_rate = 0.01
+warmup_steps = 1
+problems = 1
+ablation_demonstrations = 2
+long_rows = 2
+fresh = 1
 """
 
 

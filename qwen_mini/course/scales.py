@@ -241,6 +241,30 @@ class SparsePrefill:
 
 
 @dataclass(frozen=True)
+class Sft:
+    """Fine-tuning: gold responses and held-out problems a task, and the numbers of the run.
+
+    `ablation_demonstrations`: a task, for the small arms; `long_rows`: long instructions of the second stage; `fresh`:
+    new problems a task for rejection sampling.
+    """
+
+    demonstrations: int
+    epochs: int
+    batch_rows: int
+    learning_rate: float
+    matrix_learning_rate: float
+    warmup_steps: int
+    problems: int
+    ablation_demonstrations: int
+    long_rows: int
+    fresh: int
+
+    def __post_init__(self):
+        _positive(self, *(field.name for field in dataclasses.fields(self) if field.name != "warmup_steps"))
+        _not_negative(self, "warmup_steps")
+
+
+@dataclass(frozen=True)
 class ScaleConfig:
     """One scale, whole: `config.model.hidden_size`, `config.pretraining.phases[0].tokens`, …"""
 
@@ -253,6 +277,7 @@ class ScaleConfig:
     long_context: LongContext
     dual_chunk: DualChunk
     sparse_prefill: SparsePrefill
+    sft: Sft
 
     def __post_init__(self):
         _require(
