@@ -4,10 +4,11 @@
 __all__ = ['ANSWER', 'SPLITS', 'LEVELS', 'TRAIN_LEVELS', 'TASKS', 'RELATIONS', 'CONSTRAINTS', 'LISTED_WORDS',
            'UNSEEN_CONSTRAINTS', 'EXCLUDE', 'ORDERS', 'SYSTEM_RULES', 'NUMBER_STEPS', 'LIST_STEPS', 'Example',
            'Verdict', 'final_answer', 'Draw', 'Task', 'VerifierError', 'split_of', 'same', 'add_task', 'story',
-           'purchase', 'order', 'rules', 'truth_table', 'table_sum', 'to_json', 'is_object', 'sequence', 'cycle',
-           'Constraint', 'words_of', 'compatible', 'fulfil', 'instructions', 'keeps_constraints', 'reverse_in',
-           'translate_reverse', 'means', 'system_rule', 'first_error', 'function', 'passes_tests', 'judge',
-           'verify_many', 'near_misses', 'wrong_line', 'verified', 'consistent', 'filter_responses']
+           'purchase', 'order', 'rules', 'truth_table', 'table_sum', 'to_json', 'is_json', 'is_object', 'sequence',
+           'cycle', 'is_list', 'Constraint', 'words_of', 'compatible', 'fulfil', 'instructions', 'bare_words',
+           'keeps_constraints', 'reverse_in', 'translate_reverse', 'means', 'system_rule', 'first_error', 'function',
+           'compiles', 'passes_tests', 'judge', 'verify_many', 'near_misses', 'wrong_line', 'verified', 'consistent',
+           'filter_responses']
 
 # %% ../notebooks/13_tasks.ipynb #9ea471d8
 import hashlib
@@ -95,9 +96,14 @@ class Task:
     check: Callable[[Example, str], str]
     templates: tuple[str, ...]
     unseen: tuple[str, ...]
-    answered: bool = (
-        True  # the response ends with "Answer: …"; else all of it is the answer
+    form: Callable[[str], bool] | None = (
+        None  # None: the response ends with "Answer: …"; else all of it is the answer
     )
+
+    @property
+    def answered(self) -> bool:
+        """Whether there is a chain and a last line with the answer."""
+        return self.form is None
 
     def generate(
         self,
@@ -146,8 +152,8 @@ class Task:
                 return Verdict(False, False, "no single last line 'Answer: …'")
         else:
             found = response
-            if not response.strip():
-                return Verdict(False, False, "empty")
+            if not self.form(response):
+                return Verdict(False, False, "not in the form that was asked for")
         try:
             problem = self.check(example, found)
         except Exception as error:
@@ -176,16 +182,14 @@ TASKS: dict[str, Task] = {}
 
 
 def add_task(
-    name: str, area: str, draw, templates, unseen, check=same, answered=True
+    name: str, area: str, draw, templates, unseen, check=same, form=None
 ) -> None:
     """Enter a task into `TASKS`."""
-    TASKS[name] = Task(
-        name, area, draw, check, tuple(templates), tuple(unseen), answered
-    )
+    TASKS[name] = Task(name, area, draw, check, tuple(templates), tuple(unseen), form)
 
 # %% ../notebooks/13_tasks.ipynb #54d4d12a
 def story(rng: random.Random, level: int) -> Draw:
-    """Someone gets and gives away things, level + 1 times; never below zero, never above 99."""
+    """Someone gets and gives away things, level + 1 times; always between 0 and 99."""
     name, thing = (
         rng.choice(TASK_NAMES),
         rng.choice(["pens", "eggs", "coins", "books", "cups"]),
@@ -194,7 +198,7 @@ def story(rng: random.Random, level: int) -> Draw:
     events, steps, moves = [], [], []
     for _ in range(level + 1):
         change = rng.randint(2, 20)
-        if have - change >= 0 and rng.random() < 0.5:
+        if have + change > 99 or (have - change >= 0 and rng.random() < 0.5):
             change = -change
         verb = f"gives away {-change}" if change < 0 else f"gets {change} more"
         events.append(f"{name} {verb}.")
@@ -268,7 +272,7 @@ def rules(rng: random.Random, level: int) -> Draw:
     rng.shuffle(told)
     steps = [f"{a} makes {b}" for a, b in itertools.pairwise(chain)]
     slots = {"rules": " ".join(told), "start": chain[0]}
-    return Draw(f"{chain} {idle}", slots, "\n".join(steps), chain[-1])
+    return Draw(f"{chain}", slots, "\n".join(steps), chain[-1])
 
 
 def truth_table(rng: random.Random, level: int) -> Draw:
@@ -331,12 +335,9 @@ def table_sum(rng: random.Random, level: int) -> Draw:
         else:
             steps.append(f"{name} {group}")
     table = "\n".join(["name,team,points", *(f"{n},{g},{v}" for n, g, v in rows)])
-    return Draw(
-        f"{rows} {wanted}",
-        {"table": table, "wanted": wanted},
-        "\n".join(steps),
-        str(total),
-    )
+    key = f"{[(group == wanted, value) for _, group, value in rows]}"
+    slots = {"table": table, "wanted": wanted}
+    return Draw(key, slots, "\n".join(steps), str(total))
 
 
 def to_json(rng: random.Random, level: int) -> Draw:
@@ -346,12 +347,18 @@ def to_json(rng: random.Random, level: int) -> Draw:
     return Draw(str(pairs), {"text": text}, "", json.dumps(pairs), {"object": pairs})
 
 
+def is_json(text: str) -> bool:
+    """Whether the text is JSON at all."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def is_object(example: Example, found: str) -> str:
     """Whether the response is JSON and holds exactly the pairs asked for; numbers as numbers, no key twice."""
-    try:
-        pairs = json.loads(found, object_pairs_hook=lambda pairs: pairs)
-    except (ValueError, RecursionError):
-        return "no JSON"
+    pairs = json.loads(found, object_pairs_hook=lambda pairs: pairs)
     if not isinstance(pairs, list) or not all(
         isinstance(pair, tuple) for pair in pairs
     ):
@@ -377,7 +384,7 @@ add_task(
     ["Write as JSON: {text}.", "{text}. Give this as a JSON object."],
     ["Turn into one JSON object: {text}."],
     check=is_object,
-    answered=False,
+    form=is_json,
 )  # fmt: skip
 
 # %% ../notebooks/13_tasks.ipynb #67f77d82
@@ -386,7 +393,7 @@ def sequence(rng: random.Random, level: int) -> Draw:
     start, step, count = rng.randint(1, 30), rng.randint(1, 9), 5 * level + 5
     items = " ".join(str(start + step * i) for i in range(count))
     slots = {"start": start, "step": step, "count": count}
-    return Draw(f"{start} {step} {count}", slots, "", items + ".")
+    return Draw(f"{start} {step}", slots, "", items + ".")
 
 
 def cycle(rng: random.Random, level: int) -> Draw:
@@ -397,7 +404,12 @@ def cycle(rng: random.Random, level: int) -> Draw:
     )
     text = " ".join(itertools.islice(itertools.cycle(words), count)) + "."
     slots = {"words": " ".join(words), "count": count}
-    return Draw(f"{words} {count}", slots, "", text)
+    return Draw(f"{words}", slots, "", text)
+
+
+def is_list(text: str) -> bool:
+    """Words or numbers with single spaces between them, and a full stop."""
+    return re.fullmatch(r"\w+( \w+)*\.", text) is not None
 
 
 add_task(
@@ -407,7 +419,7 @@ add_task(
     ["Count from {start} in steps of {step}: {count} numbers.",
      "Write {count} numbers, from {start} on, in steps of {step}."],
     ["Begin at {start}, add {step} each time, and stop after {count} numbers."],
-    answered=False,
+    form=is_list,
 )  # fmt: skip
 add_task(
     "cycle",
@@ -416,7 +428,7 @@ add_task(
     ["Repeat these words in order until there are {count} words: {words}",
      "Write {count} words by going through these again and again: {words}"],
     ["Fill {count} words by repeating: {words}"],
-    answered=False,
+    form=is_list,
 )  # fmt: skip
 
 # %% ../notebooks/13_tasks.ipynb #38962e24
@@ -459,7 +471,8 @@ CONSTRAINTS = {
     ),
     "no_comma": Constraint("without commas", ("",), lambda t, _: "," not in t, "punctuation:no_comma"),
     "title": Constraint(
-        "with the title <<{0}>>", ("news", "tale"), lambda t, w: t.startswith(f"<<{w}>> "), "detectable_format:title"
+        "with the title <<{0}>>", ("news", "tale"), lambda t, w: re.match(rf"<<{w}>>\s", t) is not None,
+        "detectable_format:title",
     ),
     "bullets": Constraint(
         "as {0} lines that begin with *",
@@ -512,13 +525,13 @@ def fulfil(wanted: dict[str, Any], rng: random.Random) -> str:
 
 
 def instructions(rng: random.Random, level: int, pool: Iterable[str] = ()) -> Draw:
-    """An exact number of words, and `level` constraints more (4 at most); `pool`: which, by default all seen ones."""
+    """An exact number of words, and `level` constraints more; `pool`: which, by default all seen ones."""
     pool = list(pool) or [
         name for name in CONSTRAINTS if name not in UNSEEN_CONSTRAINTS
     ]
     while True:
         others = [name for name in pool if name != "words"]
-        names = ["words", *rng.sample(others, min(level, 4, len(others)))]
+        names = ["words", *rng.sample(others, min(level, len(others)))]
         wanted = {name: rng.choice(CONSTRAINTS[name].options) for name in names}
         room = wanted.get("bullets", 1) + 2 + wanted.get("commas", 0)
         avoid = wanted.get("avoid", "?")
@@ -533,24 +546,38 @@ def instructions(rng: random.Random, level: int, pool: Iterable[str] = ()) -> Dr
     return Draw(key, slots, "", fulfil(wanted, rng), {"wanted": wanted})
 
 
+def bare_words(text: str) -> list[str] | None:
+    """The words of a text without its title, quotes, bullets and commas, lower case; None if anything else is in it."""
+    text = re.sub(r"^<<\w+>>\s", "", text)
+    text = text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+    text = re.sub(r"^\* ", "", text, flags=re.M)
+    if not re.fullmatch(r"[A-Za-z]+,?([ \n][A-Za-z]+,?)*", text):
+        return None
+    return re.findall(r"[a-z]+", text.lower())
+
+
 def keeps_constraints(example: Example, text: str) -> str:
-    """Which constraint is broken first; and all words must be of the list, so that no noise passes."""
-    for name, value in example.facts["wanted"].items():
+    """Which constraint is broken first; and only words of the list, none twice: neither noise nor echoes pass."""
+    wanted = example.facts["wanted"]
+    for name, value in wanted.items():
         if not CONSTRAINTS[name].holds(text, value):
             return f"not {CONSTRAINTS[name].wording.format(value)}"
-    asked = {str(value) for value in example.facts["wanted"].values()}
-    strange = set(words_of(text.lower())) - set(LISTED_WORDS) - asked
-    return f"{sorted(strange)[0]!r} is no word of the list" if strange else ""
+    words = bare_words(text)
+    allowed = {*LISTED_WORDS, wanted.get("end")}
+    if not set(words) <= allowed:
+        return f"{min(set(words) - allowed)!r} is no word of the list"
+    return "a word stands twice" if len(set(words)) < len(words) else ""
 
 
 add_task(
     "instructions",
     "instruction following",
     instructions,
-    ["Words: {list}. Write a text of these, {told}.", "Use words of this list: {list}. Write {told}."],
-    ["Only with words from here: {list}. Your text has to be {told}."],
+    ["Words: {list}. Write a text of these, each once at most, {told}.",
+     "Use words of this list, none twice: {list}. Write {told}."],
+    ["Only with words from here, no word again: {list}. Your text has to be {told}."],
     check=keeps_constraints,
-    answered=False,
+    form=lambda text: bare_words(text) is not None,
 )  # fmt: skip
 
 # %% ../notebooks/13_tasks.ipynb #7250d045
@@ -638,9 +665,10 @@ def first_error(rng: random.Random, level: int) -> Draw:
         have += change + off
         if off:
             break
-    lines += [
-        f"{have + i}+{i + 2}={have + 2 * i + 2}" for i in range(level + 2 - len(lines))
-    ]
+    while len(lines) < level + 2:  # the mistake is carried on, as people do
+        change = rng.randint(2, 15)
+        lines.append(f"{have}+{change}={have + change}")
+        have += change
     return Draw(str(lines), {"lines": "\n".join(lines)}, "\n".join(right), str(wrong))
 
 
@@ -649,7 +677,7 @@ add_task(
     "cross-lingual transfer",
     reverse_in,
     ["{asked}"],
-    ["{asked} !"],
+    ["{asked} (un mot après l'autre / palabra por palabra)"],
     check=means,
 )
 add_task(
@@ -701,17 +729,20 @@ LIST_STEPS = {
 
 
 def function(rng: random.Random, level: int) -> Draw:
-    """A function of `level` steps, on a number or on a list."""
+    """A function of level + 1 different steps, on a number or on a list."""
     kind = rng.choice(("number", "list"))
     steps = NUMBER_STEPS if kind == "number" else LIST_STEPS
-    chosen = [(text, rng.randint(2, 5)) for text in rng.sample(list(steps), level)]
+    chosen = [(text, rng.randint(2, 5)) for text in rng.sample(list(steps), level + 1)]
     told = ", then ".join(text.format(value) for text, value in chosen)
     body = "\n".join(f"    {steps[text].format(value)}" for text, value in chosen)
-    inputs = (
-        [[n] for n in (0, 1, 2, 7, -3, 12)]
-        if kind == "number"
-        else [[[]], [[3, 1, 2]], [[5, 9, 4, 4, 7, 0, 8]], [[-1, 6, 2, 6]]]
-    )
+    hidden = random.Random(body)  # the same problem, the same tests
+    if kind == "number":
+        inputs = [[n] for n in hidden.sample(range(-20, 60), 24)]
+    else:
+        inputs = [
+            [[hidden.randint(-4, 9) for _ in range(size)]]
+            for size in (*range(9), *range(9), 5, 6)
+        ]
     code = f"def f(x):\n{body}\n    return x"
     space: dict = {}
     exec(
@@ -720,6 +751,15 @@ def function(rng: random.Random, level: int) -> Draw:
     expected = [space["f"](*arguments) for arguments in inputs]
     facts = {"inputs": inputs, "expected": expected}
     return Draw(f"{kind} {body}", {"kind": kind, "told": told}, "", code, facts)
+
+
+def compiles(text: str) -> bool:
+    """Whether the text is a Python program."""
+    try:
+        compile(text, "program", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return "def f(" in text
 
 
 def passes_tests(example: Example, program: str) -> str:
@@ -731,8 +771,8 @@ def judge(example: Example, outcome: Outcome) -> str:
     """What is wrong with what a program returned."""
     if outcome.status != "ok":
         return f"{outcome.status}: {outcome.error}"
-    right = [
-        type(got) is type(want) and got == want
+    right = [  # as JSON, where 3, 3.0 and True differ at every depth
+        json.dumps(got) == json.dumps(want)
         for got, want in zip(outcome.values, example.facts["expected"], strict=True)
     ]
     return "" if all(right) else f"{right.count(False)} of {len(right)} tests fail"
@@ -746,7 +786,7 @@ add_task(
      "Python: f takes a {kind} x. It should {told}, and return x."],
     ["Define f(x) for a {kind} x so that it will {told}; return the result."],
     check=passes_tests,
-    answered=False,
+    form=compiles,
 )  # fmt: skip
 
 
@@ -756,7 +796,7 @@ def verify_many(pairs: Iterable[tuple[Example, str]]) -> list[Verdict]:
     coding = [
         i
         for i, (e, text) in enumerate(pairs)
-        if TASKS[e.task].check is passes_tests and text.strip()
+        if TASKS[e.task].check is passes_tests and compiles(text)
     ]
     jobs = [(pairs[i][1], "f", pairs[i][0].facts["inputs"]) for i in coding]
     verdicts = {}
@@ -813,11 +853,20 @@ def verified(example: Example, response: str) -> bool:
 
 
 def consistent(example: Example, response: str) -> bool:
-    """Checker two: every written calculation is true, and no line is written twice in a row."""
+    """Checker two: the chain. As many lines as it takes, every calculation true, no line twice in a row.
+
+    In mathematics each line is one calculation, and the last one's result is the answer.
+    """
     lines = response.split("\n")
-    return wrong_line(response) is None and all(
-        a != b for a, b in itertools.pairwise(lines)
-    )
+    if wrong_line(response) or any(a == b for a, b in itertools.pairwise(lines)):
+        return False
+    if len(lines) != len(example.response.split("\n")):
+        return False
+    if TASKS[example.task].area != "mathematics":
+        return True
+    chain, answer = lines[:-1], lines[-1].removeprefix(ANSWER)
+    whole = all(re.fullmatch(r"-?\d+[+*-]\d+=-?\d+", line) for line in chain)
+    return whole and chain[-1].endswith(f"={answer}")
 
 
 def filter_responses(

@@ -126,6 +126,8 @@ tries = 1
 
 [sft]
 demonstrations = 2
+replay = 0.25
+replay_weight = 0.2
 epochs = 1
 batch_rows = 4
 learning_rate = 1e-3

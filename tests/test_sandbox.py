@@ -1,8 +1,10 @@
 """The sandbox against a hostile corpus: nothing escapes, hangs, or earns what it did not compute."""
 
 import os
+import signal
 import struct
 import sys
+import time
 
 import pytest
 
@@ -89,8 +91,8 @@ REACH = {
     "fork": "import os\nreturn os.fork()",
     "fork bomb": "import os\nwhile True: os.fork()",
     "execute": "import os\nreturn os.execv('/bin/true', ['true'])",
-    "kill the parent": "import os\nreturn os.kill(os.getppid(), 9)",
-    "kill all": "import os\nreturn os.kill(-1, 9)",
+    "kill the parent": "import os\nreturn os.kill(os.getppid(), 0)",
+    "kill all": "import os\nreturn os.kill(1, 0)",
     "a thread": "import _thread\nreturn _thread.start_new_thread(print, ())",
     "network": "import socket\nreturn str(socket.socket())",
     "network, below": "import _socket\nreturn str(_socket.socket())",
@@ -140,6 +142,73 @@ def _loosened(source: str):
     path = pathlib.Path(tempfile.mkdtemp()) / "loose.py"
     path.write_text(source.replace("sys.addaudithook(_refuse)", "pass"))
     return path
+
+
+def test_a_program_that_closes_its_handle_and_sleeps_is_ended_with_its_worker():
+    program = "import os, time\nfor h in range(3, 64):\n    try: os.close(h)\n    except OSError: pass\ntime.sleep(40)"
+    begin = time.perf_counter()
+    assert run(program, 1, wall_seconds=0.2).status == "killed"
+    assert time.perf_counter() - begin < 5
+    assert run(body("return x"), 3).values == [3]
+
+
+def test_an_interrupted_call_leaves_no_answer_to_the_next():
+    run(body("return x"), 1)  # starts the worker
+    old = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            run("import time\n" + body("time.sleep(0.4)\nreturn 'late'"), 1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert run(body("return x"), 2).values == [2] and run(body("return x"), 3).values == [3]
+
+
+def test_a_sandbox_that_does_not_work_says_so(monkeypatch):
+    broken = sandbox._Worker()
+    monkeypatch.setattr(
+        sandbox,
+        "__file__",
+        str(
+            _loosened(open(sandbox.__file__).read().replace("    _work()\n", "    raise SystemExit('no such thing')\n"))
+        ),
+    )
+    monkeypatch.setattr(sandbox, "_workers", [broken])
+    with pytest.raises(SandboxError, match="does not work on this machine.*no such thing"):
+        run(body("return x"), 1)
+
+
+def test_a_kernel_that_refuses_the_filter_is_no_wrong_answer(monkeypatch):
+    source = open(sandbox.__file__).read().replace("    if lock is not None and not lock():", "    if True:")
+    broken = sandbox._Worker()
+    monkeypatch.setattr(sandbox, "__file__", str(_loosened(source)))
+    monkeypatch.setattr(sandbox, "_workers", [broken])
+    with pytest.raises(SandboxError, match="the kernel refused the filter"):
+        run(body("return x"), 1)
+
+
+def test_a_fork_of_the_caller_starts_workers_of_its_own():
+    run(body("return x"), 1)
+    workers, child = [w.process.pid for w in sandbox._workers], os.fork()
+    if child == 0:
+        right = run(body("return x"), 5).values == [5] and not {w.process.pid for w in sandbox._workers} & set(workers)
+        sandbox.stop_workers()
+        os._exit(0 if right else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert run(body("return x"), 2).values == [2] and [w.process.pid for w in sandbox._workers] == workers
+
+
+def test_errors_are_printable_and_deep_results_refused():
+    outcome = run(body("raise ValueError('\x1b[31m\ud800é')"), 1)
+    assert outcome.status == "error" and outcome.error.isascii() and "\x1b" not in outcome.error
+    assert run(body("return 10 ** 5000"), 1).status == "error"
+    deep = b'{"status": "ok", "values": [' + b"[" * 900 + b"]" * 900 + b'], "error": ""}'
+    forged = f"import os\nfor h in range(3, 64):\n    try: os.write(h, {deep!r})\n    except OSError: pass\nos._exit(0)"
+    assert run(forged, 1).status == "killed"
+    assert run_sandboxed("1 / 0", "f", []).status == "error" and run_sandboxed("def f(): pass", "f", []) == Outcome(
+        "ok"
+    )
 
 
 def test_secrets_of_the_caller_are_not_there(monkeypatch):

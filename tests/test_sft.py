@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_mini import course
+from qwen_mini.corpus import prepare_corpus
 from qwen_mini.course import CourseError, artifacts
+from qwen_mini.long_context import open_long_corpus
 from qwen_mini.model import ModelConfig, Qwen
 from qwen_mini.sft import (
-    MASKS,
     OTHER_SYSTEM,
     TRAIN_SYSTEM,
     Row,
@@ -32,12 +33,14 @@ from qwen_mini.sft import (
     pack_rows,
     pass_any,
     rejection_sample,
+    replay_rows,
     score_long,
     standard_error,
     to_batch,
+    training_rows,
     with_system,
 )
-from qwen_mini.tasks import TASKS, split_of
+from qwen_mini.tasks import TASKS, TRAIN_LEVELS, split_of
 from qwen_mini.tokenizer import Tokenizer
 
 FOLDER = artifacts.shipped_dir("long_context")
@@ -82,8 +85,8 @@ def test_the_masks_train_on_what_they_say(tokenizer):
     assert spans(tokenizer, "answer+newline") == ["5<|im_end|>\n", "6\n<|im_end|>\n"]
     assert spans(tokenizer, "no_end") == ["5", "6\n"]
     assert spans(tokenizer, "chatml") == [
-        "<|im_start|>", "<|im_end|>\n<|im_start|>", "<|im_end|>\n", "5<|im_end|>\n<|im_start|>", "<|im_end|>\n",
-        "6\n<|im_end|>\n",
+        "<|im_start|>", "<|im_end|>\n<|im_start|>", "<|im_end|>\n<|im_start|>", "5<|im_end|>\n<|im_start|>",
+        "<|im_end|>\n<|im_start|>", "6\n<|im_end|>\n",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="there is no loss mask 'all': use one of answer"):
         loss_mask(tokenizer, TALK, "all")
@@ -93,7 +96,7 @@ def test_the_masks_train_on_what_they_say(tokenizer):
 def test_the_prompt_is_what_generation_sees(name, tokenizer):
     """Training rows begin with exactly the ids that the model is asked with, and go on with the response's own ids."""
     for example in draw_examples(5, 0, tasks=[name]):
-        ids, trained = loss_mask(tokenizer, chat_example(tokenizer, example))
+        ids, trained = loss_mask(tokenizer, chat_example(example))
         prompt = tokenizer.encode_chat(example.messages, add_generation_prompt=True)
         answer = [*tokenizer.encode(example.response), tokenizer.im_end_id]
         assert ids[: len(prompt)] == prompt and ids[len(prompt) : len(prompt) + len(answer)] == answer
@@ -179,6 +182,8 @@ def test_batches_show_every_row_once_an_epoch_and_keep_similar_lengths_together(
     padded = sum(sampler.batch(s).input_ids.numel() for s in range(sampler.total_steps))
     assert padded < 1.35 * 2 * sum(len(row.ids) - 1 for row in rows)
     assert RowSampler(rows, 16, 2, seed=1).plan == sampler.plan != RowSampler(rows, 16, 2, seed=2).plan
+    with pytest.raises(CourseError, match="a batch of 12 rows cannot be shared by 13 processes"):
+        RowSampler(rows[:12], 16, 1).batch(0, 0, 13)
     whole, halves = sampler.batch(3), [sampler.batch(3, rank, 2) for rank in (0, 1)]
     assert sum(b.weights.sum() for b in halves) == whole.weights.sum()
     with pytest.raises(CourseError, match="there are no rows to train on"):
@@ -194,26 +199,53 @@ def test_system_prompts_are_added_only_where_none_is_set():
     assert not set(TRAIN_SYSTEM) & set(OTHER_SYSTEM)
 
 
-def test_demonstrations_are_train_side_only_and_gold(tokenizer):
-    config = course.load_scale("quick")
-    pairs = demonstrations(config, 0)
-    assert len(pairs) == config.sft.demonstrations * len(TASKS)
-    assert all(
-        split_of(f"{e.task}/{e.key}") == "train" and response == e.response and e.level <= 3 for e, response in pairs
-    )
-    assert demonstrations(config, 0) == pairs != demonstrations(config, 1)
+def test_demonstrations_are_train_side_only_gold_and_different():
+    pairs = demonstrations(6, 0)
+    assert len(pairs) == 6 * len(TASKS) and len({(e.task, e.key) for e, _ in pairs}) == len(pairs)
+    assert all(split_of(f"{e.task}/{e.key}") == "train" and response == e.response for e, response in pairs)
+    assert all(e.level in TRAIN_LEVELS for e, _ in pairs)
+    assert demonstrations(6, 0) == pairs != demonstrations(6, 1)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The quick scale with a handful of demonstrations, in a folder of its own, in float32."""
+    """The quick scale with a handful of demonstrations and a small corpus, in a folder of its own, in float32."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN_MINI_RUNS", str(tmp_path_factory.mktemp("runs")))
         config = course.load_scale("quick")
-        yield dataclasses.replace(
-            config, run=dataclasses.replace(config.run, dtype="float32"),
+        corpus = dataclasses.replace(config.corpus, sources=("python",), max_bytes_per_source=300_000,
+                                     task_documents=200, chat_documents=100, needle_rows=8)  # fmt: skip
+        config = dataclasses.replace(
+            config, corpus=corpus, run=dataclasses.replace(config.run, dtype="float32"),
             sft=dataclasses.replace(config.sft, demonstrations=3, epochs=2, batch_rows=8),
         )  # fmt: skip
+        prepare_corpus(config)
+        yield config
+
+
+def test_replay_is_pre_training_text_with_its_weight(small):
+    corpus, tokenizer = open_long_corpus(small, FOLDER)
+    rows = replay_rows(small, corpus, 12, 0.2)
+    assert len(rows) == 12 and all(len(row.ids) == 257 and set(row.weights) == {0.2} for row in rows)
+    text = {name: " ".join(map(str, corpus.tokens(name, "train"))) for name in corpus.text_domains()}
+    assert all(any(" ".join(map(str, row.ids)) in stream for stream in text.values()) for row in rows)
+    rows = training_rows(small, small.sft, FOLDER)
+    assert sum(row.weights == [small.sft.replay_weight] * 257 for row in rows) == round(small.sft.replay * 3 * len(TASKS))
+
+
+def test_what_a_run_was_made_from_is_all_of_it(small, monkeypatch):
+    """Another wording, another rate: another run, although seed and counts are the same."""
+    from qwen_mini import sft
+
+    folder = finetune(small, stage="inputs")
+    first = (folder / "manifest.json").read_text()
+    task = dataclasses.replace(TASKS["story"], templates=("{name} {start} {thing} {events}?",))
+    monkeypatch.setitem(sft.TASKS, "story", task)
+    assert (finetune(small, stage="inputs") / "manifest.json").read_text() != first
+    monkeypatch.undo()
+    slower = dataclasses.replace(small, pretraining=dataclasses.replace(small.pretraining, weight_decay=0.5))
+    second = (finetune(slower, stage="inputs") / "manifest.json").read_text()
+    assert second != first
 
 
 def test_an_interrupted_run_reaches_the_same_weights(small):
@@ -298,7 +330,3 @@ def test_long_instructions_ask_for_one_of_their_keys(tokenizer, monkeypatch):
         Completion([*tokenizer.encode(next(said)), tokenizer.im_end_id], True) for _ in prompts
     ])  # fmt: skip
     assert score_long(None, tokenizer, made) == 0.5
-
-
-def test_every_mask_is_tested():
-    assert set(MASKS) == {"answer", "answer+newline", "chatml", "no_end"}

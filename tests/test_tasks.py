@@ -77,7 +77,7 @@ def test_another_problem_s_answer_is_wrong(name):
     drawn = examples(name, 60)
     pairs = [(a, b.response) for a, b in zip(drawn, drawn[1:], strict=False) if a.answer != b.answer]
     right = sum(verdict.correct for verdict in verify_many(pairs))
-    assert right <= (0.1 if name in ("instructions", "function") else 0) * len(pairs)
+    assert right <= (0.05 if name == "instructions" else 0) * len(pairs)  # one text can keep other constraints, too
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -141,7 +141,7 @@ def test_json_is_compared_as_values(text):
         TASKS["to_json"].check,
         ("?",),
         ("!",),
-        False,
+        TASKS["to_json"].form,
     )
     example = next(e for i in range(50) if (e := _any_split(task, i)))
     assert task.verify(example, text).correct
@@ -207,6 +207,49 @@ def test_gold_chains_are_true(name):
         assert all(consistent(e, e.response) for e in examples(name, 100))
     else:
         assert all(wrong_line(e.response) is None for e in examples(name, 100))
+
+
+def test_instructions_refuse_noise_echoes_and_digits():
+    task = TASKS["instructions"]
+    for e in examples("instructions", 150):
+        n = e.facts["wanted"]["words"]
+        for bad in (
+            "5 " * n,
+            "sun " * n,
+            " ".join(["sun", "}{"] * n),
+            "sun, " * n,
+            "sun tree fish bird stone river house moon",
+        ):
+            assert not task.verify(e, bad.strip()).correct, (e.facts, bad)
+
+
+def test_functions_are_told_apart_by_their_hidden_tests():
+    """What a program with another constant, another order or another type returns is never right."""
+    import re
+
+    drawn = [e for e in examples("function", 60) if re.search(r" (2|3)\b", e.response)]
+    changed = [(e, re.sub(r" (2|3)\b", lambda m: " 4" if m[1] == "3" else " 3", e.response, count=1)) for e in drawn]
+    wrong = [text for (e, text), v in zip(changed, verify_many(changed), strict=True) if v.correct]
+    assert len(drawn) > 20 and len(wrong) <= 1, wrong
+    floats = [(e, e.response.replace("[i + ", "[float(i) + ")) for e in drawn if "[i + " in e.response]
+    assert floats and not any(v.correct for v in verify_many(floats))
+
+
+def test_a_mistake_in_a_chain_cannot_be_guessed_from_the_lines_after_it():
+    for e in examples("first_error", 200):
+        lines = e.messages[-1]["content"].split("\n")
+        sums = [line for line in lines if "=" in line]
+        assert len(sums) == e.level + 2
+        for a, b in zip(sums, sums[1:], strict=False):
+            assert b.startswith(a.split("=")[1] + "+")  # every line goes on from the result before
+
+
+def test_no_chain_is_no_agreement():
+    for name in ("story", "purchase"):
+        for e in examples(name, 20):
+            answer = f"{ANSWER}{e.answer}"
+            for bare in (answer, f"1+1=2\n{answer}", e.response.replace("+", " + "), f"1+1+1=9\n{answer}"):
+                assert not (bare != e.response and consistent(e, bare)), bare
 
 
 def test_bad_requests_get_one_sentence():

@@ -7,8 +7,9 @@ needs) before it runs a line. What comes back is plain JSON, bounded in size. **
 sandbox**: the caller compares, so a program that patches `==`, exits early or forges a result earns nothing that it
 did not compute.
 
-What it does not protect from: flaws of the kernel or of the CPU, side channels through timing, and, where the kernel
-offers no seccomp (macOS), native code that reaches around Python's audit hooks. Windows cannot fork: use WSL there.
+What it does not protect from: flaws of the kernel or of the CPU, and side channels through timing. Where the kernel
+offers no seccomp (macOS, processors without a table below), Python's audit hooks are all there is, and a program that
+looks for them can get round them: run untrusted models in a virtual machine there. Windows cannot fork: use WSL.
 """
 
 import atexit
@@ -17,6 +18,7 @@ import json
 import os
 import platform
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -95,25 +97,47 @@ def run_many(jobs: list[tuple[str, str, list[list]]], limits: Limits | None = No
 _lock, _workers = threading.Lock(), []
 
 
+def _forget() -> None:
+    """In a fork of the caller: its workers belong to the parent."""
+    global _lock, _workers
+    _lock, _workers = threading.Lock(), []
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
 class _Worker:
     """One worker process, started when needed and again after it died."""
 
     def __init__(self):
-        self.process = None
+        self.process, self.folder = None, None
 
     def run(self, request: bytes, limits: Limits) -> Outcome:
-        self.start()
+        for _ in range(2):  # a worker that was lost is replaced once
+            self.start()
+            try:
+                return self.ask(request, limits)
+            except (OSError, EOFError, ValueError, TypeError) as problem:
+                lost = problem
+                self.stop()
+            except BaseException:  # an interrupted call must not leave its answer to the next one
+                self.stop()
+                raise
+        return Outcome("killed", error=f"the sandbox's worker was lost: {lost}")
+
+    def ask(self, request: bytes, limits: Limits) -> Outcome:
+        _send(self.process.stdin.fileno(), request)
+        answer = _receive(self.process.stdout.fileno(), 2 * limits.wall_seconds + 10)
         try:
-            _send(self.process.stdin.fileno(), request)
-            answer = _receive(self.process.stdout.fileno(), 2 * limits.wall_seconds + 10)
             return Outcome(**json.loads(answer))
-        except (OSError, EOFError, ValueError, TypeError) as problem:  # the worker is gone or does not answer
-            self.stop()
-            return Outcome("killed", error=f"the sandbox's worker was lost: {problem}")
+        except RecursionError:
+            return Outcome("killed", error="its result is nested too deeply")
 
     def start(self) -> None:
         if self.process is not None and self.process.poll() is None:
             return
+        self.stop()
         if not hasattr(os, "fork"):
             raise SandboxError("the sandbox needs a system that can fork: Linux, macOS, or WSL on Windows")
         self.folder = tempfile.TemporaryDirectory(prefix="qwen_mini_sandbox_")
@@ -121,19 +145,35 @@ class _Worker:
             [sys.executable, "-s", "-P", "-S", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             cwd=self.folder.name,
             env={"PYTHONHASHSEED": "0"},  # one order of sets for all programs
             bufsize=0,
             start_new_session=True,
         )
+        self.prove()
+
+    def prove(self) -> None:
+        """Run one harmless program: a sandbox that cannot would make every right program look wrong."""
+        request = {"program": "def f(x):\n    return x", "function": "f", "calls": [[7]], "limits": asdict(Limits())}
+        try:
+            outcome = self.ask(json.dumps(request).encode(), Limits())
+            problem = outcome.error if outcome != Outcome("ok", [7]) else ""
+        except (OSError, EOFError, ValueError, TypeError) as error:
+            self.process.kill()
+            problem = f"{error} {self.process.stderr.read().decode(errors='replace')[-300:]}"
+        if problem:
+            self.stop()
+            raise SandboxError(f"the sandbox does not work on this machine, so no program can be judged: {problem}")
 
     def stop(self) -> None:
         if self.process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
             self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
+            for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+                stream.close()
             self.folder.cleanup()
             self.process = None
 
@@ -180,8 +220,8 @@ SYSCALLS = {
     "x86_64": {
         "arch": 0xC000003E,
         "read": 0, "write": 1, "close": 3, "fstat": 5, "lseek": 8, "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12,
-        "rt_sigreturn": 15, "ioctl": 16, "sched_yield": 24, "mremap": 25, "madvise": 28, "nanosleep": 35, "getpid": 39,
-        "exit": 60, "gettimeofday": 96, "gettid": 186, "time": 201, "futex": 202, "clock_gettime": 228,
+        "rt_sigreturn": 15, "sched_yield": 24, "mremap": 25, "madvise": 28, "nanosleep": 35, "getpid": 39,
+        "exit": 60, "gettimeofday": 96, "gettid": 186, "futex": 202, "clock_gettime": 228,
         "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "getrandom": 318, "rseq": 334,
     },
     "aarch64": {
@@ -238,7 +278,8 @@ def _kernel_lock(ctypes, libc, filter_: bytes):
     program.keep = buffer  # the address alone does not keep it alive
 
     def lock() -> bool:
-        no_new_privileges, set_seccomp, mode_filter = 38, 22, 2
+        death_signal, no_new_privileges, set_seccomp, mode_filter = 1, 38, 22, 2
+        libc.prctl(death_signal, signal.SIGKILL, 0, 0, 0)  # no child outlives its worker
         return (
             libc.prctl(no_new_privileges, 1, 0, 0, 0) == 0
             and libc.prctl(set_seccomp, mode_filter, ctypes.byref(program), 0, 0) == 0
@@ -256,7 +297,6 @@ def _virtual_bytes() -> int:
 
 def _run_in_child(request: dict, lock, base: int) -> dict:
     """Fork, let the child compute, read at most `output_bytes`, end it; the fields of an `Outcome`."""
-    import signal
     import time
 
     limits, (reader, writer) = request["limits"], os.pipe()
@@ -274,8 +314,8 @@ def _run_in_child(request: dict, lock, base: int) -> dict:
             part = os.read(reader, 65_536)
             ended, content = not part, content + part
     os.close(reader)
-    if not ended:
-        os.kill(child, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)  # also one that has only closed its handle; harmless after an exit
     _, status = os.waitpid(child, 0)
     if late or (os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGXCPU)):
         return {"status": "timeout", "error": "it ran out of time"}
@@ -286,32 +326,30 @@ def _run_in_child(request: dict, lock, base: int) -> dict:
         kinds = {"status": str, "values": list, "error": str}
         if answer.keys() != kinds.keys() or not all(isinstance(answer[k], kind) for k, kind in kinds.items()):
             raise ValueError
-        if answer["status"] not in ("ok", "error") or (answer["status"] == "ok") != (
-            len(answer["values"]) == len(request["calls"])
-        ):
+        count = {"ok": len(request["calls"]), "error": 0}[answer["status"]]
+        if len(answer["values"]) != count or _depth(answer["values"]) > DEPTH + 1:
             raise ValueError
-        return {**answer, "error": answer["error"][:200]}
-    except (ValueError, AttributeError, RecursionError):
+        return {**answer, "error": ascii(answer["error"][:200])[1:-1]}
+    except (ValueError, AttributeError, KeyError, RecursionError):
         return {"status": "killed", "error": "it ended without a result"}
 
 
 def _compute(request: dict, writer: int, lock, base: int) -> None:
     """In the child: give up everything, then run the program and write what its calls return."""
-    limits, result = request["limits"], {"status": "error", "values": [], "error": ""}
-    _give_up(limits, writer, lock, base)
     try:
+        _give_up(request["limits"], writer, lock, base)
         sys.modules["random"].seed(0)  # after the fork, which seeds it by chance: same program, same result
         space: dict = {"__name__": "program", "__builtins__": __builtins__}
         exec(compile(request["program"], "program", "exec"), space)
         if not callable(space.get(request["function"])):
             raise NameError(f"the program defines no function {request['function']!r}")
-        result["values"] = [_plain(space[request["function"]](*arguments)) for arguments in request["calls"]]
-        result["status"] = "ok"
+        values = [_plain(space[request["function"]](*arguments)) for arguments in request["calls"]]
+        content = json.dumps({"status": "ok", "values": values, "error": ""}, allow_nan=False).encode()
     except MemoryError:
-        result = {"status": "error", "values": [], "error": "MemoryError"}
+        content = b'{"status": "error", "values": [], "error": "MemoryError"}'
     except BaseException as problem:
-        result["values"], result["error"] = [], f"{type(problem).__name__}: {problem}"[:200]
-    content = json.dumps(result, allow_nan=False).encode("utf-8", "replace")
+        error = ascii(f"{type(problem).__name__}: {problem}"[:200])[1:-1]
+        content = json.dumps({"status": "error", "values": [], "error": error}).encode()
     while content:
         content = content[os.write(writer, content) :]
     os._exit(0)
@@ -320,7 +358,6 @@ def _compute(request: dict, writer: int, lock, base: int) -> None:
 def _give_up(limits: dict, writer: int, lock, base: int) -> None:
     """Keep the one handle for the result; limit CPU time, memory and files; lock the kernel's door."""
     import resource
-    import signal
 
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
@@ -356,7 +393,10 @@ def _refuse(event: str, arguments) -> None:
         raise PermissionError(f"not allowed in the sandbox: {event}")
 
 
-def _plain(value):
+DEPTH = 50  # levels of lists and dicts in a result
+
+
+def _plain(value, depth: int = 0):
     """Exact copies of plain data; TypeError for anything else."""
     if value is None or type(value) in (bool, int, str):
         return value
@@ -364,11 +404,19 @@ def _plain(value):
         if value - value != 0:
             raise TypeError("a number that is not finite")
         return value
+    if depth == DEPTH:
+        raise TypeError(f"data nested more than {DEPTH} deep")
     if type(value) in (list, tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, depth + 1) for item in value]
     if type(value) is dict and all(type(key) is str for key in value):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, depth + 1) for key, item in value.items()}
     raise TypeError(f"no plain data: {type(value).__name__}")
+
+
+def _depth(value) -> int:
+    """Levels of lists and dicts."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inside is None else 1 + max(map(_depth, inside), default=0)
 
 
 if __name__ == "__main__":

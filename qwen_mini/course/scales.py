@@ -244,11 +244,13 @@ class SparsePrefill:
 class Sft:
     """Fine-tuning: gold responses and held-out problems a task, and the numbers of the run.
 
-    `ablation_demonstrations`: a task, for the small arms; `long_rows`: long instructions of the second stage; `fresh`:
+    `replay`: windows of pre-training text per demonstration, their tokens weighing `replay_weight`; `ablation_demonstrations`: a task, for the small arms; `long_rows`: long instructions of the second stage; `fresh`:
     new problems a task for rejection sampling.
     """
 
     demonstrations: int
+    replay: float
+    replay_weight: float
     epochs: int
     batch_rows: int
     learning_rate: float
@@ -260,8 +262,9 @@ class Sft:
     fresh: int
 
     def __post_init__(self):
-        _positive(self, *(field.name for field in dataclasses.fields(self) if field.name != "warmup_steps"))
-        _not_negative(self, "warmup_steps")
+        _positive(self, "demonstrations", "epochs", "batch_rows", "learning_rate", "matrix_learning_rate")
+        _positive(self, "problems", "ablation_demonstrations", "long_rows", "fresh")
+        _not_negative(self, "replay", "replay_weight", "warmup_steps")
 
 
 @dataclass(frozen=True)
