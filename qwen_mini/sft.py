@@ -474,9 +474,10 @@ def demonstrations(count: int, seed: int = 0) -> list[tuple[Example, str]]:
     return [(e, e.response) for e in draw_examples(count, f"{seed}/demonstrations")]
 
 
-def training_rows(config, settings, start: Path, seed: int = 0) -> list[Row]:
+def training_rows(
+    config, settings, corpus, tokenizer: Tokenizer, seed: int = 0
+) -> list[Row]:
     """What `finetune` trains on: the demonstrations under many system prompts, and replayed text."""
-    corpus, tokenizer = open_long_corpus(config, start)
     pairs = demonstrations(settings.demonstrations, seed)
     rows = make_rows(tokenizer, pairs, system=TRAIN_SYSTEM, seed=seed)
     count = round(settings.replay * len(rows))
@@ -498,7 +499,7 @@ def finetune(
     """
     settings, start = settings or config.sft, extended_checkpoint(config)
     numbers = optimizer_settings(config, settings)
-    rows = training_rows(config, settings, start, seed)
+    rows = training_rows(config, settings, *open_long_corpus(config, start), seed)
     content = json.dumps([(row.ids, row.weights) for row in rows])
     inputs = {
         "settings": dataclasses.asdict(settings),
