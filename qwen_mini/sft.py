@@ -3,11 +3,12 @@
 # %% auto #0
 __all__ = ['MASKS', 'TRAIN_SYSTEM', 'OTHER_SYSTEM', 'chat_example', 'loss_mask', 'Row', 'row_of', 'make_rows', 'with_system',
            'to_batch', 'pack_best_fit', 'pack_rows', 'RowSampler', 'draw_examples', 'Answer', 'evaluate_tasks',
-           'accuracy', 'pass_any', 'by_area', 'standard_error', 'run_stage', 'optimizer_settings', 'train_rows',
-           'replay_rows', 'demonstrations', 'training_rows', 'finetune', 'long_instructions', 'score_long',
-           'rejection_sample']
+           'accuracy', 'pass_any', 'by_area', 'standard_error', 'update', 'finished_model', 'start_checkpoint',
+           'run_stage', 'optimizer_settings', 'train_rows', 'replay_rows', 'demonstrations', 'training_rows',
+           'finetune', 'long_instructions', 'score_long', 'rejection_sample']
 
 # %% ../notebooks/14_sft.ipynb #c9404559
+import copy
 import dataclasses
 import hashlib
 import json
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from .corpus import needle_pieces
 from .course import CourseError, artifacts, hardware
@@ -40,7 +42,6 @@ from qwen_mini.pretraining import (
     agreed_dtype,
     is_first,
     load_training_state,
-    master_model,
     save_training_state,
     world,
 )
@@ -344,6 +345,55 @@ def standard_error(answers: Sequence[Sequence[Answer]]) -> float:
     return float(np.std(means, ddof=1) / math.sqrt(len(means)))
 
 # %% ../notebooks/14_sft.ipynb #f87ded51
+def update(trainer: Trainer, losses: Iterable[torch.Tensor]) -> dict[str, float]:
+    """One optimiser step on the sum of `losses`, whatever they are; returns what `Trainer.step` returns.
+
+    losses: the shares of micro-batches, each freed as soon as its gradient is there. Under torchrun each process
+    brings its own shares of the whole batch's loss. FloatingPointError if the loss or the gradient is not finite:
+    the weights are untouched then.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for loss in losses:
+        loss.backward()
+        total += loss.item()
+    for p in trainer.working:  # a loss need not reach every weight
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    trainer._collect_gradients()
+    if world()[1] > 1:
+        dist.all_reduce(total)
+        for p in trainer.masters:
+            dist.all_reduce(p.grad)
+    norm = nn.utils.clip_grad_norm_(trainer.masters, trainer.settings.clip_norm).item()
+    if not math.isfinite(norm + total.item()):
+        raise FloatingPointError(
+            f"at step {trainer.step_count} the loss is {total.item()} and its gradient {norm}: lower the learning "
+            "rate; the last training state is unharmed"
+        )
+    factor = trainer._set_learning_rate()
+    for optimizer in trainer.optimizers:
+        optimizer.step()
+    trainer._publish_weights()
+    trainer.step_count += 1
+    numbers = {"step": trainer.step_count, "loss": total.item()}
+    return numbers | {"grad_norm": norm, "lr_factor": factor}
+
+
+def finished_model(trainer: Trainer) -> nn.Module:
+    """The trained model in float32, of whatever class, from the masters."""
+    model = copy.deepcopy(trainer.model).float()
+    with torch.no_grad():
+        for p, master in zip(model.parameters(), trainer.masters, strict=True):
+            p.copy_(master)
+    return model
+
+
+def start_checkpoint(config, stage: str, start: str) -> Path:
+    """Where a later stage begins: the scale's own `stage`, or the one that ships with the course."""
+    if start == "shipped" and artifacts.shipped_dir(stage).is_dir():
+        return artifacts.shipped_dir(stage)
+    return artifacts.find(config.name, stage)
+
+
 def run_stage(
     config,
     stage: str,
@@ -386,7 +436,7 @@ def run_stage(
         with artifacts.write_stage(config.name, stage, made) as new:
             stops = [tokenizer.im_end_id, tokenizer.endoftext_id]
             ends = {"eos_token_id": stops, "pad_token_id": tokenizer.endoftext_id}
-            master_model(trainer).save_pretrained(new, generation_config=ends)
+            finished_model(trainer).save_pretrained(new, generation_config=ends)
             tokenizer.save_pretrained(new)
             lines = [json.dumps(record) + "\n" for record in metrics]
             (new / "metrics.jsonl").write_text("".join(lines))
@@ -569,10 +619,16 @@ def rejection_sample(
     samples: int = 4,
     most: int = 1,
     seed: int = 0,
+    **options,
 ) -> list[tuple[Example, str]]:
-    """(example, response) pairs that verifier and checker of lines accept, at most `most` different ones a problem."""
+    """(example, response) pairs that verifier and checker of lines accept, at most `most` different ones a problem.
+
+    options: as for `evaluate_tasks`.
+    """
     kept = []
-    for group in evaluate_tasks(model, tokenizer, examples, 1.0, samples, seed=seed):
+    for group in evaluate_tasks(
+        model, tokenizer, examples, 1.0, samples, seed=seed, **options
+    ):
         right = [
             a.text for a in group if a.verdict.correct and consistent(a.example, a.text)
         ]

@@ -137,6 +137,52 @@ problems = 1
 ablation_demonstrations = 2
 long_rows = 2
 fresh = 1
+
+[reward_model]
+start = "own"
+demonstrations = 1
+problems = 1
+samples = 2
+epochs = 1
+batch_pairs = 2
+learning_rate = 1e-3
+warmup_steps = 1
+center = 0.01
+heldout = 1
+best_of = 2
+
+[dpo]
+start = "own"
+problems = 1
+samples = 2
+pairs_per_problem = 1
+max_new_tokens = 8
+epochs = 1
+batch_pairs = 2
+beta = 0.1
+chosen_weight = 0.0
+learning_rate = 1e-4
+warmup_steps = 1
+alpha = 1e-3
+keep = 0.5
+heldout = 1
+
+[grpo]
+start = "own"
+steps = 1
+queries = 2
+group_size = 2
+micro_groups = 1
+levels = [1]
+max_new_tokens = 8
+learning_rate = 1e-4
+warmup_steps = 1
+epsilon = 0.2
+epsilon_high = 0.28
+beta = 0.0
+seeds = 1
+heldout = 1
+side_steps = 1
 """
 
 

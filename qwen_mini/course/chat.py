@@ -90,3 +90,31 @@ def _ask() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
+
+
+def chat_widget(scale: str, stage: str | None = None, seed: int = 0, temperature: float = 0.0, max_tokens: int = 128):
+    """The same conversation in a notebook, an ipywidgets box: a line to type in, and above it what has been said."""
+    import html
+
+    import ipywidgets
+
+    talker = Talker(scale, stage, seed, temperature, max_tokens)
+    said = ipywidgets.HTML(value=f"<i>the model of stage {talker.stage}; type a problem and press Enter</i>")
+    wide = ipywidgets.Layout(width="90%")
+    line = ipywidgets.Text(placeholder="Reverse: lamp tree stone", continuous_update=False, layout=wide)
+
+    def answer(_):
+        text = line.value.strip()
+        if not text:
+            return
+        try:
+            reply = talker.answer(text)
+        except (CourseError, ValueError) as error:
+            reply = f"({error})"
+        # what was typed and what the model wrote is text, never markup
+        turns = [f"<b>{who}</b> {html.escape(what)}" for who, what in (("you", text), (talker.stage, reply))]
+        said.value += "<br>" + "<br>".join(turn.replace("\n", "<br>") for turn in turns)
+        line.value = ""
+
+    line.observe(answer, "value")
+    return ipywidgets.VBox([said, line])

@@ -268,6 +268,96 @@ class Sft:
 
 
 @dataclass(frozen=True)
+class RewardModelScale:
+    """Preference data and training of chapter 15's reward models.
+
+    `demonstrations`: careless responses a task; `problems`: a task for the pairs, `samples` answers each; `heldout`: problems a task of the benchmarks; `best_of`:
+    samples a problem for best-of-n. `center`: the weight that keeps rewards around zero.
+    """
+
+    start: typing.Literal["own", "shipped"]
+    demonstrations: int
+    problems: int
+    samples: int
+    epochs: int
+    batch_pairs: int
+    learning_rate: float
+    warmup_steps: int
+    center: float
+    heldout: int
+    best_of: int
+
+    def __post_init__(self):
+        _positive(self, "demonstrations", "problems", "epochs", "batch_pairs", "learning_rate", "heldout")
+        _not_negative(self, "warmup_steps", "center")
+        _require(self.samples > 1, "samples", "must be at least 2, or there is no pair")
+        _require(self.best_of > 1, "best_of", "must be at least 2")
+
+
+@dataclass(frozen=True)
+class Dpo:
+    """Preference optimisation: `problems` a task give up to `pairs_per_problem` pairs each of `samples` answers.
+
+    `alpha`, `keep`: the Online Merging Optimizer's; `chosen_weight`: of the chosen responses' own likelihood in the
+    loss; `heldout`: problems a task for measuring.
+    """
+
+    start: typing.Literal["own", "shipped"]
+    problems: int
+    samples: int
+    pairs_per_problem: int
+    max_new_tokens: int
+    epochs: int
+    batch_pairs: int
+    beta: float
+    chosen_weight: float
+    learning_rate: float
+    warmup_steps: int
+    alpha: float
+    keep: float
+    heldout: int
+
+    def __post_init__(self):
+        _positive(self, "problems", "pairs_per_problem", "max_new_tokens", "epochs", "batch_pairs", "beta")
+        _positive(self, "learning_rate", "keep", "heldout")
+        _not_negative(self, "chosen_weight", "warmup_steps")
+        _share(self, "alpha", "keep")
+        _require(self.samples > 1, "samples", "must be at least 2, or there is no pair")
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """Reinforcement learning: `steps` updates on `queries` fresh problems with `group_size` answers each.
+
+    `micro_groups`: groups a forward pass; `beta`: weight of the KL term, 0 for none; `seeds`: training runs that are
+    compared; `heldout`: problems a task for measuring; `side_steps`: of the small runs that show what goes wrong.
+    """
+
+    start: typing.Literal["own", "shipped"]
+    steps: int
+    queries: int
+    group_size: int
+    micro_groups: int
+    levels: tuple[int, ...]
+    max_new_tokens: int
+    learning_rate: float
+    warmup_steps: int
+    epsilon: float
+    epsilon_high: float
+    beta: float
+    seeds: int
+    heldout: int
+    side_steps: int
+
+    def __post_init__(self):
+        _positive(self, "steps", "queries", "micro_groups", "max_new_tokens", "learning_rate", "epsilon", "seeds")
+        _positive(self, "epsilon_high", "heldout", "side_steps")
+        _not_negative(self, "warmup_steps", "beta")
+        _require(self.group_size > 1, "group_size", "must be at least 2, or there is nothing to compare")
+        _require(set(self.levels) <= {1, 2, 3, 4, 5} and self.levels, "levels", "must name levels from 1 to 5")
+
+
+@dataclass(frozen=True)
 class ScaleConfig:
     """One scale, whole: `config.model.hidden_size`, `config.pretraining.phases[0].tokens`, …"""
 
@@ -281,6 +371,9 @@ class ScaleConfig:
     dual_chunk: DualChunk
     sparse_prefill: SparsePrefill
     sft: Sft
+    reward_model: RewardModelScale
+    dpo: Dpo
+    grpo: Grpo
 
     def __post_init__(self):
         _require(

@@ -1,0 +1,210 @@
+"""The reward model: loss and scores of TRL and transformers, labels, best of n, exact resume."""
+
+import dataclasses
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_mini import course
+from qwen_mini.course import CourseError, artifacts
+from qwen_mini.model import ModelConfig, Qwen
+from qwen_mini.reward_model import (
+    BIASED,
+    CRITERIA,
+    FILLER,
+    OFF_TOPIC,
+    RUDE,
+    STYLE_TASKS,
+    Pair,
+    RewardModel,
+    best_of_n,
+    bradley_terry_loss,
+    criteria,
+    gold_reward,
+    label_pairs,
+    pad_right,
+    pair_accuracy,
+    rank_correlation,
+    score_rows,
+    styled,
+    train_reward_model,
+)
+from qwen_mini.sft import Answer, draw_examples
+from qwen_mini.tasks import TASKS, Verdict
+from qwen_mini.tokenizer import Tokenizer
+
+FOLDER = artifacts.shipped_dir("long_context")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    c = dataclasses.replace(ModelConfig.from_scale(course.load_scale("quick")), hidden_size=32, intermediate_size=64,
+                            num_hidden_layers=2)  # fmt: skip
+    return RewardModel(c).eval().requires_grad_(False)
+
+
+def some_pairs(count=6, seed=0):
+    rng = random.Random(seed)
+    draw = lambda low, high: [rng.randrange(30, 900) for _ in range(rng.randint(low, high))]
+    return [Pair(draw(5, 20), draw(1, 9), draw(1, 9)) for _ in range(count)]
+
+
+def test_the_loss_is_golden():
+    better, worse = torch.tensor([1.2, -0.3, 0.5]), torch.tensor([0.2, 0.1, 0.5])
+    assert bradley_terry_loss(better, worse).item() == pytest.approx(0.639808, abs=1e-6)
+    both = bradley_terry_loss(better, worse, center=1.0) - bradley_terry_loss(better, worse)
+    assert both.item() == pytest.approx(1.0, abs=1e-6)
+    margin = bradley_terry_loss(better - 0.5, worse)
+    assert bradley_terry_loss(better, worse, margin=0.5).item() == pytest.approx(margin.item())
+
+
+def test_scores_and_loss_are_those_of_transformers_and_trl(model, tokenizer, tmp_path):
+    transformers, trl = pytest.importorskip("transformers"), pytest.importorskip("trl")
+    from datasets import Dataset
+
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert type(theirs).__name__ == "Qwen2ForSequenceClassification" and theirs.config.num_labels == 1
+    pairs = some_pairs()
+    data = [{"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected} for p in pairs]
+    options = dict(output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True, bf16=False, max_length=None)
+    options |= dict(per_device_train_batch_size=len(pairs), center_rewards_coefficient=0.01, disable_dropout=True)
+    trainer = trl.RewardTrainer(
+        model=theirs,
+        args=trl.RewardConfig(**options),
+        train_dataset=Dataset.from_list(data),
+        processing_class=transformers.AutoTokenizer.from_pretrained(tmp_path / "model"),
+    )
+    batch = trainer.data_collator(data)
+    trainer.model.eval()
+    with torch.no_grad():
+        loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    rows = [p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs]
+    ids, lengths = pad_right(rows)
+    ours = model(ids, lengths)
+    torch.testing.assert_close(ours, outputs["logits"][:, 0], rtol=1e-5, atol=1e-6)
+    mine = bradley_terry_loss(*ours.chunk(2), center=0.01)
+    torch.testing.assert_close(mine, loss, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(score_rows(model, rows, 5), ours.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_reward_model_is_saved_and_loaded_and_starts_from_a_policy(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = RewardModel.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    policy = Qwen.from_pretrained(FOLDER)
+    body = RewardModel.from_policy(FOLDER, seed=3)
+    assert torch.equal(body.model.layers[4].mlp.up_proj.weight, policy.model.layers[4].mlp.up_proj.weight)
+    assert torch.equal(body.score.weight, RewardModel.from_policy(FOLDER, seed=3).score.weight)
+    assert not torch.equal(body.score.weight, RewardModel.from_policy(FOLDER, seed=4).score.weight)
+    half = RewardModel.from_policy(FOLDER, layers=2)
+    assert len(half.model.layers) == 2
+    assert torch.equal(half.model.layers[1].mlp.up_proj.weight, policy.model.layers[1].mlp.up_proj.weight)
+    assert torch.equal(half.model.norm.weight, policy.model.norm.weight)
+
+
+def test_an_untied_model_has_no_head_to_train(model):
+    untied = RewardModel(dataclasses.replace(model.config, tie_word_embeddings=False))
+    ids, lengths = pad_right([[1, 2, 3]])
+    untied(ids, lengths).sum().backward()
+    assert all(p.grad is not None for p in untied.parameters())
+
+
+@pytest.mark.parametrize("name", STYLE_TASKS)
+def test_every_criterion_sees_its_fault_and_no_other(name):
+    for example in draw_examples(20, 0, tasks=[name]):
+        gold = example.response
+        assert all(criteria(example, gold).values()) and gold_reward(example, gold) == 1
+        faults = {"concise": FILLER[0], "relevant": OFF_TOPIC[0], "harmless": RUDE[0], "debiased": BIASED[0]}
+        for fault, line in faults.items():
+            found = criteria(example, f"{line}\n{gold}")
+            assert [k for k, v in found.items() if not v] == [fault]
+        alone = criteria(example, gold.split("\n")[-1])
+        assert [k for k, v in alone.items() if not v] == ["helpful"]
+        wrong = criteria(example, gold + "x")
+        assert [k for k, v in wrong.items() if not v] == ["truthful"]
+        for _ in range(5):
+            text = styled(example, random.Random(str(example.key)))
+            assert TASKS[name].verify(example, text).correct
+            assert set(criteria(example, text)) == set(CRITERIA)
+
+
+def test_no_phrase_can_be_part_of_a_solution(tokenizer):
+    phrases = [*FILLER, *OFF_TOPIC, *RUDE, *BIASED]
+    assert len(set(phrases)) == len(phrases)
+    for example in draw_examples(50, 1, tasks=STYLE_TASKS):
+        assert not set(example.response.split("\n")) & set(phrases)
+
+
+def answers_of(tokenizer, texts):
+    [example] = draw_examples(1, 0, tasks=["story"])
+    made = [Answer(example, t, True, Verdict(True, True), [60] * len(t) + [tokenizer.im_end_id]) for t in texts]
+    return [made]
+
+
+def test_pairs_follow_the_labels_and_flips_are_flips(tokenizer):
+    group = answers_of(tokenizer, ["a", "bb", "ccc", "dd"])
+    longer = lambda _, text: len(text)
+    pairs = label_pairs(tokenizer, group, longer, most=99)
+    assert len(pairs) == 5  # bb and dd are equal
+    assert all(len(p.chosen) > len(p.rejected) for p in pairs)
+    flipped = label_pairs(tokenizer, group, longer, most=99, flip=1.0)
+    assert all(len(p.chosen) < len(p.rejected) for p in flipped)
+    assert len(label_pairs(tokenizer, group, longer, most=2)) == 2
+    assert label_pairs(tokenizer, answers_of(tokenizer, ["a", "b"]), longer) == []
+    unfinished = [[dataclasses.replace(a, finished=False) for a in group[0]]]
+    assert label_pairs(tokenizer, unfinished, longer) == []
+
+
+def test_best_of_n_is_the_average_over_all_subsets():
+    rng = np.random.default_rng(0)
+    proxy, gold = rng.normal(size=(3, 6)), rng.normal(size=(3, 6))
+    for n, (p, g) in zip((1, 2, 4, 6), best_of_n(proxy, gold, (1, 2, 4, 6)), strict=True):
+        best = [
+            (row[list(s)].max(), other[s[int(np.argmax(row[list(s)]))]])
+            for row, other in zip(proxy, gold, strict=True)
+            for s in itertools.combinations(range(6), n)
+        ]
+        assert (p, g) == pytest.approx(np.mean(best, axis=0))
+    with pytest.raises(CourseError, match="best of 7 needs 7 samples a problem, but there are 6"):
+        best_of_n(proxy, gold, [7])
+
+
+def test_the_rank_correlation_shares_ranks_as_pandas_does():
+    pandas, rng = pytest.importorskip("pandas"), np.random.default_rng(1)
+    for _ in range(20):
+        a, b = rng.integers(0, 5, 9), rng.normal(size=9)
+        ranks = [pandas.Series(x).rank() for x in (a, b)]
+        assert rank_correlation(a, b) == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert rank_correlation([1, 2, 3], [3, 5, 4]) == pytest.approx(0.5)
+
+
+def test_training_learns_a_visible_difference_and_is_repeatable(tokenizer, tmp_path):
+    """Chosen responses end in one token, rejected ones in another: a few steps tell them apart."""
+    config = course.load_scale("quick")
+    settings = dataclasses.replace(config.reward_model, batch_pairs=8, epochs=2, learning_rate=1e-3, warmup_steps=1)
+    pairs = [dataclasses.replace(p, chosen=[*p.chosen, 40], rejected=[*p.rejected, 50]) for p in some_pairs(64)]
+    weights = []
+    for _ in range(2):
+        trainer, step = train_reward_model(config, FOLDER, pairs[:48], settings)
+        records = [step(number) for number in range(trainer.total_steps)]
+        weights.append(trainer.model.score.weight.detach().clone())
+    assert torch.equal(*weights)
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert pair_accuracy(trainer.model.eval(), pairs[48:]) > 0.9
+    other = [dataclasses.replace(p, chosen=p.rejected, rejected=p.chosen) for p in pairs[48:]]
+    assert pair_accuracy(trainer.model, other) < 0.1
+    tie = [dataclasses.replace(p, chosen=p.rejected) for p in pairs[48:]]
+    assert pair_accuracy(trainer.model, tie) == 0.5
+    assert json.dumps(records[0])
