@@ -60,7 +60,8 @@ def best_of_trl(make):
 
 def options(folder, bf16, rows):
     return dict(output_dir=f"{folder}/out", report_to=[], use_cpu=True, bf16=bf16, max_steps=STEPS, save_strategy="no",
-                per_device_train_batch_size=rows, disable_tqdm=True, gradient_checkpointing=False, logging_strategy="no")  # fmt: skip
+                per_device_train_batch_size=rows, disable_tqdm=True, gradient_checkpointing=False,
+                logging_strategy="no")  # fmt: skip
 
 
 def bench_dpo(config, start, folder, tokenizer, theirs, count=32):
@@ -74,8 +75,8 @@ def bench_dpo(config, start, folder, tokenizer, theirs, count=32):
         begun = time.perf_counter()
         step(number)
         seconds.append(time.perf_counter() - begun)
-    decode = lambda ids: theirs.decode(ids)
-    rows = [{"prompt": decode(p.prompt), "chosen": decode(p.chosen[:-1]), "rejected": decode(p.rejected[:-1])} for p in pairs]
+    texts = [(p.prompt, p.chosen[:-1], p.rejected[:-1]) for p in pairs]  # TRL adds the end token itself
+    rows = [dict(zip(("prompt", "chosen", "rejected"), map(theirs.decode, ids), strict=True)) for ids in texts]
 
     def make(bf16):
         return trl.DPOTrainer(

@@ -30,7 +30,6 @@ from qwen_mini.sft import (
     to_batch,
     update,
 )
-from .tasks import TASKS
 from .tokenizer import Tokenizer
 
 # %% ../notebooks/16_dpo.ipynb #7e9b2b86

@@ -476,7 +476,9 @@ def optimize(
         def step(number):
             view = {}
             if number in views:
-                view["view"] = eight_answers(trainer.model, tokenizer, example, settings)
+                view["view"] = eight_answers(
+                    trainer.model, tokenizer, example, settings
+                )
             return update_policy(number) | view
 
         return trainer, step, tokenizer

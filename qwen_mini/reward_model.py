@@ -30,7 +30,6 @@ from qwen_mini.sft import (
     Row,
     RowSampler,
     draw_examples,
-    evaluate_tasks,
     make_rows,
     optimizer_settings,
     run_stage,
@@ -223,7 +222,7 @@ def label_pairs(
     tokenizer: Tokenizer,
     answers: Sequence[Sequence[Answer]],
     score: Callable[[Example, str], float] = gold_reward,
-    most: int = 2,
+    most: int = 3,
     flip: float = 0.0,
     seed: int = 0,
 ) -> list[Pair]:

@@ -154,9 +154,10 @@ def trainer_of_trl(tmp_path_factory):
     model.save_pretrained(folder / "model")
     Tokenizer.from_pretrained(FOLDER).save_pretrained(folder / "model")
 
-    def make(**options):
+    def make(**extra):
         options = dict(output_dir=str(folder / "out"), report_to=[], use_cpu=True, bf16=False, epsilon=0.2,
-                       per_device_train_batch_size=8, num_generations=4, max_completion_length=12) | options  # fmt: skip
+                       per_device_train_batch_size=8, num_generations=4, max_completion_length=12)  # fmt: skip
+        options |= extra
         return trl.GRPOTrainer(
             model=transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
@@ -297,7 +298,8 @@ def test_micro_batches_change_nothing(config):
 def test_a_second_inner_step_is_off_policy_and_a_kl_term_is_seen(config):
     settings = dataclasses.replace(config.grpo, learning_rate=3e-3, warmup_steps=0, beta=0.1)
     trainer = new_trainer(config, FOLDER, settings)
-    record = policy_update(trainer, some_groups(4), settings, inner_steps=3, reference=Qwen.from_pretrained(FOLDER).eval())
+    reference = Qwen.from_pretrained(FOLDER).eval()
+    record = policy_update(trainer, some_groups(4), settings, inner_steps=3, reference=reference)
     assert record["clipped_low"] + record["clipped_high"] > 0 and record["kl"] > 0
     assert trainer.step_count == 3
 
@@ -347,7 +349,11 @@ def test_an_interrupted_run_reaches_the_same_weights(config, tmp_path, monkeypat
     monkeypatch.setattr(grpo, "probe", lambda *_: weights)
     spread = lambda answers: [[float(a.tokens[0] % 5) for a in group] for group in answers]
     original = grpo.optimize_policy
-    monkeypatch.setattr(grpo, "optimize_policy", lambda t, tok, s, w, seed, **o: original(t, tok, s, w, seed, spread, **o))
+
+    def rewarded(trainer, tokenizer, settings, weights, seed, **options):
+        return original(trainer, tokenizer, settings, weights, seed, spread, **options)
+
+    monkeypatch.setattr(grpo, "optimize_policy", rewarded)
     config = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, beta=0.01))
     whole = optimize(config, stage="whole")
     state = optimize(config, stage="cut", stop_after=2)

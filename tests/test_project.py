@@ -140,9 +140,24 @@ def test_chat_completes_with_a_base_model(tiny_checkpoint, runs_folder, monkeypa
     assert cli.main(["chat", "--scale", "quick", "--max-tokens", "4"]) == 0
     out = capsys.readouterr().out
     assert "completes what you type" in out and "\nsome words" in out
-    assert cli.main(["chat", "--scale", "quick", "--stage", "sft"]) == 2
+    assert cli.main(["chat", "--scale", "quick", "--stage", "reward_scores"]) == 2
     (runs_folder / "quick" / "pretraining" / "model.safetensors").write_bytes(b"torn")
     assert cli.main(["chat", "--scale", "quick"]) == 2 and "cannot be loaded" in capsys.readouterr().err
+
+
+def test_the_chat_of_a_notebook_answers_and_shows_text_as_text(tiny_checkpoint, monkeypatch):
+    pytest.importorskip("ipywidgets")
+    from qwen_mini.course import chat
+
+    monkeypatch.setattr(chat.Talker, "answer", lambda self, text: f"<b>{text[::-1]}</b>\n& more")
+    box = chat.chat_widget("quick", "pretraining")
+    said, line = box.children
+    line.value = "<i>ab"
+    assert "&lt;i&gt;ab" in said.value and "&lt;b&gt;ba&gt;i&lt;&lt;/b&gt;<br>&amp; more" in said.value
+    assert "<i>ab" not in said.value and line.value == ""
+    before = said.value
+    line.value = "   "
+    assert said.value == before
 
 
 @pytest.mark.skipif(not (ROOT / "data" / "checkpoints").is_dir(), reason="no checkpoint is shipped")

@@ -14,7 +14,7 @@ from .errors import CourseError
 from .paths import home, runs, shown
 
 
-MAKERS = {"tokenizer": "corpus"}  # stages that are not made by the notebook of their own name
+MAKERS = {"tokenizer": "corpus", "careless": "reward_model", "reward_scores": "reward_model"}  # not by their own name
 
 
 class ArtifactError(CourseError):
@@ -53,7 +53,8 @@ def find(scale_name: str, stage: str) -> Path:
     if shipped_dir(stage).is_dir():
         print(f"using the shipped checkpoint {shown(shipped_dir(stage))}: {shown(path)} has not been made yet")
         return shipped_dir(stage)
-    command = f"qwen-mini run {MAKERS.get(stage, stage)} --scale {scale_name}"
+    maker = "reward_model" if stage.startswith("reward_model_") else MAKERS.get(stage, stage)
+    command = f"qwen-mini run {maker} --scale {scale_name}"
     raise MissingStage(f"the stage {stage!r} of scale {scale_name!r} is missing: make it with `{command}`")
 
 
