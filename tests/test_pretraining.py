@@ -166,23 +166,6 @@ warmup_steps = 1
 alpha = 1e-3
 keep = 0.5
 heldout = 1
-
-[grpo]
-start = "own"
-steps = 1
-queries = 2
-group_size = 2
-micro_groups = 1
-levels = [1]
-max_new_tokens = 8
-learning_rate = 1e-4
-warmup_steps = 1
-epsilon = 0.2
-epsilon_high = 0.28
-beta = 0.0
-seeds = 1
-heldout = 1
-side_steps = 1
 """
 
 

@@ -326,38 +326,6 @@ class Dpo:
 
 
 @dataclass(frozen=True)
-class Grpo:
-    """Reinforcement learning: `steps` updates on `queries` fresh problems with `group_size` answers each.
-
-    `micro_groups`: groups a forward pass; `beta`: weight of the KL term, 0 for none; `seeds`: training runs that are
-    compared; `heldout`: problems a task for measuring; `side_steps`: of the small runs that show what goes wrong.
-    """
-
-    start: typing.Literal["own", "shipped"]
-    steps: int
-    queries: int
-    group_size: int
-    micro_groups: int
-    levels: tuple[int, ...]
-    max_new_tokens: int
-    learning_rate: float
-    warmup_steps: int
-    epsilon: float
-    epsilon_high: float
-    beta: float
-    seeds: int
-    heldout: int
-    side_steps: int
-
-    def __post_init__(self):
-        _positive(self, "steps", "queries", "micro_groups", "max_new_tokens", "learning_rate", "epsilon", "seeds")
-        _positive(self, "epsilon_high", "heldout", "side_steps")
-        _not_negative(self, "warmup_steps", "beta")
-        _require(self.group_size > 1, "group_size", "must be at least 2, or there is nothing to compare")
-        _require(set(self.levels) <= {1, 2, 3, 4, 5} and self.levels, "levels", "must name levels from 1 to 5")
-
-
-@dataclass(frozen=True)
 class ScaleConfig:
     """One scale, whole: `config.model.hidden_size`, `config.pretraining.phases[0].tokens`, …"""
 
@@ -373,7 +341,6 @@ class ScaleConfig:
     sft: Sft
     reward_model: RewardModelScale
     dpo: Dpo
-    grpo: Grpo
 
     def __post_init__(self):
         _require(
