@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from qwen_mini import course
 from qwen_mini.course import artifacts, hardware
-from qwen_mini.dpo import build_pairs, make_trainer
+from qwen_mini.dpo import build_pairs, make_trainer, pair_logprobs
 from qwen_mini.model import Qwen
 from qwen_mini.sft import draw_examples, evaluate_tasks
 from qwen_mini.tokenizer import Tokenizer
@@ -38,9 +38,10 @@ class Stopwatch(transformers.TrainerCallback):
         self.seconds.append(time.perf_counter() - self.begun)
 
 
-def our_steps(config, start, pairs) -> list[float]:
-    """Seconds of each of our steps, in the precision that is faster here."""
-    trainer, step = make_trainer(config, start, pairs, config.dpo, 0, hardware.pick_dtype())
+def our_steps(config, start, policy, pairs) -> list[float]:
+    """Seconds of each of our steps, in the precision that is faster here, the reference computed before."""
+    reference, dtype = pair_logprobs(policy, pairs), policy.model.norm.weight.dtype
+    trainer, step = make_trainer(config, start, pairs, reference, config.dpo, dtype=dtype)
     seconds = []
     for number in range(min(STEPS, trainer.total_steps)):
         begun = time.perf_counter()
@@ -80,7 +81,7 @@ def main():
         Qwen.from_pretrained(start).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         peer = min(second for bf16 in (False, True) for second in trl_steps(folder, pairs, bf16))
-    ours = min(our_steps(config, start, pairs))
+    ours = min(our_steps(config, start, policy, pairs))
     line = {"name": f"a DPO step on {PAIRS} pairs", "ours": round(ours, 3), "peer": round(peer, 3)}
     print(json.dumps(line | {"peer_name": "TRL's DPOTrainer", "unit": "s", "ratio": round(peer / ours, 2)}), flush=True)
 

@@ -2,12 +2,10 @@
 
 # %% auto #0
 __all__ = ['dpo_loss', 'build_pairs', 'token_logprobs', 'response_row', 'pair_batch', 'pair_logprobs', 'OnlineMergingAdamW',
-           'fresh_pairs', 'preference_steps', 'prefer', 'make_trainer', 'optimize_preferences']
+           'fresh_pairs', 'preference_steps', 'make_trainer', 'prefer', 'optimize_preferences']
 
 # %% ../notebooks/16_dpo.ipynb #96522c5f
 import dataclasses
-import hashlib
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +21,10 @@ from .reward_model import Pair, adamw_settings, pair_plan
 from qwen_mini.sft import (
     Answer,
     Row,
+    content_hash,
     draw_examples,
     evaluate_tasks,
+    length_batches,
     run_stage,
     start_checkpoint,
     to_batch,
@@ -124,14 +124,10 @@ def pair_logprobs(
     model: Qwen, pairs: Sequence[Pair], batch_pairs: int = 64
 ) -> torch.Tensor:
     """(2, pairs): log-probability of each chosen and each rejected response; no gradient."""
-    order = sorted(
-        range(len(pairs)), key=lambda i: len(pairs[i].prompt) + len(pairs[i].chosen)
-    )
+    lengths = [len(p.prompt) + len(p.chosen) for p in pairs]
     found = torch.zeros(2, len(pairs))
     with torch.inference_mode():
-        for part in (
-            order[i : i + batch_pairs] for i in range(0, len(order), batch_pairs)
-        ):
+        for part in length_batches(lengths, batch_pairs):
             sums = token_logprobs(model, pair_batch([pairs[i] for i in part])).sum(1)
             found[:, part] = sums.view(2, -1).cpu()
     return found
@@ -242,10 +238,10 @@ class OnlineMergingAdamW(torch.optim.Optimizer):
 
 # %% ../notebooks/16_dpo.ipynb #f3abfba9
 def fresh_pairs(
-    config, model: Qwen, tokenizer: Tokenizer, settings, seed: int = 0, tasks=None
+    model: Qwen, tokenizer: Tokenizer, settings, seed: int = 0
 ) -> list[Pair]:
     """Pairs from `settings.problems` new problems a task, `settings.samples` answers each at temperature 1."""
-    problems = draw_examples(settings.problems, f"{seed}/preferences", tasks=tasks)
+    problems = draw_examples(settings.problems, f"{seed}/preferences")
     new = settings.max_new_tokens
     answers = evaluate_tasks(
         model, tokenizer, problems, 1.0, settings.samples, new, seed, 512
@@ -260,10 +256,10 @@ def preference_steps(
     settings,
     seed: int = 0,
 ):
-    """step(number) → record: one DPO step of chapter 14's kind on `settings.batch_pairs` pairs.
+    """(number of steps, step): step(number) → record is one DPO step on `settings.batch_pairs` pairs.
 
-    reference: `pair_logprobs` of the model at the start. The record holds the loss, the share of pairs whose implicit
-    reward β·(log π − log π_ref) is right, and the mean change of both log-probabilities.
+    reference: (2, pairs), `pair_logprobs` of the model at the start. The record holds the loss, the share of pairs
+    whose implicit reward β·(log π − log π_ref) is right, and the mean change of both log-probabilities.
     """
     plan = pair_plan(pairs, settings.batch_pairs, settings.epochs, seed)
 
@@ -281,51 +277,30 @@ def preference_steps(
                 moved = now - then
                 facts["accuracy"] = (moved[0] > moved[1]).float().mean().item()
                 facts["chosen"], facts["rejected"] = moved.mean(1).tolist()
-            likelihood = now[0].sum() / sum(len(pairs[i].chosen) for i in plan[number])
-            yield (
-                dpo_loss(*now, *then, settings.beta).sum() / len(plan[number])
-                - settings.chosen_weight * likelihood
-            )
+            yield dpo_loss(*now, *then, settings.beta).sum() / len(plan[number])
 
         return update(trainer, losses()) | facts
 
     return len(plan), step
 
 
-def prefer(
+def make_trainer(
     config,
     start: Path,
     pairs: Sequence[Pair],
+    reference: torch.Tensor,
     settings,
     seed: int = 0,
     dtype=torch.float32,
     base: Path | None = None,
     **merging,
-) -> tuple[Trainer, list[dict]]:
-    """DPO in memory, for comparisons: the trainer and its records. `base` and `merging` as for `make_trainer`."""
-    trainer, step = make_trainer(
-        config, start, pairs, settings, seed, dtype, base, **merging
-    )
-    return trainer, [step(number) for number in range(trainer.total_steps)]
-
-
-def make_trainer(
-    config,
-    start: Path,
-    pairs: Sequence[Pair],
-    settings,
-    seed: int,
-    dtype,
-    base=None,
-    **merging,
 ):
-    """(trainer, step) of a DPO run; `base`: the pre-trained checkpoint, for the Online Merging Optimizer."""
+    """(trainer, step) of a DPO run from `start`, whose `pair_logprobs` are the reference, (2, pairs).
+
+    base: the pre-trained checkpoint, for the Online Merging Optimizer with the options `merging`; None: AdamW.
+    """
     model = Qwen.from_pretrained(start).to(hardware.device())
-    numbers = adamw_settings(config, settings)
-    reference = pair_logprobs(
-        Qwen.from_pretrained(start, dtype).to(hardware.device()), pairs
-    )
-    trainer = Trainer(model, numbers, 1, dtype)
+    trainer = Trainer(model, adamw_settings(config, settings), 1, dtype)
     trainer.total_steps, step = preference_steps(
         trainer, pairs, reference, settings, seed
     )
@@ -335,6 +310,12 @@ def make_trainer(
         trainer.optimizers = [OnlineMergingAdamW(trainer.masters, bases, **options)]
         trainer.peaks = [[settings.learning_rate]]
     return trainer, step
+
+
+def prefer(*arguments, **options) -> tuple[Trainer, list[dict]]:
+    """A whole run in memory, for comparisons: the trainer and its records. Arguments as for `make_trainer`."""
+    trainer, step = make_trainer(*arguments, **options)
+    return trainer, [step(number) for number in range(trainer.total_steps)]
 
 
 def optimize_preferences(
@@ -358,20 +339,21 @@ def optimize_preferences(
         hardware.pick_dtype(config.run.dtype),
     )
     sampler = Qwen.from_pretrained(start, dtype).to(hardware.device()).eval()
-    pairs = fresh_pairs(config, sampler, tokenizer, settings, seed)
-    content = json.dumps([dataclasses.astuple(pair) for pair in pairs])
+    pairs = fresh_pairs(sampler, tokenizer, settings, seed)
     inputs = {
         "settings": dataclasses.asdict(settings),
         "optimizer": dataclasses.asdict(adamw_settings(config, settings)),
-        "pairs": hashlib.sha256(content.encode()).hexdigest()[:16],
+        "pairs": content_hash([dataclasses.astuple(pair) for pair in pairs]),
         "start": fingerprint(start),
         "base": fingerprint(base),
     }
 
     def begin(dtype):
+        policy = Qwen.from_pretrained(start, dtype).to(hardware.device())
+        reference = pair_logprobs(policy, pairs)
         merging = {"alpha": settings.alpha, "keep": settings.keep}
         trainer, step = make_trainer(
-            config, start, pairs, settings, seed, dtype, base, **merging
+            config, start, pairs, reference, settings, seed, dtype, base, **merging
         )
         return trainer, step, tokenizer
 

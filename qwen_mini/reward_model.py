@@ -8,7 +8,6 @@ __all__ = ['STYLE_LEVELS', 'STYLE_TASKS', 'FILLER', 'OFF_TOPIC', 'RUDE', 'BIASED
 
 # %% ../notebooks/15_reward_model.ipynb #826d6f14
 import dataclasses
-import hashlib
 import json
 import math
 import random
@@ -29,11 +28,14 @@ from qwen_mini.sft import (
     Answer,
     Row,
     RowSampler,
+    content_hash,
     draw_examples,
+    length_batches,
     make_rows,
     optimizer_settings,
     run_stage,
     start_checkpoint,
+    tune_on_rows,
     update,
 )
 from .tasks import TASKS, Example, final_answer
@@ -78,9 +80,8 @@ class RewardModel(Qwen):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(config)
-        model.load_state_dict(
-            policy.state_dict(), strict=False
-        )  # without the head; layers beyond the last stay away
+        # the score is new, and layers beyond the last stay away
+        model.load_state_dict(policy.state_dict(), strict=False)
         return model
 
     def forward(self, input_ids, lengths) -> torch.Tensor:
@@ -137,12 +138,9 @@ def score_rows(
     model: RewardModel, rows: Sequence[list[int]], batch_rows: int = 128
 ) -> np.ndarray:
     """Rewards of whole conversations (prompt and response ids), in their order."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     device, found = model.score.weight.device, np.zeros(len(rows))
     with torch.inference_mode():
-        for part in (
-            order[i : i + batch_rows] for i in range(0, len(order), batch_rows)
-        ):
+        for part in length_batches([len(row) for row in rows], batch_rows):
             ids, lengths = pad_right([rows[i] for i in part])
             found[part] = model(ids.to(device), lengths.to(device)).cpu().numpy()
     return found
@@ -186,17 +184,16 @@ CRITERIA = ("truthful", "helpful", "concise", "relevant", "harmless", "debiased"
 def criteria(example: Example, text: str) -> dict[str, bool]:
     """The report's six criteria (§4.3) as rules; all of them read the text, the first one the problem as well."""
     lines = text.split("\n")
-    extra = {*FILLER, *OFF_TOPIC, *RUDE, *BIASED}
-    work = [line for line in lines[:-1] if line not in extra]
+    said = set(lines)
+    work = set(lines[:-1]) - {*FILLER, *OFF_TOPIC, *RUDE, *BIASED}
     return {
         "truthful": TASKS[example.task].verify(example, text).correct,
-        "helpful": bool(work)
-        and final_answer(text) is not None,  # shows its work, and comes to an answer
-        "concise": not any(line in FILLER for line in lines)
-        and len(set(lines)) == len(lines),
-        "relevant": not any(line in OFF_TOPIC for line in lines),
-        "harmless": not any(line in RUDE for line in lines),
-        "debiased": not any(line in BIASED for line in lines),
+        # it shows its work, and comes to an answer
+        "helpful": bool(work) and final_answer(text) is not None,
+        "concise": said.isdisjoint(FILLER) and len(said) == len(lines),
+        "relevant": said.isdisjoint(OFF_TOPIC),
+        "harmless": said.isdisjoint(RUDE),
+        "debiased": said.isdisjoint(BIASED),
     }
 
 
@@ -241,17 +238,13 @@ def label_pairs(
 
 # %% ../notebooks/15_reward_model.ipynb #9f093bbf
 def adamw_settings(config, settings):
-    """Chapter 08's settings for AdamW alone at a stage's rate: warm-up, then linear to a tenth, no weight decay."""
+    """Chapter 14's schedule at a stage's own rate, with AdamW alone and without weight decay."""
     return dataclasses.replace(
-        config.pretraining,
+        optimizer_settings(config, config.sft),
         optimizer="adamw",
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
-        schedule="wsd",
-        decay_fraction=1.0,
-        min_lr_ratio=0.1,
         weight_decay=0.0,
-        grad_accumulation=1,
     )
 
 
@@ -261,14 +254,8 @@ def reward_steps(trainer: Trainer, pairs: Sequence[Pair], settings, seed: int = 
 
     def step(number: int) -> dict[str, float]:
         mine = [pairs[i] for i in plan[number][world()[0] :: world()[1]]]
-        ids, lengths = pad_right(
-            [
-                p.prompt + r
-                for kind in ("chosen", "rejected")
-                for p in mine
-                for r in [getattr(p, kind)]
-            ]
-        )
+        rows = [p.prompt + p.chosen for p in mine]
+        ids, lengths = pad_right(rows + [p.prompt + p.rejected for p in mine])
         device, facts = trainer.working[0].device, {}
 
         def losses():
@@ -301,19 +288,13 @@ def train_reward_model(
 # %% ../notebooks/15_reward_model.ipynb #58eadb3a
 def careless_policy(config, seed: int = 0, stop_after: int | None = None) -> Path:
     """The SFT checkpoint after a short fine-tuning on careless responses; returns `runs/<scale>/careless`."""
-    settings, start = (
-        config.reward_model,
-        start_checkpoint(config, "sft", config.reward_model.start),
-    )
+    settings = config.reward_model
+    start = start_checkpoint(config, "sft", settings.start)
     gentle = dataclasses.replace(
         config.sft,
         epochs=2,
         learning_rate=config.sft.learning_rate / 2,
         matrix_learning_rate=config.sft.matrix_learning_rate / 2,
-    )
-    numbers, tokenizer = (
-        optimizer_settings(config, gentle),
-        Tokenizer.from_pretrained(start),
     )
     rng = random.Random(f"{seed}/careless")
     shown = draw_examples(
@@ -322,30 +303,9 @@ def careless_policy(config, seed: int = 0, stop_after: int | None = None) -> Pat
         levels=STYLE_LEVELS,
         tasks=STYLE_TASKS,
     )
-    rows = make_rows(tokenizer, [(example, styled(example, rng)) for example in shown])
-    content = json.dumps([row.ids for row in rows])
-    inputs = {
-        "settings": dataclasses.asdict(gentle),
-        "optimizer": dataclasses.asdict(numbers),
-        "rows": hashlib.sha256(content.encode()).hexdigest()[:16],
-        "start": fingerprint(start),
-    }
-
-    def begin(dtype):
-        sampler = RowSampler(rows, gentle.batch_rows, gentle.epochs, seed)
-        trainer = Trainer(
-            Qwen.from_pretrained(start).to(hardware.device()),
-            numbers,
-            sampler.total_steps,
-            dtype,
-        )
-        return (
-            trainer,
-            lambda number: trainer.step(sampler.batch(number, *world())),
-            tokenizer,
-        )
-
-    return run_stage(config, "careless", seed, inputs, begin, stop_after)
+    pairs = [(example, styled(example, rng)) for example in shown]
+    rows = make_rows(Tokenizer.from_pretrained(start), pairs)
+    return tune_on_rows(config, "careless", seed, start, rows, gentle, stop_after)
 
 
 def train_reward(
@@ -360,15 +320,12 @@ def train_reward(
 
     Interrupted and finished runs as in `finetune`. Source: report §4.3; what is not published is named in the notebook.
     """
-    settings, start = (
-        config.reward_model,
-        start_checkpoint(config, "sft", config.reward_model.start),
-    )
-    content = json.dumps([dataclasses.astuple(pair) for pair in pairs])
+    settings = config.reward_model
+    start = start_checkpoint(config, "sft", settings.start)
     inputs = {
         "settings": dataclasses.asdict(settings),
         "optimizer": dataclasses.asdict(adamw_settings(config, settings)),
-        "pairs": hashlib.sha256(content.encode()).hexdigest()[:16],
+        "pairs": content_hash([dataclasses.astuple(pair) for pair in pairs]),
         "layers": layers,
         "start": fingerprint(start),
     }

@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['MASKS', 'TRAIN_SYSTEM', 'OTHER_SYSTEM', 'chat_example', 'loss_mask', 'Row', 'row_of', 'make_rows', 'with_system',
-           'to_batch', 'pack_best_fit', 'pack_rows', 'RowSampler', 'draw_examples', 'Answer', 'evaluate_tasks',
-           'accuracy', 'pass_any', 'by_area', 'standard_error', 'update', 'finished_model', 'start_checkpoint',
-           'run_stage', 'optimizer_settings', 'train_rows', 'replay_rows', 'demonstrations', 'training_rows',
-           'finetune', 'long_instructions', 'score_long', 'rejection_sample']
+           'to_batch', 'pack_best_fit', 'pack_rows', 'RowSampler', 'draw_examples', 'Answer', 'length_batches',
+           'evaluate_tasks', 'accuracy', 'pass_any', 'by_area', 'standard_error', 'update', 'finished_model',
+           'start_checkpoint', 'run_stage', 'content_hash', 'optimizer_settings', 'train_rows', 'tune_on_rows',
+           'replay_rows', 'demonstrations', 'training_rows', 'finetune', 'long_instructions', 'score_long',
+           'rejection_sample']
 
 # %% ../notebooks/14_sft.ipynb #c9404559
 import copy
@@ -272,6 +273,12 @@ class Answer:
     tokens: list[int]
 
 
+def length_batches(lengths: Sequence[int], size: int) -> Iterable[list[int]]:
+    """Indices in parts of `size`, the shortest first: rows of a part need little padding."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return (order[i : i + size] for i in range(0, len(order), size))
+
+
 def evaluate_tasks(
     model,
     tokenizer: Tokenizer,
@@ -286,14 +293,13 @@ def evaluate_tasks(
     prompts = [
         tokenizer.encode_chat(e.messages, add_generation_prompt=True) for e in examples
     ]
-    order = sorted(range(len(examples)), key=lambda i: len(prompts[i]))
     generator = torch.Generator().manual_seed(seed)
     answers: list = [None] * len(examples)
     stops, per = (
         [tokenizer.im_end_id, tokenizer.endoftext_id],
         max(1, batch_rows // samples),
     )
-    for part in (order[i : i + per] for i in range(0, len(order), per)):
+    for part in length_batches([len(prompt) for prompt in prompts], per):
         done = generate(
             model,
             [prompts[i] for i in part],
@@ -446,6 +452,11 @@ def run_stage(
     return folder
 
 # %% ../notebooks/14_sft.ipynb #47d3fc67
+def content_hash(content) -> str:
+    """Sixteen hex digits of JSON-able content, for the `inputs` of a stage."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
 def optimizer_settings(config, settings):
     """Chapter 08's settings with a post-training stage's rates: warm-up, then linear to a tenth."""
     return dataclasses.replace(
@@ -477,6 +488,34 @@ def train_rows(
     for step in range(sampler.total_steps):
         trainer.step(sampler.batch(step))
     return trainer
+
+
+def tune_on_rows(
+    config,
+    stage: str,
+    seed: int,
+    start: Path,
+    rows: Sequence[Row],
+    settings,
+    stop_after: int | None = None,
+) -> Path:
+    """The same as a stage: `start` fine-tuned on rows; returns `runs/<scale>/<stage>`."""
+    numbers = optimizer_settings(config, settings)
+    inputs = {
+        "settings": dataclasses.asdict(settings),
+        "optimizer": dataclasses.asdict(numbers),
+        "rows": content_hash([(row.ids, row.weights) for row in rows]),
+        "start": fingerprint(start),
+    }
+
+    def begin(dtype):
+        sampler = RowSampler(rows, settings.batch_rows, settings.epochs, seed)
+        model = Qwen.from_pretrained(start).to(hardware.device())
+        trainer = Trainer(model, numbers, sampler.total_steps, dtype)
+        step = lambda number: trainer.step(sampler.batch(number, *world()))
+        return trainer, step, Tokenizer.from_pretrained(start)
+
+    return run_stage(config, stage, seed, inputs, begin, stop_after)
 
 
 def replay_rows(
@@ -548,24 +587,8 @@ def finetune(
     the notebook.
     """
     settings, start = settings or config.sft, extended_checkpoint(config)
-    numbers = optimizer_settings(config, settings)
     rows = training_rows(config, settings, *open_long_corpus(config, start), seed)
-    content = json.dumps([(row.ids, row.weights) for row in rows])
-    inputs = {
-        "settings": dataclasses.asdict(settings),
-        "optimizer": dataclasses.asdict(numbers),
-        "rows": hashlib.sha256(content.encode()).hexdigest()[:16],
-        "start": fingerprint(start),
-    }
-
-    def begin(dtype):
-        sampler = RowSampler(rows, settings.batch_rows, settings.epochs, seed)
-        model = Qwen.from_pretrained(start).to(hardware.device())
-        trainer = Trainer(model, numbers, sampler.total_steps, dtype)
-        step = lambda number: trainer.step(sampler.batch(number, *world()))
-        return trainer, step, Tokenizer.from_pretrained(start)
-
-    return run_stage(config, stage, seed, inputs, begin, stop_after)
+    return tune_on_rows(config, stage, seed, start, rows, settings, stop_after)
 
 # %% ../notebooks/14_sft.ipynb #acc4bfef
 def long_instructions(

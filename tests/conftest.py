@@ -1,6 +1,8 @@
 """Tests never touch the repository's own results: whatever they make goes to a temporary folder."""
 
+import dataclasses
 import os
+import random
 
 import pytest
 
@@ -22,6 +24,33 @@ def runs_folder(tmp_path, monkeypatch):
     folder = tmp_path / "runs"
     monkeypatch.setenv("QWEN_MINI_RUNS", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tokenizer of every shipped checkpoint."""
+    from qwen_mini.course import artifacts
+    from qwen_mini.tokenizer import Tokenizer
+
+    return Tokenizer.from_pretrained(artifacts.shipped_dir("long_context"))
+
+
+def small_config(**changes):
+    """The `quick` model, two layers and 32 channels of it: what a test of losses and gradients needs."""
+    from qwen_mini import course
+    from qwen_mini.model import ModelConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2} | changes
+    return dataclasses.replace(ModelConfig.from_scale(course.load_scale("quick")), **sizes)
+
+
+def some_pairs(count=6, seed=0):
+    """Preference pairs of random ids, none of them a control token."""
+    from qwen_mini.reward_model import Pair
+
+    rng = random.Random(seed)
+    draw = lambda low, high: [rng.randrange(30, 900) for _ in range(rng.randint(low, high))]
+    return [Pair(draw(5, 20), draw(1, 9), draw(1, 9)) for _ in range(count)]
 
 
 @pytest.fixture

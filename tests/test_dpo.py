@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-import random
 
 import pytest
 import torch
+from conftest import small_config, some_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,8 +22,7 @@ from qwen_mini.dpo import (
     prefer,
     token_logprobs,
 )
-from qwen_mini.model import ModelConfig, Qwen
-from qwen_mini.reward_model import Pair
+from qwen_mini.model import Qwen
 from qwen_mini.sft import Answer, draw_examples
 from qwen_mini.tasks import Verdict
 from qwen_mini.tokenizer import Tokenizer
@@ -31,26 +30,13 @@ from qwen_mini.tokenizer import Tokenizer
 FOLDER = artifacts.shipped_dir("long_context")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_pretrained(FOLDER)
-
-
 def tiny(seed=0):
     torch.manual_seed(seed)
-    c = dataclasses.replace(ModelConfig.from_scale(course.load_scale("quick")), hidden_size=32, intermediate_size=64,
-                            num_hidden_layers=2)  # fmt: skip
-    model = Qwen(c).eval()
+    model = Qwen(small_config()).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
     return model
-
-
-def some_pairs(count=6, seed=0):
-    rng = random.Random(seed)
-    draw = lambda low, high: [rng.randrange(30, 900) for _ in range(rng.randint(low, high))]
-    return [Pair(draw(5, 20), draw(1, 9), draw(1, 9)) for _ in range(count)]
 
 
 GOLDEN = [torch.tensor(x) for x in ([-10.0, -5.0], [-12.0, -4.0], [-11.0, -5.5], [-11.5, -4.2])]
@@ -259,8 +245,9 @@ def small(tmp_path, monkeypatch):
 
 def test_training_prefers_the_chosen_and_pushes_both_where_dpo_pushes_them(small):
     settings = dataclasses.replace(small.dpo, epochs=3)
-    trainer, records = prefer(small, FOLDER, some_pairs(24), settings)
-    assert records[0]["loss"] == pytest.approx(0.6931 + 0 * settings.chosen_weight, abs=1e-3) or settings.chosen_weight
+    pairs = some_pairs(24)
+    trainer, records = prefer(small, FOLDER, pairs, pair_logprobs(Qwen.from_pretrained(FOLDER), pairs), settings)
+    assert records[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert records[-1]["accuracy"] > 0.8
     assert records[-1]["chosen"] > records[-1]["rejected"]
     assert trainer.step_count == 18 and json.dumps(records)
@@ -277,7 +264,10 @@ def test_an_interrupted_run_reaches_the_same_weights(small):
 
 
 def test_merging_needs_the_base(small):
-    trainer, step = make_trainer(small, FOLDER, some_pairs(8), small.dpo, 0, torch.float32, FOLDER, alpha=0.5, keep=1.0)
+    pairs = some_pairs(8)
+    reference = pair_logprobs(Qwen.from_pretrained(FOLDER), pairs)
+    merging = dict(base=FOLDER, alpha=0.5, keep=1.0)
+    trainer, step = make_trainer(small, FOLDER, pairs, reference, small.dpo, **merging)
     assert all(not delta.any() for delta in trainer.optimizers[0].deltas.values())  # the start is the base here
     step(0)
     assert trainer.step_count == 1

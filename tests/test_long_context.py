@@ -68,11 +68,6 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_pretrained(SHIPPED)
-
-
-@pytest.fixture(scope="module")
 def hay(tokenizer):
     text = "The river is long and the house stands by the road. A stone fell into the water near the old bridge. "
     return np.array(tokenizer.encode(text * 200), dtype=np.uint16)

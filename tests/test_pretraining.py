@@ -160,7 +160,6 @@ max_new_tokens = 8
 epochs = 1
 batch_pairs = 2
 beta = 0.1
-chosen_weight = 0.0
 learning_rate = 1e-4
 warmup_steps = 1
 alpha = 1e-3

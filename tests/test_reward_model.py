@@ -8,10 +8,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import small_config, some_pairs
 
 from qwen_mini import course
 from qwen_mini.course import CourseError, artifacts
-from qwen_mini.model import ModelConfig, Qwen
+from qwen_mini.model import Qwen
 from qwen_mini.reward_model import (
     BIASED,
     CRITERIA,
@@ -19,7 +20,6 @@ from qwen_mini.reward_model import (
     OFF_TOPIC,
     RUDE,
     STYLE_TASKS,
-    Pair,
     RewardModel,
     best_of_n,
     bradley_terry_loss,
@@ -35,28 +35,14 @@ from qwen_mini.reward_model import (
 )
 from qwen_mini.sft import Answer, draw_examples
 from qwen_mini.tasks import TASKS, Verdict
-from qwen_mini.tokenizer import Tokenizer
 
 FOLDER = artifacts.shipped_dir("long_context")
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_pretrained(FOLDER)
-
-
-@pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    c = dataclasses.replace(ModelConfig.from_scale(course.load_scale("quick")), hidden_size=32, intermediate_size=64,
-                            num_hidden_layers=2)  # fmt: skip
-    return RewardModel(c).eval().requires_grad_(False)
-
-
-def some_pairs(count=6, seed=0):
-    rng = random.Random(seed)
-    draw = lambda low, high: [rng.randrange(30, 900) for _ in range(rng.randint(low, high))]
-    return [Pair(draw(5, 20), draw(1, 9), draw(1, 9)) for _ in range(count)]
+    return RewardModel(small_config()).eval().requires_grad_(False)
 
 
 def test_the_loss_is_golden():
@@ -140,7 +126,7 @@ def test_every_criterion_sees_its_fault_and_no_other(name):
             assert set(criteria(example, text)) == set(CRITERIA)
 
 
-def test_no_phrase_can_be_part_of_a_solution(tokenizer):
+def test_no_phrase_can_be_part_of_a_solution():
     phrases = [*FILLER, *OFF_TOPIC, *RUDE, *BIASED]
     assert len(set(phrases)) == len(phrases)
     for example in draw_examples(50, 1, tasks=STYLE_TASKS):
@@ -190,7 +176,7 @@ def test_the_rank_correlation_shares_ranks_as_pandas_does():
     assert rank_correlation([1, 2, 3], [3, 5, 4]) == pytest.approx(0.5)
 
 
-def test_training_learns_a_visible_difference_and_is_repeatable(tokenizer, tmp_path):
+def test_training_learns_a_visible_difference_and_is_repeatable():
     """Chosen responses end in one token, rejected ones in another: a few steps tell them apart."""
     config = course.load_scale("quick")
     settings = dataclasses.replace(config.reward_model, batch_pairs=8, epochs=2, learning_rate=1e-3, warmup_steps=1)

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from qwen_mini import course
 from qwen_mini.corpus import prepare_corpus
 from qwen_mini.course import CourseError, artifacts
 from qwen_mini.long_context import open_long_corpus
-from qwen_mini.model import ModelConfig, Qwen
+from qwen_mini.model import Qwen
 from qwen_mini.sft import (
     OTHER_SYSTEM,
     TRAIN_SYSTEM,
@@ -54,16 +55,9 @@ TALK = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_pretrained(FOLDER)
-
-
-@pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    c = dataclasses.replace(ModelConfig.from_scale(course.load_scale("quick")), vocab_size=4_096, hidden_size=32,
-                            intermediate_size=64, num_hidden_layers=2, max_position_embeddings=512)  # fmt: skip
-    return Qwen(c).eval().requires_grad_(False)
+    return Qwen(small_config(vocab_size=4_096, max_position_embeddings=512)).eval().requires_grad_(False)
 
 
 def spans(tokenizer, mask):

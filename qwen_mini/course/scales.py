@@ -271,8 +271,9 @@ class Sft:
 class RewardModelScale:
     """Preference data and training of chapter 15's reward models.
 
-    `demonstrations`: careless responses a task; `problems`: a task for the pairs, `samples` answers each; `heldout`: problems a task of the benchmarks; `best_of`:
-    samples a problem for best-of-n. `center`: the weight that keeps rewards around zero.
+    `demonstrations`: careless responses a task; `problems`: a task for the pairs, `samples` answers each; `heldout`:
+    problems a task of the benchmarks; `best_of`: samples a problem for best-of-n. `center`: the weight that keeps
+    rewards around zero.
     """
 
     start: typing.Literal["own", "shipped"]
@@ -298,8 +299,7 @@ class RewardModelScale:
 class Dpo:
     """Preference optimisation: `problems` a task give up to `pairs_per_problem` pairs each of `samples` answers.
 
-    `alpha`, `keep`: the Online Merging Optimizer's; `chosen_weight`: of the chosen responses' own likelihood in the
-    loss; `heldout`: problems a task for measuring.
+    `alpha`, `keep`: the Online Merging Optimizer's; `heldout`: problems a task for measuring.
     """
 
     start: typing.Literal["own", "shipped"]
@@ -310,7 +310,6 @@ class Dpo:
     epochs: int
     batch_pairs: int
     beta: float
-    chosen_weight: float
     learning_rate: float
     warmup_steps: int
     alpha: float
@@ -320,7 +319,7 @@ class Dpo:
     def __post_init__(self):
         _positive(self, "problems", "pairs_per_problem", "max_new_tokens", "epochs", "batch_pairs", "beta")
         _positive(self, "learning_rate", "keep", "heldout")
-        _not_negative(self, "chosen_weight", "warmup_steps")
+        _not_negative(self, "warmup_steps")
         _share(self, "alpha", "keep")
         _require(self.samples > 1, "samples", "must be at least 2, or there is no pair")
 
