@@ -1,12 +1,16 @@
-"""One step of DPO: ours against TRL's trainer, same weights and pairs, on the CPU.
+"""A step of DPO and a step of GRPO: ours against TRL's trainers, same weights and data, on the CPU.
 
-Best of several steps each; TRL runs in float32 and once more under bfloat16 autocast, and the faster counts. The ratio
-is TRL's time / ours.
+DPO trains on one batch of mixed lengths; GRPO samples, scores and updates on the same problems each time (what is
+sampled differs, the model is the same). After a step to warm up several are timed, and the median counts. TRL runs in
+float32 and once more under bfloat16 autocast, and the faster of the two counts. The ratio is TRL's time / ours.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
+import random
+import statistics
 import tempfile
 import time
 
@@ -17,12 +21,14 @@ from datasets import Dataset
 
 from qwen_mini import course
 from qwen_mini.course import artifacts, hardware
-from qwen_mini.dpo import build_pairs, make_trainer, pair_logprobs
+from qwen_mini.dpo import build_pairs, make_trainer
+from qwen_mini.grpo import new_trainer, policy_update, roll_out
 from qwen_mini.model import Qwen
 from qwen_mini.sft import draw_examples, evaluate_tasks
+from qwen_mini.tasks import TASKS, verify_many
 from qwen_mini.tokenizer import Tokenizer
 
-STEPS, PAIRS = 3, 32
+STEPS, PAIRS, QUERIES = 3, 32, 32  # steps after one more to warm up
 
 
 class Stopwatch(transformers.TrainerCallback):
@@ -38,52 +44,89 @@ class Stopwatch(transformers.TrainerCallback):
         self.seconds.append(time.perf_counter() - self.begun)
 
 
-def our_steps(config, start, policy, pairs) -> list[float]:
-    """Seconds of each of our steps, in the precision that is faster here, the reference computed before."""
-    reference, dtype = pair_logprobs(policy, pairs), policy.model.norm.weight.dtype
-    trainer, step = make_trainer(config, start, pairs, reference, config.dpo, dtype=dtype)
+def our_step(step) -> float:
+    """Seconds of step(number), the median, in the precision that is faster here."""
     seconds = []
-    for number in range(min(STEPS, trainer.total_steps)):
+    for number in range(STEPS + 1):
         begun = time.perf_counter()
         step(number)
         seconds.append(time.perf_counter() - begun)
-    return seconds
+    return statistics.median(seconds[1:])
 
 
-def trl_steps(folder, pairs, bf16: bool) -> list[float]:
-    """Seconds of each of TRL's steps, the reference's log-probabilities computed before."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+def trl_step(folder, trainer, settings, rows, numbers, **options) -> float:
+    """Seconds of a step of one of TRL's trainers: the median, in the better precision. numbers: for `settings`."""
+    numbers = numbers | dict(output_dir=f"{folder}/out", report_to=[], use_cpu=True, max_steps=STEPS + 1,
+                             save_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
+                             logging_strategy="no")  # fmt: skip
+    found = []
+    for bf16 in (False, True):
+        watch = Stopwatch()
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer(
+                model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+                args=settings(bf16=bf16, **numbers),
+                train_dataset=Dataset.from_list(rows),
+                processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+                callbacks=[watch],
+                **options,
+            ).train()
+        found.append(statistics.median(watch.seconds[1:]))
+    return min(found)
+
+
+def bench_dpo(config, start, folder, tokenizer, dtype):
+    """The reference's log-probabilities are computed before, by both."""
+    policy = Qwen.from_pretrained(start, dtype).eval()
+    pairs = build_pairs(tokenizer, evaluate_tasks(policy, tokenizer, draw_examples(24, 0), 1.0, 8, 96, 0, 512))
+    pairs = random.Random(0).sample(pairs, PAIRS)
+    settings = dataclasses.replace(config.dpo, batch_pairs=PAIRS, epochs=STEPS + 1)
+    _, step = make_trainer(config, start, pairs, settings, dtype=dtype)
+    ours = our_step(step)
     texts = [(p.prompt, p.chosen[:-1], p.rejected[:-1]) for p in pairs]  # TRL adds the end token itself
     rows = [dict(zip(("prompt", "chosen", "rejected"), map(tokenizer.decode, ids), strict=True)) for ids in texts]
-    options = dict(output_dir=f"{folder}/out", report_to=[], use_cpu=True, bf16=bf16, max_steps=STEPS, max_length=None,
-                   per_device_train_batch_size=PAIRS, precompute_ref_log_probs=True, save_strategy="no",
-                   gradient_checkpointing=False, disable_tqdm=True, logging_strategy="no")  # fmt: skip
-    watch = Stopwatch()
-    with contextlib.redirect_stdout(io.StringIO()):
-        trl.DPOTrainer(
-            model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-            args=trl.DPOConfig(**options),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            callbacks=[watch],
-        ).train()
-    return watch.seconds
+    numbers = dict(per_device_train_batch_size=PAIRS, precompute_ref_log_probs=True, max_length=None)
+    peer = trl_step(folder, trl.DPOTrainer, trl.DPOConfig, rows, numbers)
+    report(f"a DPO step on {PAIRS} pairs", ours, peer, "TRL's DPOTrainer")
+
+
+def bench_grpo(config, start, folder, tokenizer, dtype):
+    """Sampling, verifying and the update; both with the same verifiers and longest answer."""
+    settings, examples = config.grpo, draw_examples(-(-QUERIES // len(TASKS)), 1)[:QUERIES]
+    trainer = new_trainer(config, start, settings, dtype)
+
+    def step(number):
+        _, groups = roll_out(trainer.model.eval(), tokenizer, examples, settings, number)
+        policy_update(trainer, groups, settings)
+
+    ours = our_step(step)
+    rows = [{"prompt": list(e.messages), "number": i} for i, e in enumerate(examples)]
+
+    def reward(completions, number, **_):
+        pairs = [(examples[i], c[0]["content"]) for i, c in zip(number, completions, strict=True)]
+        return [float(v.correct) for v in verify_many(pairs)]
+
+    numbers = dict(per_device_train_batch_size=QUERIES * settings.group_size, num_generations=settings.group_size,
+                   max_completion_length=settings.max_new_tokens, learning_rate=settings.learning_rate)  # fmt: skip
+    peer = trl_step(folder, trl.GRPOTrainer, trl.GRPOConfig, rows, numbers, reward_funcs=reward)
+    report(f"a GRPO step, {QUERIES} problems x {settings.group_size} answers", ours, peer, "TRL's GRPOTrainer")
+
+
+def report(name, ours, peer, peer_name):
+    line = {"name": name, "ours": round(ours, 3), "peer": round(peer, 3), "peer_name": peer_name, "unit": "s"}
+    print(json.dumps(line | {"ratio": round(peer / ours, 2)}), flush=True)
 
 
 def main():
     transformers.logging.set_verbosity_error()
     config, start = course.load_scale("laptop"), artifacts.shipped_dir("sft")
     torch.set_num_threads(hardware.threads(config))
-    tokenizer, policy = Tokenizer.from_pretrained(start), Qwen.from_pretrained(start, hardware.pick_dtype()).eval()
-    asked = draw_examples(24, 0)
-    pairs = build_pairs(tokenizer, evaluate_tasks(policy, tokenizer, asked, 1.0, 8, 96, 0, 512))[: PAIRS * STEPS]
+    tokenizer, dtype = Tokenizer.from_pretrained(start), hardware.pick_dtype()
     with tempfile.TemporaryDirectory() as folder:
         Qwen.from_pretrained(start).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        peer = min(second for bf16 in (False, True) for second in trl_steps(folder, pairs, bf16))
-    ours = min(our_steps(config, start, policy, pairs))
-    line = {"name": f"a DPO step on {PAIRS} pairs", "ours": round(ours, 3), "peer": round(peer, 3)}
-    print(json.dumps(line | {"peer_name": "TRL's DPOTrainer", "unit": "s", "ratio": round(peer / ours, 2)}), flush=True)
+        bench_dpo(config, start, folder, tokenizer, dtype)
+        bench_grpo(config, start, folder, tokenizer, dtype)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['STYLE_LEVELS', 'STYLE_TASKS', 'FILLER', 'OFF_TOPIC', 'RUDE', 'BIASED', 'CRITERIA', 'bradley_terry_loss',
            'RewardModel', 'Pair', 'pair_plan', 'pad_right', 'score_rows', 'pair_accuracy', 'criteria', 'gold_reward',
-           'styled', 'label_pairs', 'adamw_settings', 'reward_steps', 'train_reward_model', 'careless_policy',
-           'train_reward', 'best_of_n', 'rank_correlation']
+           'gold_rewards', 'styled', 'label_pairs', 'adamw_settings', 'reward_steps', 'train_reward_model',
+           'careless_policy', 'train_reward', 'best_of_n', 'rank_correlation']
 
 # %% ../notebooks/15_reward_model.ipynb #826d6f14
 import dataclasses
@@ -80,27 +80,32 @@ class RewardModel(Qwen):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(config)
-        # the score is new, and layers beyond the last stay away
-        model.load_state_dict(policy.state_dict(), strict=False)
+        # layers beyond the last stay away; the score alone is new
+        found = model.load_state_dict(policy.state_dict(), strict=False)
+        if found.missing_keys != ["score.weight"]:
+            raise CourseError(
+                f"{folder} lacks {', '.join(found.missing_keys)}: take a whole checkpoint"
+            )
         return model
 
     def forward(self, input_ids, lengths) -> torch.Tensor:
         """Rewards (batch,) of ids (batch, length), padded on the right, of which `lengths` (batch,) are real."""
         hidden = self.hidden_states(input_ids)
-        rows = torch.arange(len(input_ids), device=input_ids.device)
-        return self.score(hidden[rows, lengths - 1])[:, 0].float()
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+        # in float32: in 16 bits many rewards would be equal
+        return F.linear(last.float(), self.score.weight.float())[:, 0]
 
     def save_pretrained(self, folder, dtype=None, generation_config=None) -> None:
-        """As `Qwen.save_pretrained`; the config says that there is one label. It does not generate."""
+        """As `Qwen.save_pretrained`; the config says that there is one label. It does not generate.
+
+        generation_config: only its `pad_token_id` is kept, by which transformers finds the last token of a padded row.
+        """
         super().save_pretrained(folder, dtype)
         path = Path(folder) / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         config["architectures"] = ["Qwen2ForSequenceClassification"]
-        config |= {
-            "id2label": {"0": "reward"},
-            "label2id": {"reward": 0},
-            "pad_token_id": 0,
-        }
+        config |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        config["pad_token_id"] = (generation_config or {}).get("pad_token_id")
         artifacts.write_file(path, json.dumps(config, indent=2) + "\n")
 
 # %% ../notebooks/15_reward_model.ipynb #607f85ab
@@ -115,10 +120,10 @@ class Pair:
 # %% ../notebooks/15_reward_model.ipynb #a130714d
 def pair_plan(
     pairs: Sequence[Pair], batch_pairs: int, epochs: int, seed: int = 0
-) -> list[list[int]]:
-    """Indices of pairs, batch by batch, pairs of similar length together: chapter 14's sampler."""
+) -> RowSampler:
+    """Which pairs each step takes, pairs of similar length together: chapter 14's sampler."""
     rows = [Row(p.prompt + max(p.chosen, p.rejected, key=len), []) for p in pairs]
-    return RowSampler(rows, batch_pairs, epochs, seed).plan
+    return RowSampler(rows, batch_pairs, epochs, seed)
 
 
 def pad_right(
@@ -198,8 +203,20 @@ def criteria(example: Example, text: str) -> dict[str, bool]:
 
 
 def gold_reward(example: Example, text: str) -> float:
-    """Share of the criteria that hold: what the reward models try to learn."""
+    """Share of the criteria that hold: what the reward models try to learn. No answer gets 0, though it is polite."""
+    if not text.strip():
+        return 0.0
     return sum(criteria(example, text).values()) / len(CRITERIA)
+
+
+def gold_rewards(answers: Sequence[Sequence[Answer]]) -> np.ndarray:
+    """`gold_reward` of every answer, (problems, samples); one that was not finished counts as none."""
+    return np.array(
+        [
+            [gold_reward(a.example, a.text if a.finished else "") for a in g]
+            for g in answers
+        ]
+    )
 
 
 def styled(example: Example, rng: random.Random) -> str:
@@ -238,11 +255,12 @@ def label_pairs(
 
 # %% ../notebooks/15_reward_model.ipynb #9f093bbf
 def adamw_settings(config, settings):
-    """Chapter 14's schedule at a stage's own rate, with AdamW alone and without weight decay."""
+    """Chapter 14's schedule at a stage's own rate, to a tenth of it, with AdamW alone and without weight decay."""
     return dataclasses.replace(
         optimizer_settings(config, config.sft),
         optimizer="adamw",
         learning_rate=settings.learning_rate,
+        min_lr_ratio=0.1,
         warmup_steps=settings.warmup_steps,
         weight_decay=0.0,
     )
@@ -253,7 +271,7 @@ def reward_steps(trainer: Trainer, pairs: Sequence[Pair], settings, seed: int = 
     plan = pair_plan(pairs, settings.batch_pairs, settings.epochs, seed)
 
     def step(number: int) -> dict[str, float]:
-        mine = [pairs[i] for i in plan[number][world()[0] :: world()[1]]]
+        mine = [pairs[i] for i in plan.share(number, *world())]
         rows = [p.prompt + p.chosen for p in mine]
         ids, lengths = pad_right(rows + [p.prompt + p.rejected for p in mine])
         device, facts = trainer.working[0].device, {}
@@ -262,12 +280,12 @@ def reward_steps(trainer: Trainer, pairs: Sequence[Pair], settings, seed: int = 
             better, worse = trainer.model(ids.to(device), lengths.to(device)).chunk(2)
             facts["accuracy"] = (better > worse).float().mean().item()
             yield bradley_terry_loss(better, worse, center=settings.center) * (
-                len(mine) / len(plan[number])
+                len(mine) / len(plan.plan[number])
             )
 
         return update(trainer, losses()) | facts
 
-    return len(plan), step
+    return plan.total_steps, step
 
 
 def train_reward_model(

@@ -230,14 +230,18 @@ class RowSampler:
     def total_steps(self) -> int:
         return len(self.plan)
 
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The batch of step `step`, or every `world_size`-th row of it."""
+    def share(self, step: int, rank: int = 0, world_size: int = 1) -> list[int]:
+        """Indices of the rows of step `step`, or every `world_size`-th of them."""
         if len(self.plan[step]) < world_size:
             raise CourseError(
                 f"a batch of {len(self.plan[step])} rows cannot be shared by {world_size} processes: "
                 "use fewer processes, or change batch_rows so that the last batch is larger"
             )
-        return to_batch([self.rows[i] for i in self.plan[step]][rank::world_size])
+        return self.plan[step][rank::world_size]
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """The rows of step `step`, or this process's share of them."""
+        return to_batch([self.rows[i] for i in self.share(step, rank, world_size)])
 
 # %% ../notebooks/14_sft.ipynb #de3aedc9
 def draw_examples(
@@ -407,13 +411,14 @@ def run_stage(
     inputs: dict,
     begin: Callable,
     stop_after: int | None = None,
-    save_every: int = 100,
+    save_every: float = 30.0,
 ) -> Path:
     """The skeleton of a stage; returns `runs/<scale>/<stage>`, or the training state if it was stopped.
 
     inputs: everything the result depends on, JSON-able. begin(dtype) → (trainer, step, tokenizer): step(number) takes
     one optimiser step and returns its record; what it does may depend on the number and the weights alone, so that a
-    resumed run reaches the same numbers.
+    resumed run reaches the same numbers. What a model samples for the stage is sampled in `begin`: it depends on the
+    precision, which a resumed run keeps. The state is saved every `save_every` seconds.
     """
     inputs = {**inputs, "seed": seed}
     text = json.dumps(inputs, sort_keys=True)
@@ -428,13 +433,16 @@ def run_stage(
     torch.manual_seed(seed)
     trainer, step, tokenizer = begin(dtype)
     metrics = load_training_state(state_file, trainer) if state_file.exists() else []
+    saved = time.monotonic()
     while trainer.step_count < min(trainer.total_steps, stop_after or math.inf):
         started = time.perf_counter()
         record = step(trainer.step_count)
         metrics.append({**record, "seconds": time.perf_counter() - started})
         done, last = trainer.step_count, trainer.step_count == trainer.total_steps
-        if is_first() and not last and (done % save_every == 0 or done == stop_after):
+        due = time.monotonic() - saved >= save_every or done == stop_after
+        if is_first() and due and not last:
             save_training_state(state_file, trainer, metrics)
+            saved = time.monotonic()
     if trainer.step_count < trainer.total_steps:
         return state_file
     if is_first():
@@ -458,7 +466,7 @@ def content_hash(content) -> str:
 
 
 def optimizer_settings(config, settings):
-    """Chapter 08's settings with a post-training stage's rates: warm-up, then linear to a tenth."""
+    """Chapter 08's settings with a post-training stage's rates: warm-up, then linear to `min_lr_ratio`."""
     return dataclasses.replace(
         config.pretraining,
         learning_rate=settings.learning_rate,
@@ -466,7 +474,7 @@ def optimizer_settings(config, settings):
         warmup_steps=settings.warmup_steps,
         schedule="wsd",
         decay_fraction=1.0,
-        min_lr_ratio=0.1,
+        min_lr_ratio=settings.min_lr_ratio,
         grad_accumulation=1,
     )
 

@@ -44,6 +44,20 @@ def small_config(**changes):
     return dataclasses.replace(ModelConfig.from_scale(course.load_scale("quick")), **sizes)
 
 
+def tiny_model(seed=0):
+    """A model of `small_config` with large random weights, so that its distributions are far from flat."""
+    import torch
+
+    from qwen_mini.model import Qwen
+
+    torch.manual_seed(seed)
+    model = Qwen(small_config()).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
 def some_pairs(count=6, seed=0):
     """Preference pairs of random ids, none of them a control token."""
     from qwen_mini.reward_model import Pair

@@ -132,6 +132,7 @@ epochs = 1
 batch_rows = 4
 learning_rate = 1e-3
 matrix_learning_rate = 0.01
+min_lr_ratio = 0.1
 warmup_steps = 1
 problems = 1
 ablation_demonstrations = 2
@@ -165,6 +166,25 @@ warmup_steps = 1
 alpha = 1e-3
 keep = 0.5
 heldout = 1
+seeds = 1
+
+[grpo]
+start = "own"
+steps = 1
+queries = 2
+group_size = 2
+micro_groups = 1
+levels = [1]
+probe = 1
+max_new_tokens = 8
+learning_rate = 1e-4
+warmup_steps = 1
+epsilon = 0.2
+epsilon_high = 0.28
+beta = 0.0
+seeds = 1
+heldout = 1
+side_steps = 1
 """
 
 

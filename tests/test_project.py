@@ -145,6 +145,23 @@ def test_chat_completes_with_a_base_model(tiny_checkpoint, runs_folder, monkeypa
     assert cli.main(["chat", "--scale", "quick"]) == 2 and "cannot be loaded" in capsys.readouterr().err
 
 
+def test_a_long_conversation_loses_its_oldest_turns_and_never_its_system_prompt():
+    from qwen_mini.course import CourseError, chat
+
+    talker = chat.Talker("quick", "dpo", 0, 0.0, 16)
+    talker.messages = [{"role": "system", "content": "Be brief."}]
+    for turn in range(60):
+        ids = talker.prompt(f"Reverse: lamp tree stone {turn} " * 3)
+        talker.messages.append({"role": "assistant", "content": "stone tree lamp"})
+        assert len(ids) + talker.max_tokens <= talker.model.config.max_position_embeddings
+        assert talker.messages[0]["content"] == "Be brief." and talker.messages[-2]["content"].startswith("Reverse")
+    assert 2 < len(talker.messages) < 121
+    with pytest.raises(CourseError, match="longer than the"):
+        talker.prompt("tree " * 5_000)
+    assert talker.messages == [{"role": "system", "content": "Be brief."}]
+
+
+
 def test_the_chat_of_a_notebook_answers_and_shows_text_as_text(tiny_checkpoint, monkeypatch):
     pytest.importorskip("ipywidgets")
     from qwen_mini.course import chat

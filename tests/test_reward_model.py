@@ -23,14 +23,18 @@ from qwen_mini.reward_model import (
     RewardModel,
     best_of_n,
     bradley_terry_loss,
+    careless_policy,
     criteria,
     gold_reward,
+    gold_rewards,
     label_pairs,
     pad_right,
     pair_accuracy,
+    pair_plan,
     rank_correlation,
     score_rows,
     styled,
+    train_reward,
     train_reward_model,
 )
 from qwen_mini.sft import Answer, draw_examples
@@ -100,6 +104,39 @@ def test_a_reward_model_is_saved_and_loaded_and_starts_from_a_policy(model, tmp_
     assert torch.equal(half.model.norm.weight, policy.model.norm.weight)
 
 
+def test_transformers_alone_scores_a_padded_batch(model, tokenizer, tmp_path):
+    """No help from us: the folder says which token is padding, and the tokenizer pads on the right with it."""
+    transformers = pytest.importorskip("transformers")
+    ends = {"eos_token_id": [tokenizer.im_end_id], "pad_token_id": tokenizer.endoftext_id}
+    model.save_pretrained(tmp_path, generation_config=ends)
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path, padding_side="right")
+    texts = ["Two and two is 4.", "One.", "A longer answer, of which the end counts."]
+    batch = peer(texts, padding=True, return_tensors="pt")
+    assert (batch["input_ids"] == tokenizer.endoftext_id).any() and theirs.config.pad_token_id == tokenizer.endoftext_id
+    with torch.no_grad():
+        found = theirs(**batch).logits[:, 0]
+    ours = score_rows(model, [tokenizer.encode(text) for text in texts])
+    np.testing.assert_allclose(found.numpy(), ours, rtol=1e-5, atol=1e-6)
+
+
+def test_rewards_in_16_bits_are_not_rounded_to_16_bits(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    half = RewardModel.from_pretrained(tmp_path, torch.bfloat16)
+    rewards = torch.tensor(score_rows(half, [[i, i + 1, i + 2] for i in range(64)]))
+    assert (rewards != rewards.bfloat16().double()).float().mean() > 0.9
+
+
+def test_a_body_from_a_torn_checkpoint_is_refused(monkeypatch):
+    policy = Qwen.from_pretrained(FOLDER)
+    whole = policy.state_dict()
+    monkeypatch.setattr(policy, "state_dict", lambda: {k: v for k, v in whole.items() if k != "model.norm.weight"})
+    monkeypatch.setattr(Qwen, "from_pretrained", lambda *_: policy)
+    with pytest.raises(CourseError, match="lacks model.norm.weight"):
+        RewardModel.from_policy(FOLDER)
+
+
 def test_an_untied_model_has_no_head_to_train(model):
     untied = RewardModel(dataclasses.replace(model.config, tie_word_embeddings=False))
     ids, lengths = pad_right([[1, 2, 3]])
@@ -120,10 +157,18 @@ def test_every_criterion_sees_its_fault_and_no_other(name):
         assert [k for k, v in alone.items() if not v] == ["helpful"]
         wrong = criteria(example, gold + "x")
         assert [k for k, v in wrong.items() if not v] == ["truthful"]
-        for _ in range(5):
-            text = styled(example, random.Random(str(example.key)))
+        rng = random.Random(str(example.key))
+        for text in [styled(example, rng) for _ in range(5)]:
             assert TASKS[name].verify(example, text).correct
             assert set(criteria(example, text)) == set(CRITERIA)
+        assert len({styled(example, rng) for _ in range(40)}) > 10
+
+
+def test_no_answer_earns_nothing(tokenizer):
+    [group] = answers_of(tokenizer, ["", " \n", "a remark"])
+    cut = dataclasses.replace(group[2], finished=False)
+    assert gold_rewards([[*group, cut]]).tolist() == [[0, 0, gold_reward(group[2].example, "a remark"), 0]]
+    assert gold_reward(group[2].example, "a remark") > 0
 
 
 def test_no_phrase_can_be_part_of_a_solution():
@@ -194,3 +239,39 @@ def test_training_learns_a_visible_difference_and_is_repeatable():
     tie = [dataclasses.replace(p, chosen=p.rejected) for p in pairs[48:]]
     assert pair_accuracy(trainer.model, tie) == 0.5
     assert json.dumps(records[0])
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The quick scale in a folder of its own, in float32, on the shipped base model."""
+    from qwen_mini import reward_model
+
+    monkeypatch.setenv("QWEN_MINI_RUNS", str(tmp_path))
+    monkeypatch.setattr(reward_model, "start_checkpoint", lambda *_: FOLDER)
+    config = course.load_scale("quick")
+    numbers = dataclasses.replace(config.reward_model, batch_pairs=8, demonstrations=16)
+    return dataclasses.replace(
+        config, run=dataclasses.replace(config.run, dtype="float32"), reward_model=numbers
+    )
+
+
+@pytest.mark.parametrize("kind", ("reward", "careless"))
+def test_an_interrupted_stage_reaches_the_same_weights(small, kind):
+    def run(stop_after=None):
+        if kind == "careless":
+            return careless_policy(small, stop_after=stop_after)
+        return train_reward(small, some_pairs(32), stop_after=stop_after)
+
+    folder = run()
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "manifest.json").unlink()
+    assert run(stop_after=2).suffix == ".safetensors"
+    assert run() == folder and (folder / "model.safetensors").read_bytes() == whole
+
+
+def test_a_batch_smaller_than_the_processes_is_refused():
+    plan = pair_plan(some_pairs(9), 8, 1)
+    last = [len(batch) for batch in plan.plan].index(1)
+    with pytest.raises(CourseError, match="a batch of 1 rows cannot be shared by 2 processes"):
+        plan.share(last, 0, 2)
+    assert sorted(i for k in range(2) for r in range(1) for i in plan.share(k, r, 1)) == list(range(9))

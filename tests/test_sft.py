@@ -254,6 +254,29 @@ def test_an_interrupted_run_reaches_the_same_weights(small):
     assert steps == list(range(1, len(steps) + 1))
 
 
+def test_a_killed_run_goes_on_from_its_last_save_and_short_runs_are_saved_too(small, monkeypatch):
+    from qwen_mini import sft
+
+    whole = finetune(small, stage="whole")
+    clock = iter(range(0, 10_000, 20))  # every look at the clock is 20 s later: a save is due every second step
+    monkeypatch.setattr(sft.time, "monotonic", lambda: next(clock))
+    step = sft.Trainer.step
+
+    def dies(trainer, batch):
+        if trainer.step_count == 5:
+            raise KeyboardInterrupt
+        return step(trainer, batch)
+
+    monkeypatch.setattr(sft.Trainer, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(small, stage="killed")
+    assert len(list(artifacts.stage_dir("quick", "training_state").glob("killed-*"))) == 1
+    seen = []
+    monkeypatch.setattr(sft.Trainer, "step", lambda t, batch: seen.append(t.step_count) or step(t, batch))
+    again = finetune(small, stage="killed")
+    assert seen[0] == 4 and (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+
+
 def test_a_finished_run_is_not_repeated_unless_something_changed(small, capsys):
     folder = finetune(small, stage="again")
     before = (folder / "model.safetensors").stat().st_mtime_ns

@@ -51,10 +51,11 @@ class Talker:
             ids = self.tokenizer.encode_chat(self.messages, add_generation_prompt=True)
             if len(ids) <= room:
                 return ids
-            if len(self.messages) == 1:
-                self.messages.clear()
+            first = int(self.messages[0]["role"] == "system")  # the system prompt stays
+            if len(self.messages) == first + 1:
+                self.messages.pop()
                 raise CourseError(f"that is longer than the {room} tokens this model can read")
-            del self.messages[:2]
+            del self.messages[first : first + 2]
 
     def answer(self, text: str) -> str:
         """What the model says next."""

@@ -244,8 +244,9 @@ class SparsePrefill:
 class Sft:
     """Fine-tuning: gold responses and held-out problems a task, and the numbers of the run.
 
-    `replay`: windows of pre-training text per demonstration, their tokens weighing `replay_weight`; `ablation_demonstrations`: a task, for the small arms; `long_rows`: long instructions of the second stage; `fresh`:
-    new problems a task for rejection sampling.
+    `replay`: windows of pre-training text per demonstration, their tokens weighing `replay_weight`; `min_lr_ratio`: the
+    rates at the end, of those at the beginning; `ablation_demonstrations`: a task, for the small arms; `long_rows`: long
+    instructions of the second stage; `fresh`: new problems a task for rejection sampling.
     """
 
     demonstrations: int
@@ -255,6 +256,7 @@ class Sft:
     batch_rows: int
     learning_rate: float
     matrix_learning_rate: float
+    min_lr_ratio: float
     warmup_steps: int
     problems: int
     ablation_demonstrations: int
@@ -265,6 +267,7 @@ class Sft:
         _positive(self, "demonstrations", "epochs", "batch_rows", "learning_rate", "matrix_learning_rate")
         _positive(self, "problems", "ablation_demonstrations", "long_rows", "fresh")
         _not_negative(self, "replay", "replay_weight", "warmup_steps")
+        _share(self, "min_lr_ratio")
 
 
 @dataclass(frozen=True)
@@ -299,7 +302,8 @@ class RewardModelScale:
 class Dpo:
     """Preference optimisation: `problems` a task give up to `pairs_per_problem` pairs each of `samples` answers.
 
-    `alpha`, `keep`: the Online Merging Optimizer's; `heldout`: problems a task for measuring.
+    `alpha`, `keep`: the Online Merging Optimizer's; `heldout`: problems a task for measuring; `seeds`: training runs
+    that are compared.
     """
 
     start: typing.Literal["own", "shipped"]
@@ -315,13 +319,48 @@ class Dpo:
     alpha: float
     keep: float
     heldout: int
+    seeds: int
 
     def __post_init__(self):
         _positive(self, "problems", "pairs_per_problem", "max_new_tokens", "epochs", "batch_pairs", "beta")
-        _positive(self, "learning_rate", "keep", "heldout")
+        _positive(self, "learning_rate", "keep", "heldout", "seeds")
         _not_negative(self, "warmup_steps")
         _share(self, "alpha", "keep")
         _require(self.samples > 1, "samples", "must be at least 2, or there is no pair")
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """Reinforcement learning: `steps` updates on `queries` fresh problems with `group_size` answers each.
+
+    `micro_groups`: groups a forward pass; `probe`: problems a task and level that tell which are worth asking; `beta`:
+    weight of the KL term, 0 for none; `seeds`: training runs that are compared; `heldout`: problems a task for
+    measuring; `side_steps`: of the small runs that show what goes wrong.
+    """
+
+    start: typing.Literal["own", "shipped"]
+    steps: int
+    queries: int
+    group_size: int
+    micro_groups: int
+    levels: tuple[int, ...]
+    probe: int
+    max_new_tokens: int
+    learning_rate: float
+    warmup_steps: int
+    epsilon: float
+    epsilon_high: float
+    beta: float
+    seeds: int
+    heldout: int
+    side_steps: int
+
+    def __post_init__(self):
+        _positive(self, "steps", "queries", "micro_groups", "max_new_tokens", "learning_rate", "epsilon", "seeds")
+        _positive(self, "epsilon_high", "heldout", "side_steps", "probe")
+        _not_negative(self, "warmup_steps", "beta")
+        _require(self.group_size > 1, "group_size", "must be at least 2, or there is nothing to compare")
+        _require(set(self.levels) <= {1, 2, 3, 4, 5} and self.levels, "levels", "must name levels from 1 to 5")
 
 
 @dataclass(frozen=True)
@@ -340,6 +379,7 @@ class ScaleConfig:
     sft: Sft
     reward_model: RewardModelScale
     dpo: Dpo
+    grpo: Grpo
 
     def __post_init__(self):
         _require(
