@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -33,6 +35,21 @@ def tokenizer():
     from qwen_mini.tokenizer import Tokenizer
 
     return Tokenizer.from_pretrained(artifacts.shipped_dir("long_context"))
+
+
+def run_two_processes(folder, body, *arguments, **variables):
+    """Run Python lines under torchrun in two processes of one thread each, in a gloo group; `sys.argv`: arguments."""
+    script = folder / "worker.py"
+    script.write_text(
+        "import sys, torch, torch.distributed as dist\n"
+        "torch.set_num_threads(1)\n"
+        "dist.init_process_group('gloo')\n"
+        f"{body}\n"
+        "dist.destroy_process_group()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    subprocess.run([*launch, *map(str, arguments)], check=True, timeout=180, env=environment)
 
 
 def small_config(**changes):

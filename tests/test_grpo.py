@@ -2,15 +2,11 @@
 
 import dataclasses
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import run_two_processes, tiny_model
 
 from qwen_mini import course
 from qwen_mini.course import CourseError, artifacts
@@ -37,7 +33,6 @@ from qwen_mini.model import Qwen
 from qwen_mini.reward_model import RewardModel
 from qwen_mini.sft import Answer, draw_examples, to_batch
 from qwen_mini.tasks import TASKS, Verdict, split_of
-from qwen_mini.tokenizer import Tokenizer
 
 FOLDER = artifacts.shipped_dir("long_context")
 LENGTHS = [4, 2, 5, 3]
@@ -144,14 +139,14 @@ def some_groups(count=5, size=4, seed=0, longest=12):
 
 
 @pytest.fixture(scope="module")
-def trainer_of_trl(tmp_path_factory):
+def trainer_of_trl(tmp_path_factory, tokenizer):
     """TRL's trainer around the tiny model, and that model."""
     transformers, trl = pytest.importorskip("transformers"), pytest.importorskip("trl")
     from datasets import Dataset
 
     folder, model = tmp_path_factory.mktemp("trl"), tiny_model()
     model.save_pretrained(folder / "model")
-    Tokenizer.from_pretrained(FOLDER).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
 
     def make(**extra):
         options = dict(output_dir=str(folder / "out"), report_to=[], use_cpu=True, bf16=False, epsilon=0.2,
@@ -314,10 +309,10 @@ def test_groups_without_variance_are_left_out_and_counted(config, kind):
     assert record["groups"] == 0.75
 
 
-def test_a_flat_batch_is_drawn_again_and_then_an_error(config, monkeypatch):
+def test_a_flat_batch_is_drawn_again_and_then_an_error(config, tokenizer, monkeypatch):
     from qwen_mini import grpo
 
-    tokenizer, trainer = Tokenizer.from_pretrained(FOLDER), new_trainer(config, FOLDER, config.grpo)
+    trainer = new_trainer(config, FOLDER, config.grpo)
     flat, varied = some_groups(2, longest=6), some_groups(2, longest=6)
     flat = [dataclasses.replace(g, rewards=[0.0] * 4) for g in flat]
     batches, seeds = [flat, varied], []
@@ -370,8 +365,8 @@ def test_a_verifier_that_raises_stops_the_run(config, monkeypatch):
         task.verify(example, example.response)
 
 
-def test_rewards_from_verifier_and_model_are_mixed_as_in_the_paper():
-    tokenizer, model = Tokenizer.from_pretrained(FOLDER), RewardModel.from_policy(FOLDER).eval()
+def test_rewards_from_verifier_and_model_are_mixed_as_in_the_paper(tokenizer):
+    model = RewardModel.from_policy(FOLDER).eval()
     [example] = draw_examples(1, 0, tasks=["story"])
     group = [Answer(example, "x", True, Verdict(right, True), [40 + i, 50]) for i, right in enumerate((True, False))]
     [numbers] = judged(model, tokenizer)([group])
@@ -409,30 +404,25 @@ def test_an_interrupted_run_reaches_the_same_weights(config, tmp_path, monkeypat
 
 def test_two_processes_update_as_one(config, tmp_path):
     """Each brings half of the groups; one of the two halves has a group without variance."""
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import dataclasses, json, sys, torch, torch.distributed as dist\n"
+    body = (
+        "import json\n"
         "from qwen_mini import course\n"
         "from qwen_mini.course import artifacts\n"
         "from qwen_mini.grpo import Group, new_trainer, policy_update\n"
         "from qwen_mini.pretraining import world\n"
-        "torch.set_num_threads(1)\n"
-        "dist.init_process_group('gloo')\n"
         "groups = [Group(**g) for g in json.load(open(sys.argv[1]))]\n"
         "config = course.load_scale('quick')\n"
         "trainer = new_trainer(config, artifacts.shipped_dir('long_context'), config.grpo)\n"
         "rank, size = world()\n"
         "record = policy_update(trainer, groups[rank::size], config.grpo)\n"
         "if rank == 0:\n"
-        "    json.dump([record['loss'], record['grad_norm']], open(sys.argv[2], 'w'))\n"
-        "dist.destroy_process_group()\n"
+        "    json.dump([record['loss'], record['grad_norm']], open(sys.argv[2], 'w'))"
     )
     groups = some_groups(6, longest=6)
     groups[2] = dataclasses.replace(groups[2], rewards=[1.0] * 4)
-    (tmp_path / "groups.json").write_text(json.dumps([dataclasses.asdict(g) for g in groups]))
-    files = [str(tmp_path / name) for name in ("groups.json", "out.json")]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    subprocess.run(launch + files, check=True, timeout=180, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    given, found = tmp_path / "groups.json", tmp_path / "found.json"
+    given.write_text(json.dumps([dataclasses.asdict(g) for g in groups]))
+    run_two_processes(tmp_path, body, given, found)
     record = policy_update(new_trainer(config, FOLDER, config.grpo), groups, config.grpo)
-    two = json.loads(Path(files[1]).read_text())
+    two = json.loads(found.read_text())
     assert two == pytest.approx([record["loss"], record["grad_norm"]], rel=1e-4, abs=1e-6)

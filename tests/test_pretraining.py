@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_two_processes
 from torch import nn
 
 from qwen_mini import pretraining
@@ -574,22 +575,12 @@ def test_the_checkpoint_is_a_hugging_face_folder(prepared):
 
 def test_two_processes_train_as_one(prepared, tmp_path):
     config, scale, _, runs = prepared
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import torch, torch.distributed as dist\n"
+    body = (
         "from qwen_mini import course\n"
         "from qwen_mini.pretraining import pretrain\n"
-        "torch.set_num_threads(1)\n"
-        "dist.init_process_group('gloo')\n"
-        f"pretrain(course.load_scale({scale!r}), stage='two_processes')\n"
-        "dist.destroy_process_group()\n"
+        f"pretrain(course.load_scale({scale!r}), stage='two_processes')"
     )
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
-        check=True,
-        timeout=180,
-        env=os.environ | {"QWEN_MINI_RUNS": str(runs), "OMP_NUM_THREADS": "1"},
-    )
+    run_two_processes(tmp_path, body, QWEN_MINI_RUNS=str(runs))
     pretrain(config, stage="one_process")
     two, one = (losses_of(runs / "tiny" / name) for name in ("two_processes", "one_process"))
     assert [r[0] for r in two] == [r[0] for r in one]
