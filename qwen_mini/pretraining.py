@@ -162,15 +162,17 @@ class AdamW(torch.optim.Optimizer):
                 p.sub_(lr * m_hat / (v_hat.sqrt() + group["eps"]))
 
 # %% ../notebooks/08_pretraining.ipynb #468a2180
-def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalize(
+    matrices: torch.Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
     """Push all singular values of each matrix towards 1 with `steps` quintic Newton–Schulz
-    iterations, in bfloat16.
+    iterations in `dtype`.
 
     matrices: (count, rows, columns). Coefficients of Muon (K. Jordan, 2024), as in
     `torch.optim.Muon`.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices.to(dtype)
     transposed = x.shape[-2] > x.shape[-1]
     x = x.mT if transposed else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
@@ -186,13 +188,22 @@ class Muon(torch.optim.Optimizer):
     shapes share one batched product.
 
     Qwen2.5 was trained with AdamW. At this scale Muon reaches the same loss in fewer steps,
-    which is why the small scales use it; `torch.optim.Muon` is its oracle.
+    which is why the small scales use it; `torch.optim.Muon` is its oracle. dtype: of the
+    iterations.
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.1):
+    def __init__(
+        self,
+        params,
+        lr=0.02,
+        momentum=0.95,
+        weight_decay=0.1,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         super().__init__(
             params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         )
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -202,9 +213,8 @@ class Muon(torch.optim.Optimizer):
                 shapes.setdefault(tuple(p.shape), []).append(p)
             for (rows, columns), params in shapes.items():
                 updates = [self._momentum(p, group["momentum"]) for p in params]
-                for p, update in zip(
-                    params, orthogonalize(torch.stack(updates)), strict=True
-                ):
+                found = orthogonalize(torch.stack(updates), dtype=self.dtype)
+                for p, update in zip(params, found, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.sub_(update, alpha=group["lr"] * max(1.0, rows / columns) ** 0.5)
 
@@ -216,9 +226,11 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(buffer, momentum)  # Nesterov
 
 # %% ../notebooks/08_pretraining.ipynb #4c7bed4b
-def make_optimizers(named_parameters, settings) -> list[torch.optim.Optimizer]:
-    """AdamW for everything (`settings.optimizer == "adamw"`), or Muon for the layers'
-    matrices and AdamW for the rest.
+def make_optimizers(
+    named_parameters, settings, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything (`settings.optimizer == "adamw"`), or Muon, with iterations in
+    `dtype`, for the layers' matrices and AdamW for the rest.
 
     Norm gains, biases and nothing else go without weight decay (our choice; the report is
     silent). The AdamW that runs is PyTorch's fused one, which computes what the class above
@@ -236,9 +248,8 @@ def make_optimizers(named_parameters, settings) -> list[torch.optim.Optimizer]:
     ]
     optimizers = []
     if settings.optimizer == "muon":
-        optimizers.append(
-            Muon(groups["matrices"], lr=settings.matrix_learning_rate, **decay)
-        )
+        rate = settings.matrix_learning_rate
+        optimizers.append(Muon(groups["matrices"], lr=rate, dtype=dtype, **decay))
     else:
         adamw.append({"params": groups["matrices"], **decay})
     optimizers.append(
@@ -424,7 +435,7 @@ class Trainer:
 
     In bfloat16 the model computes with 16-bit working weights while the optimiser updates
     float32 masters (small updates would vanish in 8 bits of mantissa); in float32 the two
-    are the same tensors.
+    are the same tensors. Muon's iterations run in `dtype`, too.
     """
 
     def __init__(
@@ -448,7 +459,7 @@ class Trainer:
             for p in self.working:
                 p.data = p.data.to(dtype)
         self.optimizers = make_optimizers(
-            zip(self.names, self.masters, strict=True), settings
+            zip(self.names, self.masters, strict=True), settings, dtype
         )
         self.peaks = [
             [group["lr"] for group in optimizer.param_groups]

@@ -295,6 +295,26 @@ def test_optimisers_equal_pytorch(shapes):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
+def test_muon_iterates_in_the_precision_of_the_run(shape):
+    """Newton–Schulz acts on singular values alone: U p(p(…(S))) Vᵀ, with the same polynomial five times."""
+    matrix = torch.randn(3, *shape)
+    u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / values.norm(dim=-1, keepdim=True)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    want = (u @ torch.diag_embed(values) @ v).float()
+    exact = pretraining.orthogonalize(matrix, dtype=torch.float32)
+    torch.testing.assert_close(exact, want, rtol=1e-4, atol=1e-5)
+    rough = (pretraining.orthogonalize(matrix) - want).abs().max()
+    assert 1e-4 < rough < 0.1  # the default is bfloat16
+    settings = dataclasses.replace(load_scale("laptop").pretraining, optimizer="muon")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Qwen(ModelConfig(64, 16, 32, 1, 2, 1, 8, 32, 10_000.0, 1e-6, True))
+        muon = pretraining.Trainer(model, settings, 1, dtype).optimizers[0]
+        assert isinstance(muon, Muon) and muon.dtype == dtype
+
+
 # ---------------------------------------------------------------- batches
 def test_batches_depend_on_seed_and_step_alone(prepared):
     config, _, corpus, _ = prepared
