@@ -78,7 +78,7 @@ def trl_step(folder, trainer, settings, rows, numbers, **options) -> float:
 def bench_dpo(config, start, folder, tokenizer, dtype):
     """The reference's log-probabilities are computed before, by both."""
     policy = Qwen.from_pretrained(start, dtype).eval()
-    pairs = build_pairs(tokenizer, evaluate_tasks(policy, tokenizer, draw_examples(24, 0), 1.0, 8, 96, 0, 512))
+    pairs = build_pairs(tokenizer, evaluate_tasks(policy, tokenizer, draw_examples(24, 0), 1.0, 8, 128, 0, 512))
     pairs = random.Random(0).sample(pairs, PAIRS)
     settings = dataclasses.replace(config.dpo, batch_pairs=PAIRS, epochs=STEPS + 1)
     _, step = make_trainer(config, start, pairs, settings, dtype=dtype)

@@ -34,6 +34,7 @@ from qwen_mini.sft import (
     make_rows,
     optimizer_settings,
     run_stage,
+    slower,
     start_checkpoint,
     tune_on_rows,
     update,
@@ -308,12 +309,7 @@ def careless_policy(config, seed: int = 0, stop_after: int | None = None) -> Pat
     """The SFT checkpoint after a short fine-tuning on careless responses; returns `runs/<scale>/careless`."""
     settings = config.reward_model
     start = start_checkpoint(config, "sft", settings.start)
-    gentle = dataclasses.replace(
-        config.sft,
-        epochs=2,
-        learning_rate=config.sft.learning_rate / 2,
-        matrix_learning_rate=config.sft.matrix_learning_rate / 2,
-    )
+    gentle = slower(config.sft, 1 / 2, epochs=2)
     rng = random.Random(f"{seed}/careless")
     shown = draw_examples(
         settings.demonstrations,

@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['MASKS', 'TRAIN_SYSTEM', 'OTHER_SYSTEM', 'chat_example', 'loss_mask', 'Row', 'row_of', 'make_rows', 'with_system',
            'to_batch', 'pack_best_fit', 'pack_rows', 'RowSampler', 'draw_examples', 'Answer', 'length_batches',
-           'evaluate_tasks', 'accuracy', 'pass_any', 'by_area', 'standard_error', 'update', 'finished_model',
-           'start_checkpoint', 'run_stage', 'content_hash', 'optimizer_settings', 'train_rows', 'tune_on_rows',
-           'replay_rows', 'demonstrations', 'training_rows', 'finetune', 'long_instructions', 'score_long',
-           'rejection_sample']
+           'evaluate_tasks', 'accuracy', 'pass_any', 'by_area', 'by_problem', 'standard_error', 'update',
+           'finished_model', 'start_checkpoint', 'run_stage', 'content_hash', 'optimizer_settings', 'slower',
+           'train_rows', 'tune_on_rows', 'replay_rows', 'demonstrations', 'training_rows', 'finetune',
+           'long_instructions', 'score_long', 'rejection_sample']
 
 # %% ../notebooks/14_sft.ipynb #c9404559
 import copy
@@ -249,16 +249,20 @@ def draw_examples(
     seed,
     split: str = "train",
     levels: Sequence[int] = TRAIN_LEVELS,
-    unseen: bool = False,
+    wordings: Sequence[str] = ("shown",),
     tasks=None,
 ) -> list[Example]:
-    """`count` different problems of every task, levels at random; repeats only where a task has not so many."""
-    rng, drawn = random.Random(f"{seed}/{split}/{unseen}"), []
+    """`count` different problems of every task, levels at random; repeats only where a task has not so many.
+
+    wordings: of chapter 13's `WORDINGS`, problem by problem in turn.
+    """
+    rng, drawn = random.Random(f"{seed}/{split}/{'/'.join(wordings)}"), []
     for name in tasks or TASKS:
         seen = set()
-        for _ in range(count):
+        for number in range(count):
+            wording = wordings[number % len(wordings)]
             for _ in range(50):
-                example = TASKS[name].generate(rng, rng.choice(levels), split, unseen)
+                example = TASKS[name].generate(rng, rng.choice(levels), split, wording)
                 if example.key not in seen:
                     break
             seen.add(example.key)
@@ -349,10 +353,15 @@ def by_area(answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
     return {area: accuracy(found) for area, found in groups.items() if found}
 
 
+def by_problem(answers: Sequence[Sequence[Answer]]) -> np.ndarray:
+    """Share of right answers of every problem, (problems,)."""
+    return np.array([np.mean([a.verdict.correct for a in group]) for group in answers])
+
+
 def standard_error(answers: Sequence[Sequence[Answer]]) -> float:
     """Of the accuracy, over problems: samples of one problem are not independent."""
-    means = [np.mean([a.verdict.correct for a in group]) for group in answers]
-    return float(np.std(means, ddof=1) / math.sqrt(len(means)))
+    means = by_problem(answers)
+    return float(means.std(ddof=1) / math.sqrt(len(means)))
 
 # %% ../notebooks/14_sft.ipynb #f87ded51
 def update(trainer: Trainer, losses: Iterable[torch.Tensor]) -> dict[str, float]:
@@ -479,6 +488,16 @@ def optimizer_settings(config, settings):
     )
 
 
+def slower(settings, share: float = 1 / 8, **changes):
+    """`settings` at a share of the rates, and other changes: for a model that has finished a decay already."""
+    return dataclasses.replace(
+        settings,
+        learning_rate=settings.learning_rate * share,
+        matrix_learning_rate=settings.matrix_learning_rate * share,
+        **changes,
+    )
+
+
 def train_rows(
     config,
     start: Path | Qwen,
@@ -527,7 +546,7 @@ def tune_on_rows(
 
 
 def replay_rows(
-    config, corpus, count: int, weight: float, seed: int = 0, length: int = 256
+    config, corpus, count: int, weight: float, seed: int = 0, length: int = 128
 ) -> list[Row]:
     """`count` windows of pre-training text in the shares of its last phase, each token of weight `weight`."""
     mixture = {

@@ -25,7 +25,7 @@ from qwen_mini.dpo import (
 )
 from qwen_mini.model import Qwen
 from qwen_mini.sft import Answer, draw_examples
-from qwen_mini.tasks import Verdict
+from qwen_mini.tasks import TASKS, Verdict
 from qwen_mini.tokenizer import Tokenizer
 
 FOLDER = artifacts.shipped_dir("long_context")
@@ -121,6 +121,14 @@ def test_pairs_are_right_over_wrong_and_use_no_answer_twice(pattern, most):
     assert len(set(used)) == len(used)
     prompt = tokenizer.encode_chat(answers[0].example.messages, add_generation_prompt=True)
     assert all(p.prompt == prompt for p in pairs)
+
+
+def test_another_asked_wording_is_another_run(small, monkeypatch):
+    folder = optimize_preferences(small, stage="dpo_wordings")
+    first = (folder / "manifest.json").read_text()
+    task = dataclasses.replace(TASKS["story"], asked=("{name} {start} {thing} {events}!",))
+    monkeypatch.setitem(TASKS, "story", task)
+    assert (optimize_preferences(small, stage="dpo_wordings") / "manifest.json").read_text() != first
 
 
 def test_pairs_may_match_in_length(tokenizer):

@@ -22,6 +22,7 @@ from qwen_mini.sft import (
     Row,
     RowSampler,
     accuracy,
+    by_problem,
     chat_example,
     demonstrations,
     draw_examples,
@@ -36,12 +37,13 @@ from qwen_mini.sft import (
     rejection_sample,
     replay_rows,
     score_long,
+    slower,
     standard_error,
     to_batch,
     training_rows,
     with_system,
 )
-from qwen_mini.tasks import TASKS, TRAIN_LEVELS, split_of
+from qwen_mini.tasks import TASKS, TRAIN_LEVELS, WORDINGS, split_of
 from qwen_mini.tokenizer import Tokenizer
 
 FOLDER = artifacts.shipped_dir("long_context")
@@ -201,6 +203,30 @@ def test_demonstrations_are_train_side_only_gold_and_different():
     assert demonstrations(6, 0) == pairs != demonstrations(6, 1)
 
 
+def test_no_demonstration_is_worded_as_what_is_only_asked_or_measured():
+    for e, _ in demonstrations(12, 0):
+        others = {text.split("{")[0] for how in ("asked", "unseen") for text in getattr(TASKS[e.task], how)}
+        assert not any(start and e.messages[-1]["content"].startswith(start) for start in others), e
+    both = draw_examples(8, 0, "test", wordings=("shown", "asked"), tasks=["purchase"])
+    starts = [e.messages[-1]["content"].startswith(("How much", "In the basket")) for e in both]
+    assert starts == [False, True] * 4 and len({e.key for e in both}) == 8
+
+
+@pytest.mark.parametrize("scale", ["quick", "laptop", "gpu", "cluster"])
+def test_every_gold_response_fits_what_may_be_generated(scale, tokenizer):
+    config = course.load_scale(scale)
+    room = min(config.dpo.max_new_tokens, config.grpo.max_new_tokens)
+    for e in draw_examples(40, 0):
+        assert len(tokenizer.encode(e.response)) + 1 <= room, e
+
+
+def test_a_second_fine_tuning_is_slower():
+    sft = course.load_scale("laptop").sft
+    again = slower(sft, 1 / 4, epochs=1)
+    assert (again.learning_rate, again.matrix_learning_rate) == (sft.learning_rate / 4, sft.matrix_learning_rate / 4)
+    assert again.epochs == 1 and slower(sft).learning_rate == sft.learning_rate / 8
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The quick scale with a handful of demonstrations and a small corpus, in a folder of its own, in float32."""
@@ -220,11 +246,11 @@ def small(tmp_path_factory):
 def test_replay_is_pre_training_text_with_its_weight(small):
     corpus, tokenizer = open_long_corpus(small, FOLDER)
     rows = replay_rows(small, corpus, 12, 0.2)
-    assert len(rows) == 12 and all(len(row.ids) == 257 and set(row.weights) == {0.2} for row in rows)
+    assert len(rows) == 12 and all(len(row.ids) == 129 and set(row.weights) == {0.2} for row in rows)
     text = {name: " ".join(map(str, corpus.tokens(name, "train"))) for name in corpus.text_domains()}
     assert all(any(" ".join(map(str, row.ids)) in stream for stream in text.values()) for row in rows)
     rows = training_rows(small, small.sft, corpus, tokenizer)
-    replayed = [row for row in rows if row.weights == [small.sft.replay_weight] * 257]
+    replayed = [row for row in rows if row.weights == [small.sft.replay_weight] * 129]
     assert len(replayed) == round(small.sft.replay * 3 * len(TASKS))
 
 
@@ -234,7 +260,7 @@ def test_what_a_run_was_made_from_is_all_of_it(small, monkeypatch):
 
     folder = finetune(small, stage="inputs")
     first = (folder / "manifest.json").read_text()
-    task = dataclasses.replace(TASKS["story"], templates=("{name} {start} {thing} {events}?",))
+    task = dataclasses.replace(TASKS["story"], shown=("{name} {start} {thing} {events}?",))
     monkeypatch.setitem(sft.TASKS, "story", task)
     assert (finetune(small, stage="inputs") / "manifest.json").read_text() != first
     monkeypatch.undo()
@@ -321,6 +347,7 @@ def test_scores_count_what_they_say(tokenizer, monkeypatch):
     one, four = (evaluate_tasks(None, tokenizer, examples, samples=n) for n in (1, 4))
     assert accuracy(one) == 1 and pass_any(one) == 1
     assert accuracy(four) == 0.5 and pass_any(four) == 1 and standard_error(four) == 0
+    assert by_problem(four).tolist() == [0.5] * len(examples)
     assert [a.finished for a in four[0]] == [True, False, True, True]
     kept = rejection_sample(None, tokenizer, examples, 4, most=2)
     assert kept == [(e, e.response) for e in examples]  # the same text counts once

@@ -1,5 +1,6 @@
 """Tasks: gold is right, everything else is wrong, splits do not leak, difficulty grows."""
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -10,9 +11,11 @@ from qwen_mini.tasks import (
     ANSWER,
     CONSTRAINTS,
     LEVELS,
+    ORDERS,
     SPLITS,
     TASKS,
     UNSEEN_CONSTRAINTS,
+    WORDINGS,
     Draw,
     Task,
     VerifierError,
@@ -44,12 +47,14 @@ def examples(name: str, count: int, seed: int = 0, **options):
 
 def test_the_nine_areas_have_tasks():
     assert {task.area for task in TASKS.values()} == AREAS
-    assert all(task.templates and task.unseen and not set(task.templates) & set(task.unseen) for task in TASKS.values())
+    for task in TASKS.values():
+        sets = [getattr(task, wording) for wording in WORDINGS]
+        assert all(sets) and len({text for texts in sets for text in texts}) == sum(map(len, sets)), task.name
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_gold_is_right_and_near_misses_are_wrong(name):
-    drawn = [e for split in SPLITS for unseen in (False, True) for e in examples(name, 40, split=split, unseen=unseen)]
+    drawn = [e for split in SPLITS for how in WORDINGS for e in examples(name, 30, split=split, wording=how)]
     cases = [(e, e.response, True) for e in drawn]
     rng = random.Random(name)
     for e in drawn:
@@ -88,9 +93,8 @@ def test_splits_go_by_the_problem(name):
     )
     for split, keys in sides.items():
         assert {split_of(f"{name}/{key}") for key in keys} == {split}
-    seen = TASKS[name].generate(random.Random(5), 2, "test")
-    unseen = TASKS[name].generate(random.Random(5), 2, "test", unseen=True)
-    assert seen.messages != unseen.messages
+    same = [TASKS[name].generate(random.Random(5), 2, "test", how) for how in WORDINGS]
+    assert len({e.key for e in same}) == 1 and len({e.messages[-1]["content"] for e in same}) == 3
 
 
 def test_the_split_has_the_shares_it_names():
@@ -140,6 +144,7 @@ def test_json_is_compared_as_values(text):
         lambda rng, level: Draw("k", {}, "", '{"a": 1}', {"object": {"a": 1}}),
         TASKS["to_json"].check,
         ("?",),
+        ("?!",),
         ("!",),
         TASKS["to_json"].form,
     )
@@ -183,7 +188,8 @@ def test_every_constraint_can_fail_and_texts_keep_what_they_promise():
     rng, failed = random.Random(1), set()
     for _ in range(600):
         wanted = instructions(rng, 4).facts["wanted"]
-        text = fulfil(wanted, rng)
+        words, text = fulfil(wanted, rng)
+        assert len(set(words)) == len(words) == wanted["words"] - ("title" in wanted)
         assert compatible(wanted) and all(CONSTRAINTS[n].holds(text, v) for n, v in wanted.items()), (wanted, text)
         failed |= {n for n, c in CONSTRAINTS.items() if not c.holds(text, c.options[0])}
     assert failed == set(CONSTRAINTS)
@@ -209,6 +215,44 @@ def test_gold_chains_are_true(name):
         assert all(wrong_line(e.response) is None for e in examples(name, 100))
 
 
+def wants(**wanted):
+    """An example of `instructions` that wants exactly this."""
+    return dataclasses.replace(examples("instructions", 1)[0], facts={"wanted": wanted})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text", "right"),
+    [
+        ({"words": 3}, "sun tree fish", True), ({"words": 3}, "sun tree fish,", False),
+        ({"words": 4}, "<<news>> sun tree fish", False), ({"words": 3}, '"sun tree fish"', False),
+        ({"words": 3}, "*sun* tree fish", False), ({"words": 3}, "sun, tree fish", False),
+        ({"words": 4, "title": "news"}, "<<news>> sun tree fish", True),
+        ({"words": 3, "quotes": ""}, '"sun tree fish"', True),
+        ({"words": 3, "starred": 1}, "*sun* tree fish", True), ({"words": 3, "starred": 1}, "*sun tree* fish", False),
+        ({"words": 3, "commas": 1}, "sun, tree fish", True), ({"words": 3, "commas": 1}, "sun tree fish,", False),
+        ({"words": 3, "commas": 1, "starred": 1}, "*sun*, tree fish", True),
+        ({"words": 3, "end": "stop"}, "sun tree stop", True), ({"words": 3, "end": "stop"}, "sun stop tree", False),
+        ({"words": 3, "contain": "tree"}, "sun fish bird", False), ({"words": 3}, "sun sun tree", False),
+        ({"words": 3}, "sun tree zebra", False), ({"words": 3}, "", False),
+    ],
+)  # fmt: skip
+def test_only_what_is_wanted_may_stand_in_a_text(wanted, text, right):
+    assert TASKS["instructions"].verify(wants(**wanted), f"1 sun\n{ANSWER}{text}").correct == right
+
+
+def test_the_lines_of_an_instruction_are_the_words_of_its_text():
+    for e in examples("instructions", 40):
+        assert consistent(e, e.response)
+        other = e.response.replace("1 ", "1 x", 1)
+        assert verified(e, other) and not consistent(e, other)
+
+
+def test_the_words_of_reversals_are_asked_for_differently_in_every_set():
+    for orders in ORDERS.values():
+        assert set(orders) == set(WORDINGS)
+        assert len({text for texts in orders.values() for text in texts}) == sum(map(len, orders.values()))
+
+
 def test_instructions_refuse_noise_echoes_and_digits():
     task = TASKS["instructions"]
     for e in examples("instructions", 150):
@@ -220,7 +264,8 @@ def test_instructions_refuse_noise_echoes_and_digits():
             "sun, " * n,
             "sun tree fish bird stone river house moon",
         ):
-            assert not task.verify(e, bad.strip()).correct, (e.facts, bad)
+            assert not task.verify(e, ANSWER + bad.strip()).correct, (e.facts, bad)
+        assert task.verify(e, ANSWER + e.answer).correct  # so it is the text that is refused
 
 
 def test_functions_are_told_apart_by_their_hidden_tests():
@@ -254,19 +299,23 @@ def test_no_chain_is_no_agreement():
 
 def test_bad_requests_get_one_sentence():
     with pytest.raises(
-        CourseError, match="task 'story' has the splits train, tune, test and the levels 1 to 5, not 'dev' and 1"
+        CourseError,
+        match="task 'story' has the splits train, tune, test, the levels 1 to 5 and the wordings shown, asked, unseen, "
+        "not 'dev', 1 and 'shown'",
     ):
         TASKS["story"].generate(random.Random(0), 1, "dev")
-    with pytest.raises(CourseError, match="not 'train' and 9"):
+    with pytest.raises(CourseError, match="not 'train', 9 and 'shown'"):
         TASKS["story"].generate(random.Random(0), 9)
-    one = Task("one", "a", lambda rng, level: Draw("k", {}, "", "x"), lambda e, t: "", ("?",), ("!",))
+    with pytest.raises(CourseError, match="not 'train', 1 and 'seen'"):
+        TASKS["story"].generate(random.Random(0), wording="seen")
+    one = Task("one", "a", lambda rng, level: Draw("k", {}, "", "x"), lambda e, t: "", ("?",), ("?!",), ("!",))
     empty = next(split for split in SPLITS if split != split_of("one/k"))
     with pytest.raises(CourseError, match=f"no problem of level 1 in the split '{empty}'"):
         one.generate(random.Random(0), 1, empty)
 
 
 def test_a_verifier_that_raises_stops_the_run():
-    broken = Task("broken", "a", lambda rng, level: Draw("k", {}, "", "x"), lambda e, t: 1 / 0, ("?",), ("!",))
+    broken = Task("broken", "a", lambda rng, level: Draw("k", {}, "", "x"), lambda e, t: 1 / 0, ("?",), ("?!",), ("!",))
     example = _any_split(broken, 0)
     with pytest.raises(VerifierError, match="the verifier of 'broken' failed on 'Answer: x': ZeroDivisionError"):
         broken.verify(example, "Answer: x")
@@ -284,7 +333,7 @@ def test_verify_many_is_verify_one_by_one():
 
 def test_a_task_of_one_s_own_can_be_added(monkeypatch):
     monkeypatch.setattr("qwen_mini.tasks.TASKS", {})
-    add_task("own", "mathematics", lambda rng, level: Draw(str(rng.random()), {}, "1+1=2", "2"), ["?"], ["!"])
+    add_task("own", "mathematics", lambda rng, level: Draw(str(rng.random()), {}, "1+1=2", "2"), ["?"], ["?!"], ["!"])
     from qwen_mini import tasks
 
     assert list(tasks.TASKS) == ["own"]
