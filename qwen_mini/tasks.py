@@ -4,7 +4,7 @@
 __all__ = ['ANSWER', 'SPLITS', 'LEVELS', 'TRAIN_LEVELS', 'WORDINGS', 'TASKS', 'RELATIONS', 'CONSTRAINTS', 'LISTED_WORDS',
            'UNSEEN_CONSTRAINTS', 'EXCLUDE', 'ORDERS', 'SYSTEM_RULES', 'NUMBER_STEPS', 'LIST_STEPS', 'Example',
            'Verdict', 'final_answer', 'Draw', 'Task', 'VerifierError', 'split_of', 'same', 'add_task', 'story',
-           'purchase', 'order', 'rules', 'truth_table', 'table_sum', 'to_json', 'is_json', 'is_object', 'numbered',
+           'purchase', 'order', 'rules', 'truth_table', 'table_sum', 'to_json', 'is_json', 'is_object', 'countdown',
            'sequence', 'cycle', 'is_list', 'Constraint', 'words_of', 'compatible', 'fulfil', 'instructions',
            'bare_words', 'keeps_constraints', 'reverse_in', 'translate_reverse', 'means', 'system_rule', 'first_error',
            'function', 'compiles', 'passes_tests', 'judge', 'verify_many', 'near_misses', 'wrong_line', 'verified',
@@ -16,7 +16,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -406,26 +406,26 @@ add_task(
 )  # fmt: skip
 
 # %% ../notebooks/13_tasks.ipynb #67f77d82
-def numbered(items: Iterable[str]) -> str:
-    """One item a line, each behind its number: who writes the number knows how much is there."""
-    return "\n".join(f"{number} {item}" for number, item in enumerate(items, 1))
+def countdown(items: Sequence[str]) -> str:
+    """One item a line, each behind a number that falls to 1: who writes it knows how much is left."""
+    return "\n".join(f"{len(items) - i} {item}" for i, item in enumerate(items))
 
 
 def sequence(rng: random.Random, level: int) -> Draw:
-    """Numbers from a start by a step: 3 · level + 3 numbered lines."""
-    start, step, count = rng.randint(1, 80), rng.randint(1, 6), 3 * level + 3
-    text = numbered(str(start + step * i) for i in range(count))
+    """Numbers from a start by a step: 3 · level + 3 lines, numbered down to 1."""
+    start, step, count = rng.randint(1, 99), rng.randint(1, 6), 3 * level + 3
+    text = countdown([str(start + step * i) for i in range(count)])
     slots = {"start": start, "step": step, "count": count}
     return Draw(f"{start} {step}", slots, "", text)
 
 
 def cycle(rng: random.Random, level: int) -> Draw:
-    """Words again and again: 3 · level + 3 to 3 · level + 5 numbered lines."""
+    """Words again and again: 3 · level + 3 to 3 · level + 5 lines, numbered down to 1."""
     words, count = (
         rng.sample(TASK_WORDS, rng.randint(2, 4)),
         3 * level + 3 + rng.randrange(3),
     )
-    text = numbered(itertools.islice(itertools.cycle(words), count))
+    text = countdown([words[i % len(words)] for i in range(count)])
     slots = {"words": " ".join(words), "count": count}
     return Draw(f"{words}", slots, "", text)
 
@@ -439,22 +439,22 @@ add_task(
     "sequence",
     "long generation",
     sequence,
-    ["Count from {start} in steps of {step}: {count} lines, numbered.",
-     "Write {count} numbered lines: numbers from {start} on, in steps of {step}."],
-    ["{count} numbers, one a line and numbered: the first is {start}, and each is {step} more.",
-     "Starting at {start}, go up by {step}. Number the lines and end with line {count}."],
-    ["Begin at {start}, add {step} each time, and stop after {count} lines, all numbered."],
+    ["Count from {start} in steps of {step}: {count} lines, numbered down to 1.",
+     "Write {count} lines, numbered down to 1: numbers from {start} on, in steps of {step}."],
+    ["Numbers from {start} on, in steps of {step}: give {count} lines, numbered down to 1.",
+     "{count} lines, numbered down to 1: count from {start} by {step}."],
+    ["Begin at {start} and add {step} each time, for {count} lines with numbers falling to 1."],
     form=is_list,
 )  # fmt: skip
 add_task(
     "cycle",
     "long generation",
     cycle,
-    ["Repeat these words in order until there are {count} numbered lines: {words}",
-     "Write {count} numbered lines by going through these again and again: {words}"],
-    ["{words}: over and over, a word a line, lines numbered, {count} in all.",
-     "Go round these: {words}. Stop at line {count} and number every line."],
-    ["Fill {count} numbered lines by repeating: {words}"],
+    ["Repeat these words in order for {count} lines, numbered down to 1: {words}",
+     "Write {count} lines, numbered down to 1, by going through these again and again: {words}"],
+    ["Over and over, {count} lines, numbered down to 1: {words}",
+     "Give {count} lines, numbered down to 1, that repeat these words: {words}"],
+    ["Fill {count} lines by repeating, with numbers falling to 1: {words}"],
     form=is_list,
 )  # fmt: skip
 
@@ -568,7 +568,7 @@ def instructions(rng: random.Random, level: int, pool: Iterable[str] = ()) -> Dr
     slots = {"told": told, "list": " ".join(LISTED_WORDS)}
     key = json.dumps(wanted, sort_keys=True)
     words, text = fulfil(wanted, rng)
-    return Draw(key, slots, numbered(words), text, {"wanted": wanted})
+    return Draw(key, slots, countdown(words), text, {"wanted": wanted})
 
 
 def bare_words(text: str, wanted: Iterable[str]) -> list[str] | None:
@@ -696,7 +696,10 @@ def system_rule(rng: random.Random, level: int) -> Draw:
 
 
 def first_error(rng: random.Random, level: int) -> Draw:
-    """A chain of level + 2 sums, one of them wrong or none: which?"""
+    """A chain of level + 2 sums, one of them wrong or none: which?
+
+    The gold lines write the right result and then the one that is judged, side by side.
+    """
     have, lines, right = rng.randint(2, 9), [], []
     wrong = rng.randrange(level + 3)  # 0: all lines are right
     for number in range(1, level + 3):
@@ -704,7 +707,7 @@ def first_error(rng: random.Random, level: int) -> Draw:
         off = rng.choice((-2, -1, 1, 2)) if number == wrong else 0
         lines.append(f"{have}+{change}={have + change + off}")
         right.append(
-            f"{number} {have}+{change}={have + change}"
+            f"{number} {have}+{change}={have + change} {have + change + off}"
             + (" wrong" if off else " right")
         )
         have += change + off
@@ -746,7 +749,7 @@ add_task(
     "system prompts",
     system_rule,
     ["{verb}: {words}", "{verb} these words: {words}"],
-    ["{words}. {verb} them.", "Words: {words}. Task: {verb}"],
+    ["{verb} the list: {words}", "{verb}, please, all of this: {words}"],
     ["Please {verb} what follows: {words}"],
 )
 add_task(
@@ -923,7 +926,7 @@ def consistent(example: Example, response: str) -> bool:
     chain, answer = lines[:-1], lines[-1].removeprefix(ANSWER)
     if "wanted" in example.facts:
         words = bare_words(answer, example.facts["wanted"])
-        return words is not None and "\n".join(chain) == numbered(words)
+        return words is not None and "\n".join(chain) == countdown(words)
     if TASKS[example.task].area != "mathematics":
         return True
     whole = all(re.fullmatch(r"-?\d+[+*-]\d+=-?\d+", line) for line in chain)
