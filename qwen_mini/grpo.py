@@ -279,22 +279,20 @@ class NoVariance(CourseError):
 
 
 def query_weights(kinds: Sequence[Kind], rewards: Sequence[Sequence[float]]) -> Weights:
-    """How often to ask for each kind: in proportion to the mean variance of its groups' rewards.
+    """How often to ask for each kind: in proportion to the mean variance of its groups' rewards; sums to 1.
 
-    kinds, rewards: one a group. Shown and asked wordings get half each, where both vary. What is always or never solved
-    gives no gradient and is not asked; if nothing varies, NoVariance.
+    kinds, rewards: one a group. What is always or never solved gives no gradient and is not asked; if nothing varies,
+    NoVariance.
     """
     found: dict[Kind, list[float]] = {}
     for kind, values in zip(kinds, rewards, strict=True):
         variance = torch.tensor(values, dtype=torch.float64).var().item()
         found.setdefault(kind, []).append(variance)
     means = {kind: sum(values) / len(values) for kind, values in found.items()}
-    totals: dict[str, float] = {}
-    for kind, mean in means.items():
-        totals[kind[2]] = totals.get(kind[2], 0.0) + mean
-    if not any(totals.values()):
+    total = sum(means.values())
+    if not total:
         raise NoVariance
-    return {kind: mean / (totals[kind[2]] or 1.0) for kind, mean in means.items()}
+    return {kind: mean / total for kind, mean in means.items()}
 
 
 def of_kinds(kinds: Sequence[Kind], rng: random.Random) -> list[Example]:

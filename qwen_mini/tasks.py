@@ -16,6 +16,7 @@ import itertools
 import json
 import random
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -814,7 +815,8 @@ def function(rng: random.Random, level: int) -> Draw:
 def compiles(text: str) -> bool:
     """Whether the text is a Python program."""
     try:
-        compile(text, "program", "exec")
+        with warnings.catch_warnings(action="ignore"):  # of a model's style
+            compile(text, "program", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return "def f(" in text

@@ -302,8 +302,8 @@ class RewardModelScale:
 class Dpo:
     """Preference optimisation: `problems` a task give up to `pairs_per_problem` pairs each of `samples` answers.
 
-    `alpha`, `keep`: the Online Merging Optimizer's; `heldout`: problems a task for measuring; `seeds`: training runs
-    that are compared.
+    `alpha`, `keep`: the Online Merging Optimizer's; `heldout`: problems a task for measuring, twice as
+    many for the final comparison; `seeds`: training runs that are compared.
     """
 
     start: typing.Literal["own", "shipped"]
@@ -333,9 +333,9 @@ class Dpo:
 class Grpo:
     """Reinforcement learning: `steps` updates on `queries` fresh problems with `group_size` answers each.
 
-    `micro_groups`: groups a forward pass; `probe`: problems a task and level that tell which are worth asking; `beta`:
-    weight of the KL term, 0 for none; `seeds`: training runs that are compared; `heldout`: problems a task for
-    measuring; `side_steps`: of the small runs that show what goes wrong.
+    `micro_groups`: groups a forward pass; `probe`: problems a kind that tell which are worth asking; `beta`:
+    weight of the KL term, 0 for none; `seeds`: training runs that are compared; `heldout`: problems a task and
+    wording for measuring; `side_steps`: of the small runs that show what goes wrong.
     """
 
     start: typing.Literal["own", "shipped"]
