@@ -26,6 +26,7 @@ from qwen_mini.grpo import (
     optimize_policy,
     order_by_reward_variance,
     policy_update,
+    probe,
     query_weights,
     verified,
 )
@@ -252,6 +253,21 @@ def test_queries_follow_the_variance_of_their_kind_and_repeat_exactly():
     assert 110 < len(new) < 185 and all(e.level == 2 for e in new)
     with pytest.raises(NoVariance, match="no group has any variance in its rewards"):
         query_weights(kinds[1:2], rewards[1:2])
+
+
+def test_the_probe_asks_every_task_at_every_level_shown_and_asked(config, monkeypatch):
+    asked = []
+
+    def roll_out(model, tokenizer, examples, settings, seed=0):
+        asked.extend(examples)
+        return None, [Group([1], [[1], [2]], [1.0, 0.0]) for _ in examples]
+
+    monkeypatch.setattr("qwen_mini.grpo.roll_out", roll_out)
+    weights = probe(None, None, config.grpo)
+    every = {(t, level, how) for t in TASKS for level in config.grpo.levels for how in ("shown", "asked")}
+    assert set(weights) == every and len(asked) == config.grpo.probe * len(every)
+    assert all(weight == pytest.approx(1 / len(every)) for weight in weights.values())
+    assert {(e.task, e.level) for e in asked} == {kind[:2] for kind in every}
 
 
 def test_the_curriculum_puts_the_highest_variance_first():

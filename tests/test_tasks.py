@@ -95,6 +95,8 @@ def test_splits_go_by_the_problem(name):
         assert {split_of(f"{name}/{key}") for key in keys} == {split}
     same = [TASKS[name].generate(random.Random(5), 2, "test", how) for how in WORDINGS]
     assert len({e.key for e in same}) == 1 and len({e.messages[-1]["content"] for e in same}) == 3
+    texts = [text for how in WORDINGS for text in getattr(TASKS[name], how)]
+    assert len(set(texts)) == len(texts)  # no wording of one kind is one of another
 
 
 def test_the_split_has_the_shares_it_names():
@@ -247,6 +249,14 @@ def test_the_lines_of_an_instruction_are_the_words_of_its_text():
         assert verified(e, other) and not consistent(e, other)
 
 
+@pytest.mark.parametrize("name", ["sequence", "cycle"])
+def test_long_lists_count_down_to_one(name):
+    for e in examples(name, 40):
+        numbers = [int(line.split(" ")[0]) for line in e.response.split("\n")]
+        assert numbers == list(range(numbers[0], 0, -1)) and 3 * e.level + 3 <= len(numbers) <= 3 * e.level + 5
+        assert f"{numbers[0]} lines" in e.messages[-1]["content"]
+
+
 def test_the_words_of_reversals_are_asked_for_differently_in_every_set():
     for orders in ORDERS.values():
         assert set(orders) == set(WORDINGS)
@@ -287,6 +297,17 @@ def test_a_mistake_in_a_chain_cannot_be_guessed_from_the_lines_after_it():
         assert len(sums) == e.level + 2
         for a, b in zip(sums, sums[1:], strict=False):
             assert b.startswith(a.split("=")[1] + "+")  # every line goes on from the result before
+
+
+def test_a_critic_writes_the_right_result_beside_the_one_it_judges():
+    for e in examples("first_error", 200):
+        given = [line for line in e.messages[-1]["content"].split("\n") if "=" in line]
+        for number, line in enumerate(e.reasoning.split("\n"), 1):
+            place, right, judged, verdict = line.split(" ")
+            left, told = given[number - 1].split("=")
+            assert (place, judged) == (str(number), told) and right == f"{left}={eval(left)}"
+            assert verdict == ("right" if right.split("=")[1] == judged else "wrong")
+        assert e.answer == (place if verdict == "wrong" else "0")
 
 
 def test_no_chain_is_no_agreement():
