@@ -43,6 +43,7 @@ from qwen_mini.sft import (
     training_rows,
     with_system,
 )
+from qwen_mini.tasks import TASKS, TRAIN_LEVELS, split_of
 from qwen_mini.tokenizer import Tokenizer
 
 FOLDER = artifacts.shipped_dir("long_context")
