@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'Reward', 'Kind', 'Weights', 'ATTEMPTS', 'group_advantages', 'grpo_loss', 'shared_prompt_attention', 'Group',
            'group_logprobs', 'verified', 'roll_out', 'NoVariance', 'query_weights', 'of_kinds', 'fresh_queries',
-           'policy_update', 'optimize_policy', 'probe', 'new_trainer', 'eight_answers', 'optimize',
+           'summed', 'policy_update', 'optimize_policy', 'probe', 'new_trainer', 'eight_answers', 'optimize',
            'order_by_reward_variance', 'judged', 'mixed']
 
 # %% ../notebooks/17_grpo.ipynb #9e0e322e
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 from .course import CourseError, hardware
 from .attention import TiledAttention
-from .dpo import WORDINGS_ASKED, target_logprobs
+from .dpo import WORDINGS_ASKED, target_logprobs, wordings_hash
 from .layers import apply_rope
 from .long_context import fingerprint
 from .model import Qwen
@@ -29,7 +30,6 @@ from .pretraining import Trainer, world
 from .reward_model import RewardModel, adamw_settings, pad_right, score_rows
 from qwen_mini.sft import (
     Answer,
-    content_hash,
     evaluate_tasks,
     run_stage,
     start_checkpoint,
@@ -84,9 +84,9 @@ def grpo_loss(
 
     logprobs, old_logprobs, reference_logprobs, mask: (rows, length), one column a token of the response; advantages:
     (rows,). Per token −min(r A, clip(r, 1 − ε, 1 + ε_high) A) + β k3, with r = π/π_old; "cispo" −sg(min(r, 1 + ε_high))
-    A log π. kind: "grpo" takes the mean over rows of the rows' means, "bnpo" and "dapo" the mean over tokens ("dapo" of
-    the whole batch), "dr_grpo" the sum divided by rows × `max_length`. total: the denominator of the whole batch if
-    this is a part of it: rows for "grpo" and "dr_grpo", tokens for the others.
+    A log π. kind: "grpo" takes the mean over rows of the rows' means, "dr_grpo" the sum divided by rows × `max_length`,
+    the others the mean over tokens. total: the denominator of the whole batch if this is a part of it: rows for "grpo"
+    and "dr_grpo", tokens for the others (for "bnpo" those of the process times the processes: its means are averaged).
     """
     if kind not in LOSSES:
         raise ValueError(f"there is no loss {kind!r}: use one of {', '.join(LOSSES)}")
@@ -249,9 +249,8 @@ def roll_out(
     reward: Reward = verified,
 ) -> tuple[list[list[Answer]], list[Group]]:
     """`settings.group_size` answers to every example at temperature 1, and the groups with their rewards."""
-    answers = evaluate_tasks(
-        model, tokenizer, examples, 1.0, settings.group_size, settings.max_new_tokens, seed, batch_rows=512
-    )  # fmt: skip
+    size, new = settings.group_size, settings.max_new_tokens
+    answers = evaluate_tasks(model, tokenizer, examples, 1.0, size, new, seed)
     prompts = [
         tokenizer.encode_chat(e.messages, add_generation_prompt=True) for e in examples
     ]
@@ -308,6 +307,14 @@ def fresh_queries(count: int, weights: Weights, seed, step: int) -> list[Example
     return of_kinds(rng.choices(list(weights), list(weights.values()), k=count), rng)
 
 # %% ../notebooks/17_grpo.ipynb #3050d441
+def summed(*values: float) -> list[float]:
+    """The values, each summed over all processes."""
+    totals = torch.tensor(values, dtype=torch.float64)
+    if world()[1] > 1:
+        dist.all_reduce(totals)
+    return totals.tolist()
+
+
 def policy_update(
     trainer: Trainer,
     groups: Sequence[Group],
@@ -318,38 +325,33 @@ def policy_update(
 ) -> dict[str, float]:
     """`inner_steps` optimiser steps on the groups; the policy that sampled them is the one before the first.
 
-    Groups without a difference in reward have no gradient: they are counted, but not computed (unless there is a KL
-    term, for which they are). With one inner step the ratio is 1 and nothing is clipped: so it is in the report, where
-    an episode is one global batch. NoVariance if no group differs, CourseError if a reward is not finite; the weights
-    are untouched then.
+    Groups without a difference in reward have no gradient: they are counted, but not computed (unless there is a
+    `reference`, whose KL term they have). With one inner step the ratio is 1 and nothing is clipped: so it is in the
+    report, where an episode is one global batch. NoVariance if no group differs and there is no reference, CourseError
+    if a reward is not finite; the weights are untouched then. The record is that of the whole batch: loss, gradient
+    and reward, the share of groups that differ, and of the computed tokens what `grpo_loss` saw.
     """
     gains = group_advantages([g.rewards for g in groups], scale=kind != "dr_grpo")
     varied = [max(g.rewards) > min(g.rewards) for g in groups]
     kept = [i for i, varies in enumerate(varied) if varies or reference is not None]
     rewards = [reward for group in groups for reward in group.rewards]
-    totals = torch.tensor(
-        [
-            float(sum(len(r) for group in groups for r in group.responses)),
-            float(len(rewards)),
-            float(sum(varied)),
-        ]
+    own_tokens = sum(len(r) for group in groups for r in group.responses)
+    tokens, answers, earned, different, count = summed(
+        own_tokens, len(rewards), sum(rewards), sum(varied), len(groups)
     )
-    if world()[1] > 1:
-        dist.all_reduce(totals)
-    if totals[2] == 0:
+    if not different and reference is None:
         raise NoVariance
-    total = totals[1 if kind in ("grpo", "dr_grpo") else 0].item()
+    denominators = {"bnpo": own_tokens * world()[1], "dapo": tokens, "cispo": tokens}
+    total = denominators.get(kind, answers)
     kept.sort(key=lambda i: max(map(len, groups[i].responses)))
     size = settings.micro_groups
     parts = [kept[i : i + size] for i in range(0, len(kept), size)]
     weights = [sum(len(r) for i in part for r in groups[i].responses) for part in parts]
-    record = {
-        "groups": sum(varied) / len(groups),
-        "reward": sum(rewards) / len(rewards),
-    }
+    record = {"groups": different / count, "reward": earned / answers}
     old: list[torch.Tensor] = []
+    names = ["clipped", "sampled_nll"] + ["kl"] * (reference is not None)
     for inner in range(inner_steps):
-        facts: dict[str, float] = {}
+        facts = dict.fromkeys(names, 0.0)
 
         def losses(inner=inner, facts=facts):
             for number, part in enumerate(parts):
@@ -365,11 +367,12 @@ def policy_update(
                     settings.epsilon, settings.epsilon_high, settings.beta, False, settings.max_new_tokens, total,
                 )  # fmt: skip
                 for name, value in seen.items():
-                    share = weights[number] / sum(weights)
-                    facts[name] = facts.get(name, 0.0) + value * share
+                    facts[name] += value * weights[number]
                 yield loss
 
-        record |= update(trainer, losses()) | facts
+        record |= update(trainer, losses())
+        *sums, computed = summed(*facts.values(), sum(weights))
+        record |= {name: x / computed for name, x in zip(names, sums, strict=True)}
     return record
 
 
@@ -407,22 +410,24 @@ def optimize_policy(
                 if attempt == ATTEMPTS - 1:
                     raise
         flat = [a for group in answers for a in group]
-        record["correct"] = sum(a.verdict.correct for a in flat) / len(flat)
-        record["formatted"] = sum(a.verdict.formatted for a in flat) / len(flat)
-        record["length"] = sum(len(a.tokens) for a in flat) / len(flat)
-        return record
+        right, formed, tokens, count = summed(
+            sum(a.verdict.correct for a in flat),
+            sum(a.verdict.formatted for a in flat),
+            sum(len(a.tokens) for a in flat),
+            len(flat),
+        )
+        means = {"correct": right, "formatted": formed, "length": tokens}
+        return record | {name: x / count for name, x in means.items()}
 
     return step
 
 
-def probe(
-    model: Qwen, tokenizer: Tokenizer, settings, seed: int = 0, tasks=None
-) -> Weights:
+def probe(model: Qwen, tokenizer: Tokenizer, settings, seed: int = 0) -> Weights:
     """`query_weights` from `settings.probe` problems of every kind, with the verifiers' rewards."""
     rng = random.Random(f"{seed}/probe")
     kinds = [
         (name, level, wording)
-        for name in tasks or TASKS
+        for name in TASKS
         for level in settings.levels
         for wording in WORDINGS_ASKED
         for _ in range(settings.probe)
@@ -465,8 +470,8 @@ def optimize(
     """GRPO on fresh verified problems from the DPO checkpoint; returns `runs/<scale>/<stage>`.
 
     At the beginning, a third and two thirds of the way, and after the last step the records hold a `view`: a problem of
-    the kind that is asked most, and `eight_answers` to it. Interrupted and finished runs as in `finetune`. Source:
-    report §4.3; what is not published is named in the notebook.
+    the kind that is asked most, and `eight_answers` to it; the first one also the seconds of the probe. Interrupted
+    and finished runs as in `finetune`. Source: report §4.3; what is not published is named in the notebook.
     """
     settings = settings or config.grpo
     start = start_checkpoint(config, "dpo", settings.start)
@@ -474,14 +479,16 @@ def optimize(
         "settings": dataclasses.asdict(settings),
         "optimizer": dataclasses.asdict(adamw_settings(config, settings)),
         "start": fingerprint(start),
-        "wordings": content_hash([[t.shown, t.asked] for t in TASKS.values()]),
+        "wordings": wordings_hash(),
     }
     views = [settings.steps * third // 3 for third in range(3)]
 
     def begin(dtype):
         tokenizer = Tokenizer.from_pretrained(start)
         policy = Qwen.from_pretrained(start, dtype).to(hardware.device()).eval()
+        begun = time.perf_counter()
         weights = probe(policy.requires_grad_(False), tokenizer, settings, seed)
+        probed = {"probe_seconds": time.perf_counter() - begun}
         most = max(weights, key=weights.get)
         [example] = of_kinds([most], random.Random(f"{seed}/view"))
         trainer = new_trainer(config, start, settings, dtype)
@@ -500,6 +507,7 @@ def optimize(
 
         def step(number):
             seen = {"view": view()} if number in views else {}
+            seen |= probed if number == 0 else {}
             record = update_policy(number)
             last = number == settings.steps - 1
             return record | seen | ({"end": view()} if last else {})

@@ -4,10 +4,11 @@
 __all__ = ['STYLE_LEVELS', 'STYLE_TASKS', 'FILLER', 'OFF_TOPIC', 'RUDE', 'BIASED', 'CRITERIA', 'bradley_terry_loss',
            'RewardModel', 'Pair', 'pair_plan', 'pad_right', 'score_rows', 'pair_accuracy', 'criteria', 'gold_reward',
            'gold_rewards', 'styled', 'label_pairs', 'adamw_settings', 'reward_steps', 'train_reward_model',
-           'careless_policy', 'train_reward', 'best_of_n', 'rank_correlation']
+           'careless_policy', 'train_reward', 'best_of_n', 'rank_correlation', 'correlation_by_chance']
 
 # %% ../notebooks/15_reward_model.ipynb #826d6f14
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -383,3 +384,10 @@ def rank_correlation(a, b) -> float:
         for x in (a, b)
     ]
     return float(np.corrcoef(*ranks)[0, 1])
+
+
+def correlation_by_chance(a, b) -> float:
+    """Share of all orders of `b`, six or so, whose rank correlation is as strong, either way: the p-value."""
+    found = abs(rank_correlation(a, b))
+    orders = [abs(rank_correlation(a, order)) for order in itertools.permutations(b)]
+    return float(np.mean(np.array(orders) >= found - 1e-9))

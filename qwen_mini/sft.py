@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['MASKS', 'TRAIN_SYSTEM', 'OTHER_SYSTEM', 'chat_example', 'loss_mask', 'Row', 'row_of', 'make_rows', 'with_system',
            'to_batch', 'pack_best_fit', 'pack_rows', 'RowSampler', 'draw_examples', 'Answer', 'length_batches',
-           'evaluate_tasks', 'accuracy', 'pass_any', 'by_area', 'by_problem', 'standard_error', 'update',
+           'evaluate_tasks', 'accuracy', 'pass_any', 'by_area', 'by_problem', 'standard_error', 'mean_gain', 'update',
            'finished_model', 'start_checkpoint', 'run_stage', 'content_hash', 'optimizer_settings', 'slower',
            'train_rows', 'tune_on_rows', 'replay_rows', 'demonstrations', 'training_rows', 'finetune',
            'long_instructions', 'score_long', 'rejection_sample']
@@ -12,6 +12,7 @@ __all__ = ['MASKS', 'TRAIN_SYSTEM', 'OTHER_SYSTEM', 'chat_example', 'loss_mask',
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -80,16 +81,17 @@ def loss_mask(
             f"there is no loss mask {mask!r}: use one of {', '.join(MASKS)}"
         )
     ids = tokenizer.encode_chat(messages)
-    header, trained = tokenizer.encode("assistant\n"), [False] * len(ids)
+    header, trained = b"assistant\n", [False] * len(ids)
     starts = [i for i, token in enumerate(ids) if token == tokenizer.im_start_id]
     for start in starts:
         end = ids.index(tokenizer.im_end_id, start)
-        ours = ids[start + 1 : start + 1 + len(header)] == header
+        pieces = [tokenizer.token_bytes(token) for token in ids[start + 1 : end]]
         trained[start] = mask == "chatml"
-        if ours:
-            trained[start + 1 + len(header) : end] = [True] * (
-                end - start - 1 - len(header)
-            )
+        if b"".join(pieces).startswith(header):
+            # by bytes: a response that begins with a line break shares its first token with the header
+            ends = itertools.accumulate(len(piece) for piece in pieces)
+            first = start + 2 + sum(stop < len(header) for stop in ends)
+            trained[first:end] = [True] * (end - first)
             trained[end] = mask != "no_end"
             trained[end + 1] = mask in ("answer+newline", "chatml")
         elif mask == "chatml":
@@ -293,9 +295,9 @@ def evaluate_tasks(
     examples: Sequence[Example],
     temperature: float = 0.0,
     samples: int = 1,
-    max_new_tokens: int = 200,
+    max_new_tokens: int = 128,
     seed: int = 0,
-    batch_rows: int = 256,
+    batch_rows: int = 1024,
 ) -> list[list[Answer]]:
     """`samples` answers to every problem, verified; an unfinished answer counts as none. Same seed, same answers."""
     prompts = [
@@ -362,6 +364,20 @@ def standard_error(answers: Sequence[Sequence[Answer]]) -> float:
     """Of the accuracy, over problems: samples of one problem are not independent."""
     means = by_problem(answers)
     return float(means.std(ddof=1) / math.sqrt(len(means)))
+
+
+def mean_gain(differences: np.ndarray, other_runs: int = 0) -> tuple[float, float]:
+    """(mean, standard error) of differences (runs, problems): chance is in the problems, and in the runs if several.
+
+    other_runs: how many runs what is subtracted is the mean of, as uncertain as ours; 0 if it is the common start.
+    """
+    runs, over_problems = differences.mean(1), differences.mean(0).std(ddof=1)
+    spread = runs.std(ddof=1) if len(runs) > 1 else 0.0
+    counted = 1 / len(runs) + (1 / other_runs if other_runs else 0)
+    error = math.hypot(
+        over_problems / differences.shape[1] ** 0.5, spread * counted**0.5
+    )
+    return float(runs.mean()), error
 
 # %% ../notebooks/14_sft.ipynb #f87ded51
 def update(trainer: Trainer, losses: Iterable[torch.Tensor]) -> dict[str, float]:

@@ -6,9 +6,9 @@ __all__ = ['ANSWER', 'SPLITS', 'LEVELS', 'TRAIN_LEVELS', 'WORDINGS', 'TASKS', 'R
            'Verdict', 'final_answer', 'Draw', 'Task', 'VerifierError', 'split_of', 'same', 'add_task', 'story',
            'purchase', 'order', 'rules', 'truth_table', 'table_sum', 'to_json', 'is_json', 'is_object', 'countdown',
            'sequence', 'cycle', 'is_list', 'Constraint', 'words_of', 'compatible', 'fulfil', 'instructions',
-           'bare_words', 'keeps_constraints', 'reverse_in', 'translate_reverse', 'means', 'system_rule', 'first_error',
-           'function', 'compiles', 'passes_tests', 'judge', 'verify_many', 'near_misses', 'wrong_line', 'verified',
-           'consistent', 'filter_responses']
+           'bare_words', 'keeps_constraints', 'numbered', 'reverse_in', 'translate_reverse', 'means', 'system_rule',
+           'first_error', 'function', 'compiles', 'passes_tests', 'judge', 'verify_many', 'near_misses', 'wrong_line',
+           'verified', 'consistent', 'filter_responses']
 
 # %% ../notebooks/13_tasks.ipynb #9ea471d8
 import hashlib
@@ -632,11 +632,16 @@ ORDERS = {
 }
 
 
+def numbered(words: Iterable[str]) -> str:
+    """One line a word, numbered upwards: a short answer reaches its end without being told how long it is."""
+    return "\n".join(f"{i} {word}" for i, word in enumerate(words, 1))
+
+
 def reverse_in(rng: random.Random, level: int) -> Draw:
     """Reverse level + 1 words, asked and answered in French or Spanish."""
     language, entries = rng.choice((1, 2)), rng.sample(LEXICON, level + 1)
     words = [entry[language] for entry in entries]
-    steps = "\n".join(f"{i} {word}" for i, word in enumerate(reversed(words), 1))
+    steps = numbered(reversed(words))
     slots = {
         wording: rng.choice(orders).format(" ".join(words))
         for wording, orders in ORDERS[language].items()
@@ -685,7 +690,7 @@ def system_rule(rng: random.Random, level: int) -> Draw:
     rule, words = rng.choice(list(SYSTEM_RULES)), rng.sample(TASK_WORDS, level + 1)
     backwards = rng.random() < 0.5
     result = words[::-1] if backwards else words
-    steps = "\n".join(f"{i} {word}" for i, word in enumerate(result, 1))
+    steps = numbered(result)
     slots = {"verb": "Reverse" if backwards else "Copy", "words": " ".join(words)}
     return Draw(
         f"{rule} {slots}",

@@ -368,6 +368,21 @@ def test_a_batch_without_any_signal_is_an_error_and_leaves_the_weights(config):
     assert torch.equal(trainer.model.model.norm.weight, before) and trainer.step_count == 0
 
 
+def test_equal_rewards_still_have_the_gradient_of_a_kl_term(config):
+    settings = dataclasses.replace(config.grpo, beta=0.1)
+    trainer, groups = new_trainer(config, FOLDER, settings), some_groups(3, longest=6)
+    flat = [dataclasses.replace(g, rewards=[1.0] * 4) for g in groups]
+    torch.manual_seed(0)
+    reference = Qwen(trainer.model.config).eval()
+    with torch.no_grad():
+        (now, mask), (theirs, _) = (group_logprobs(model, flat) for model in (trainer.model, reference))
+    d = (theirs - now)[mask].double()
+    record = policy_update(trainer, flat, settings, reference=reference)
+    assert record["kl"] == pytest.approx((d.exp() - d - 1).mean().item(), rel=1e-4)
+    assert record["loss"] == pytest.approx(0.1 * record["kl"], rel=1e-4)
+    assert record["groups"] == 0 and record["grad_norm"] > 0
+
+
 def test_a_verifier_that_raises_stops_the_run(config, monkeypatch):
     from qwen_mini.tasks import VerifierError
 
@@ -418,8 +433,9 @@ def test_an_interrupted_run_reaches_the_same_weights(config, tmp_path, monkeypat
     assert len(records[0]["view"]["answers"]) == len(records[3]["end"]["answers"]) == config.grpo.group_size
 
 
-def test_two_processes_update_as_one(config, tmp_path):
-    """Each brings half of the groups; one of the two halves has a group without variance."""
+@pytest.mark.parametrize("flat, kind", [((2,), "dapo"), ((0, 2, 4), "grpo"), ((2,), "bnpo")])
+def test_two_processes_update_as_one(config, tmp_path, flat, kind):
+    """Each brings half of the groups, some or all of one half without variance; "bnpo" is the mean of both halves."""
     body = (
         "import json\n"
         "from qwen_mini import course\n"
@@ -430,15 +446,22 @@ def test_two_processes_update_as_one(config, tmp_path):
         "config = course.load_scale('quick')\n"
         "trainer = new_trainer(config, artifacts.shipped_dir('long_context'), config.grpo)\n"
         "rank, size = world()\n"
-        "record = policy_update(trainer, groups[rank::size], config.grpo)\n"
+        "record = policy_update(trainer, groups[rank::size], config.grpo, sys.argv[3])\n"
         "if rank == 0:\n"
-        "    json.dump([record['loss'], record['grad_norm']], open(sys.argv[2], 'w'))"
+        "    json.dump(record, open(sys.argv[2], 'w'))"
     )
     groups = some_groups(6, longest=6)
-    groups[2] = dataclasses.replace(groups[2], rewards=[1.0] * 4)
+    for i in flat:
+        groups[i] = dataclasses.replace(groups[i], rewards=[1.0] * 4)
     given, found = tmp_path / "groups.json", tmp_path / "found.json"
     given.write_text(json.dumps([dataclasses.asdict(g) for g in groups]))
-    run_two_processes(tmp_path, body, given, found)
-    record = policy_update(new_trainer(config, FOLDER, config.grpo), groups, config.grpo)
+    run_two_processes(tmp_path, body, given, found, kind)
     two = json.loads(found.read_text())
-    assert two == pytest.approx([record["loss"], record["grad_norm"]], rel=1e-4, abs=1e-6)
+    one = lambda part: policy_update(new_trainer(config, FOLDER, config.grpo), part, config.grpo, kind)
+    record = one(groups)
+    if kind == "bnpo":
+        halves = [one(groups[rank::2])["loss"] for rank in range(2)]
+        assert abs(record.pop("loss") - two["loss"]) > 1e-4  # of all tokens: not the same
+        assert two.pop("loss") == pytest.approx(sum(halves) / 2, rel=1e-4)
+        del record["grad_norm"], two["grad_norm"]
+    assert two == pytest.approx(record, rel=1e-4, abs=1e-6)

@@ -24,6 +24,7 @@ from qwen_mini.reward_model import (
     best_of_n,
     bradley_terry_loss,
     careless_policy,
+    correlation_by_chance,
     criteria,
     gold_reward,
     gold_rewards,
@@ -219,6 +220,14 @@ def test_the_rank_correlation_shares_ranks_as_pandas_does():
         ranks = [pandas.Series(x).rank() for x in (a, b)]
         assert rank_correlation(a, b) == pytest.approx(np.corrcoef(*ranks)[0, 1])
     assert rank_correlation([1, 2, 3], [3, 5, 4]) == pytest.approx(0.5)
+
+
+def test_how_often_chance_orders_as_well():
+    """Of the 24 orders of four, one is the same and one the reverse; for five, Spearman's table: 0.8 by 0.133."""
+    assert correlation_by_chance([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(2 / 24)
+    a, b = [1, 2, 3, 4, 5], [2, 1, 4, 3, 5]
+    assert rank_correlation(a, b) == pytest.approx(0.8)
+    assert correlation_by_chance(a, b) == pytest.approx(16 / 120)
 
 
 def test_training_learns_a_visible_difference_and_is_repeatable():

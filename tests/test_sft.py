@@ -31,6 +31,7 @@ from qwen_mini.sft import (
     long_instructions,
     loss_mask,
     make_rows,
+    mean_gain,
     pack_best_fit,
     pack_rows,
     pass_any,
@@ -86,6 +87,14 @@ def test_the_masks_train_on_what_they_say(tokenizer):
     ]  # fmt: skip
     with pytest.raises(ValueError, match="there is no loss mask 'all': use one of answer"):
         loss_mask(tokenizer, TALK, "all")
+
+
+@pytest.mark.parametrize("said", ["\n", "\n\nfive", "\n five", " five"])
+def test_a_response_may_begin_with_white_space(tokenizer, said):
+    """White space that is one token with the header's line break cannot be trained on; everything else is."""
+    ids, trained = loss_mask(tokenizer, [*TALK[:2], {"role": "assistant", "content": said}])
+    text = tokenizer.decode([i for i, keep in zip(ids, trained, strict=True) if keep])
+    assert f"{said}<|im_end|>".endswith(text) and text.endswith(f"{said.lstrip()}<|im_end|>")
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -351,6 +360,16 @@ def test_scores_count_what_they_say(tokenizer, monkeypatch):
     assert [a.finished for a in four[0]] == [True, False, True, True]
     kept = rejection_sample(None, tokenizer, examples, 4, most=2)
     assert kept == [(e, e.response) for e in examples]  # the same text counts once
+
+
+def test_the_error_of_a_gain_holds_problems_and_runs():
+    """By hand: runs of mean 0.5 and 0.25; problems of mean 0.75, 0.25, 0.5, 0."""
+    differences = np.array([[1.0, 0.0, 1.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    problems, runs = (0.3125 / 3) / 4, 0.03125
+    assert mean_gain(differences) == pytest.approx((0.375, (problems + runs / 2) ** 0.5))
+    assert mean_gain(differences, other_runs=1) == pytest.approx((0.375, (problems + runs * 1.5) ** 0.5))
+    alone = differences[:1]
+    assert mean_gain(alone, other_runs=1) == pytest.approx((0.5, (1 / 3 / 4) ** 0.5))  # one run has no spread
 
 
 def test_same_seed_same_answers(tokenizer, model):

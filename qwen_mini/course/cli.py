@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add(check, "check the project without executing it", None)
     sub = add(chat, "talk to the newest trained model", "laptop")
     sub.add_argument("--stage", help="a stage's name, instead of the newest")
-    sub.add_argument("--temperature", type=float, default=0.7)
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     sub.add_argument("--max-tokens", type=int, default=128)
     sub = add(plan, "parameters, memory and FLOPs of a scale", "gpu")
     sub.add_argument("--gpus", type=int, default=1, help="devices that share the work")
