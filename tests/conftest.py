@@ -45,6 +45,7 @@ def run_two_processes(folder, body, *arguments, **variables):
         "torch.set_num_threads(1)\n"
         "dist.init_process_group('gloo')\n"
         f"{body}\n"
+        "dist.barrier()\n"  # neither leaves while the other still reads from it
         "dist.destroy_process_group()\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
