@@ -154,9 +154,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, runs_folder):
     books = [write(tmp_path, "01_fast"), write(tmp_path, "02_slow", "import time\ntime.sleep(600)")]
     command = [sys.executable, "-u", "-m", "qwen_mini.course", "run", *(str(nb.path) for nb in books)]
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background would inherit deaf ears
-    running = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
-    )
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     assert "01_fast" in running.stdout.readline()
     time.sleep(2)
     running.send_signal(signal.SIGINT)
@@ -178,6 +176,18 @@ def test_the_command_line_returns_codes_and_plain_sentences(tmp_path, runs_folde
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 4 and all(line.startswith("error: ") for line in lines)
     assert "quick, laptop, gpu, cluster" in lines[0] and "qwen-mini run evaluation --scale gpu" in lines[3]
+
+
+def test_outputs_of_a_run_during_which_its_sources_changed_are_not_written(tmp_path, runs_folder, capsys):
+    sources = tmp_path / "data" / "sources.toml"
+    sources.parent.mkdir()
+    cell = f"with open({str(sources)!r}, 'a') as file: file.write('# {{}}\\n')\nprint('done')"
+    books = [write(tmp_path, "01_edits", cell.format("changed")), write(tmp_path, "02_good", "print('done')")]
+    assert cli.main(["outputs", *(str(book.path) for book in books), "--scale", "quick"]) == 1
+    seen = capsys.readouterr()
+    assert "01_edits: outputs left as they were" in seen.err and "02_good" not in seen.err
+    written = [any(c.get("outputs") for c in nbformat.read(book.path, 4).cells) for book in books]
+    assert "02_good: outputs written" in seen.out and written == [False, True]
 
 
 def test_notebooks_are_found_by_name_number_and_subject(tmp_path):

@@ -8,6 +8,7 @@ from .artifacts import ArtifactError, MissingStage
 from .claims import claim
 from .errors import CourseError
 from .paths import home, runs
+from .processes import side_by_side
 from .scales import ScaleConfig, ScaleError, load_scale
 from .session import oracle, start
 
@@ -25,5 +26,6 @@ __all__ = [
     "load_scale",
     "oracle",
     "runs",
+    "side_by_side",
     "start",
 ]

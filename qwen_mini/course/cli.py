@@ -55,7 +55,7 @@ def run(options) -> int:
 
 
 def outputs(options) -> int:
-    """Execute what is not up to date, then copy the cleaned outputs into the notebooks."""
+    """Execute what is not up to date, then copy the cleaned outputs into the notebooks whose run is of this code."""
     from . import nb, runner
     from .outputs import copy_outputs
 
@@ -65,6 +65,10 @@ def outputs(options) -> int:
     for book in nb.select(home(), options.notebooks):
         if state.up_to_date(book, runner.fingerprint_of(book, options.scale, options.seed)):
             print(f"{book.name}: outputs {'written' if copy_outputs(book, name) else 'unchanged'}")
+        else:
+            code = code or 1
+            reason = "it did not finish, or what it is made of changed while it ran"
+            print(f"{book.name}: outputs left as they were, because {reason}: run it again", file=sys.stderr)
     return code
 
 

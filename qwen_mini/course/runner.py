@@ -200,10 +200,24 @@ def executed_path(scale_name: str, nb: Notebook) -> Path:
     return runs() / scale_name / "notebooks" / nb.path.name
 
 
+FORK_BYTES = 2**28  # two processes of such a size: one is a fork of the other, and shares most of it
+
+
+def _proportional(process) -> int:
+    """Bytes of a process; what n processes share counts as an n-th where the system tells."""
+    import psutil
+
+    try:
+        return getattr(process.memory_full_info(), "pss", process.memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
 class Watch:
     """Time and peak memory of the block, with a live line on a terminal.
 
-    Memory is the resident size of the processes the block starts, summed, sampled ten times a second.
+    Memory is the resident size of the processes the block starts, summed, sampled ten times a second; what forks share
+    is counted once.
     """
 
     def __init__(self, label: str, expected: float | None):
@@ -229,13 +243,18 @@ class Watch:
     def _sample(self) -> None:
         import psutil
 
-        shown_at = 0.0
+        shown_at = shared_at = 0.0
         while not self._stop.wait(0.1):
-            total = 0
+            sizes = {}
             with contextlib.suppress(psutil.Error):
                 for child in set(self._process.children(recursive=True)) - self._others:
                     with contextlib.suppress(psutil.Error):
-                        total += child.memory_info().rss
+                        sizes[child] = child.memory_info().rss
+            total = sum(sizes.values())
+            if sum(size > FORK_BYTES for size in sizes.values()) > 1 and total > self.peak_mib * 2**20:
+                if time.monotonic() - shared_at < 1:  # sharing is slow to ask for
+                    continue
+                shared_at, total = time.monotonic(), sum(map(_proportional, sizes))
             self.peak_mib = max(self.peak_mib, total / 2**20)
             if sys.stdout.isatty() and time.monotonic() - shown_at > 1:
                 shown_at = time.monotonic()

@@ -1,0 +1,82 @@
+"""Independent runs at the same time."""
+
+import multiprocessing
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from multiprocessing import connection
+
+from . import hardware
+from .errors import CourseError
+
+
+def side_by_side(calls: Sequence[Callable[[], object]]) -> list:
+    """What independent calls return, in their order: as many at once as torch has threads, each in a fork with one.
+
+    A small model cannot keep two threads busy: two runs with a thread each take less time than one after the other with
+    both. The first `len(calls) % threads` calls, which would leave a thread idle in the end, run before the others, in
+    this process, with all threads. So do all where a fork cannot compute or would not help: with a GPU, under torchrun,
+    outside Linux, with one thread. Results come through a pipe: return numbers, answers or paths, not models.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    alone = "WORLD_SIZE" in os.environ or hardware.device() != "cpu" or sys.platform != "linux"
+    here = len(calls) if alone or threads == 1 else len(calls) % threads
+    results = dict(enumerate(call() for call in calls[:here]))
+    waiting, running = list(range(here, len(calls))), {}
+    fork = multiprocessing.get_context("fork") if waiting else None
+    try:
+        while waiting or running:
+            while waiting and len(running) < threads:
+                number = waiting.pop(0)
+                receiver, sender = fork.Pipe(duplex=False)
+                process = fork.Process(target=_compute, args=(calls[number], sender), daemon=True)
+                with (
+                    warnings.catch_warnings()
+                ):  # from Python 3.12 on: the threads of the parent, which the fork leaves alone
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    process.start()
+                sender.close()
+                running[receiver] = number, process
+            for receiver in connection.wait(list(running)):
+                number, process = running.pop(receiver)
+                results[number] = _received(receiver, process)
+    finally:
+        for _, process in running.values():  # one has failed: the others are of no use
+            process.terminate()
+    return [results[number] for number in range(len(calls))]
+
+
+def _compute(call: Callable[[], object], sender: connection.Connection) -> None:
+    """In the fork: one thread, since those of the parent are not there."""
+    import torch
+
+    from . import sandbox
+
+    torch.set_num_threads(1)
+    try:
+        sender.send((call(), None))
+    except CourseError as error:
+        sender.send((None, CourseError(str(error))))
+    except Exception:
+        sender.send((None, RuntimeError(f"in a run beside this one:\n{traceback.format_exc()}")))
+    finally:
+        sandbox.stop_workers()
+
+
+def _received(receiver: connection.Connection, process) -> object:
+    try:
+        result, error = receiver.recv()
+    except EOFError:
+        process.join()
+        raise CourseError(
+            f"a run beside this one ended with exit code {process.exitcode} before its result was there: if that is -9, "
+            "memory was short; set OMP_NUM_THREADS=1 to run one after the other"
+        ) from None
+    process.join()
+    if error:
+        raise error
+    return result
