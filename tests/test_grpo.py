@@ -218,7 +218,7 @@ def test_shared_prompts_give_the_numbers_and_gradients_of_plain_rows():
     pick = torch.randn(len(rows), 40, generator=torch.Generator().manual_seed(1))
     gradients = []
     for shared in (True, False):
-        model = tiny_model()
+        model = tiny_model().double()
         if shared:
             found, mask = group_logprobs(model, groups, temperature=0.8)
         else:

@@ -1,5 +1,7 @@
 """Independent runs at the same time."""
 
+import contextlib
+import io
 import multiprocessing
 import os
 import sys
@@ -18,7 +20,8 @@ def side_by_side(calls: Sequence[Callable[[], object]]) -> list:
     A small model cannot keep two threads busy: two runs with a thread each take less time than one after the other with
     both. The first `len(calls) % threads` calls, which would leave a thread idle in the end, run before the others, in
     this process, with all threads. So do all where a fork cannot compute or would not help: with a GPU, under torchrun,
-    outside Linux, with one thread. Results come through a pipe: return numbers, answers or paths, not models.
+    outside Linux, with one thread. Results come through a pipe: return numbers, answers or paths, not models. What a fork
+    prints is dropped: it would stand there in an order by chance.
     """
     import torch
 
@@ -58,7 +61,9 @@ def _compute(call: Callable[[], object], sender: connection.Connection) -> None:
 
     torch.set_num_threads(1)
     try:
-        sender.send((call(), None))
+        with contextlib.redirect_stdout(io.StringIO()):
+            result = call()
+        sender.send((result, None))
     except CourseError as error:
         sender.send((None, CourseError(str(error))))
     except Exception:
