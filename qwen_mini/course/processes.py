@@ -37,9 +37,7 @@ def side_by_side(calls: Sequence[Callable[[], object]]) -> list:
                 number = waiting.pop(0)
                 receiver, sender = fork.Pipe(duplex=False)
                 process = fork.Process(target=_compute, args=(calls[number], sender), daemon=True)
-                with (
-                    warnings.catch_warnings()
-                ):  # from Python 3.12 on: the threads of the parent, which the fork leaves alone
+                with warnings.catch_warnings():  # Python 3.12 and later warn of the parent's threads
                     warnings.simplefilter("ignore", DeprecationWarning)
                     process.start()
                 sender.close()
