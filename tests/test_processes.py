@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import time
 from functools import partial
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 
 from qwen_mini.course import CourseError, side_by_side
 
-forks = pytest.mark.skipif(torch.cuda.is_available() or os.uname().sysname != "Linux", reason="no forks here")
+forks = pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="no forks here")
 
 
 @pytest.fixture(autouse=True)
@@ -81,5 +83,15 @@ def test_errors_reach_the_caller():
         side_by_side([partial(trained, 0), broken])
     with pytest.raises(CourseError, match="exit code -9"):
         side_by_side([killed, partial(trained, 0)])
+    begun = time.monotonic()
+    with pytest.raises(CourseError, match="one sentence"):
+        side_by_side([wrong, lambda: time.sleep(60)])
+    assert time.monotonic() - begun < 30  # the other one was ended
     with pytest.raises(RuntimeError, match="pickle"):
         side_by_side([lambda: lambda: 0, partial(trained, 0)])
+
+
+@forks
+def test_what_a_fork_prints_is_dropped(capfd):
+    assert side_by_side([lambda: print("there") or 1, lambda: 2]) == [1, 2]
+    assert "there" not in capfd.readouterr().out

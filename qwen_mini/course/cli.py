@@ -67,7 +67,7 @@ def outputs(options) -> int:
             print(f"{book.name}: outputs {'written' if copy_outputs(book, name) else 'unchanged'}")
         else:
             code = code or 1
-            reason = "it did not finish, or what it is made of changed while it ran"
+            reason = "it was not started, did not finish, or is made of what changed while it ran"
             print(f"{book.name}: outputs left as they were, because {reason}: run it again", file=sys.stderr)
     return code
 

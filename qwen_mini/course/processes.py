@@ -4,6 +4,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -17,11 +18,12 @@ from .errors import CourseError
 def side_by_side(calls: Sequence[Callable[[], object]]) -> list:
     """What independent calls return, in their order: as many at once as torch has threads, each in a fork with one.
 
-    A small model cannot keep two threads busy: two runs with a thread each take less time than one after the other with
-    both. The first `len(calls) % threads` calls, which would leave a thread idle in the end, run before the others, in
-    this process, with all threads. So do all where a fork cannot compute or would not help: with a GPU, under torchrun,
-    outside Linux, with one thread. Results come through a pipe: return numbers, answers or paths, not models. What a fork
-    prints is dropped: it would stand there in an order by chance.
+    A small model cannot keep two threads busy: two trainings with a thread each take less time than one after the other
+    with both. The first `len(calls) % threads` calls, which would leave a thread idle in the end, run before the others,
+    in this process, with all threads; so do fewer calls than threads, and all where a fork cannot compute or would not
+    help: with a GPU, under torchrun, outside Linux, with one thread. The last digits of a result may depend on where it
+    was computed. Results come through a pipe: return numbers, arrays, answers or paths, neither models nor tensors. What
+    a fork prints is dropped: it would stand there in an order by chance.
     """
     import torch
 
@@ -48,6 +50,7 @@ def side_by_side(calls: Sequence[Callable[[], object]]) -> list:
     finally:
         for _, process in running.values():  # one has failed: the others are of no use
             process.terminate()
+            process.join()
     return [results[number] for number in range(len(calls))]
 
 
@@ -58,6 +61,7 @@ def _compute(call: Callable[[], object], sender: connection.Connection) -> None:
     from . import sandbox
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the sandbox leaves nothing behind
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             result = call()
@@ -73,7 +77,7 @@ def _compute(call: Callable[[], object], sender: connection.Connection) -> None:
 def _received(receiver: connection.Connection, process) -> object:
     try:
         result, error = receiver.recv()
-    except EOFError:
+    except (EOFError, OSError):
         process.join()
         raise CourseError(
             f"a run beside this one ended with exit code {process.exitcode} before its result was there: if that is -9, "

@@ -203,21 +203,21 @@ def executed_path(scale_name: str, nb: Notebook) -> Path:
 FORK_BYTES = 2**28  # two processes of such a size: one is a fork of the other, and shares most of it
 
 
-def _proportional(process) -> int:
+def _proportional(process, resident: int) -> int:
     """Bytes of a process; what n processes share counts as an n-th where the system tells."""
     import psutil
 
     try:
-        return getattr(process.memory_full_info(), "pss", process.memory_info().rss)
+        return getattr(process.memory_full_info(), "pss", resident)
     except psutil.Error:
-        return 0
+        return resident
 
 
 class Watch:
     """Time and peak memory of the block, with a live line on a terminal.
 
-    Memory is the resident size of the processes the block starts, summed, sampled ten times a second; what forks share
-    is counted once.
+    Memory is the resident size of the processes the block starts, summed, sampled ten times a second. What forks
+    share is counted once; while they run, once a second.
     """
 
     def __init__(self, label: str, expected: float | None):
@@ -254,7 +254,8 @@ class Watch:
             if sum(size > FORK_BYTES for size in sizes.values()) > 1 and total > self.peak_mib * 2**20:
                 if time.monotonic() - shared_at < 1:  # sharing is slow to ask for
                     continue
-                shared_at, total = time.monotonic(), sum(map(_proportional, sizes))
+                shared_at = time.monotonic()
+                total = sum(_proportional(child, size) for child, size in sizes.items())
             self.peak_mib = max(self.peak_mib, total / 2**20)
             if sys.stdout.isatty() and time.monotonic() - shown_at > 1:
                 shown_at = time.monotonic()
