@@ -328,8 +328,8 @@ def policy_update(
     Groups without a difference in reward have no gradient: they are counted, but not computed (unless there is a
     `reference`, whose KL term they have). With one inner step the ratio is 1 and nothing is clipped: so it is in the
     report, where an episode is one global batch. NoVariance if no group differs and there is no reference, CourseError
-    if a reward is not finite; the weights are untouched then. The record is that of the whole batch: loss, gradient
-    and reward, the share of groups that differ, and of the computed tokens what `grpo_loss` saw.
+    if a reward is not finite; the weights are untouched then. The record is that of the whole batch at the last inner
+    step: loss, gradient and reward, the share of groups that differ, and of the computed tokens what `grpo_loss` saw.
     """
     gains = group_advantages([g.rewards for g in groups], scale=kind != "dr_grpo")
     varied = [max(g.rewards) > min(g.rewards) for g in groups]
