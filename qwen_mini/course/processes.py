@@ -2,14 +2,12 @@
 
 import contextlib
 import io
-import multiprocessing
 import os
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from multiprocessing import connection
 
 from . import hardware
 from .errors import CourseError
@@ -25,6 +23,9 @@ def side_by_side(calls: Sequence[Callable[[], object]]) -> list:
     was computed. Results come through a pipe: return numbers, arrays, answers or paths, neither models nor tensors. What
     a fork prints is dropped: it would stand there in an order by chance.
     """
+    import multiprocessing  # here, because every start of the command line imports this module
+    from multiprocessing import connection
+
     import torch
 
     threads = torch.get_num_threads()
@@ -54,7 +55,7 @@ def side_by_side(calls: Sequence[Callable[[], object]]) -> list:
     return [results[number] for number in range(len(calls))]
 
 
-def _compute(call: Callable[[], object], sender: connection.Connection) -> None:
+def _compute(call: Callable[[], object], sender) -> None:
     """In the fork: one thread, since those of the parent are not there."""
     import torch
 
@@ -74,7 +75,7 @@ def _compute(call: Callable[[], object], sender: connection.Connection) -> None:
         sandbox.stop_workers()
 
 
-def _received(receiver: connection.Connection, process) -> object:
+def _received(receiver, process) -> object:
     try:
         result, error = receiver.recv()
     except (EOFError, OSError):
