@@ -224,7 +224,7 @@ class OnlineMergingAdamW(torch.optim.Optimizer):
         )
 
     def _merge(self, change: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """(1 − α) Δ + α τ, with "ties" only where the two agree in sign."""
+        """(1 − α) Δ + α τ; with "ties" a part whose sign loses the vote of the two is left out."""
         ours, theirs = (1 - self.alpha) * change, self.alpha * delta
         if self.method == "dare":
             return ours + theirs
@@ -261,9 +261,13 @@ class OnlineMergingAdamW(torch.optim.Optimizer):
 def fresh_pairs(
     model: Qwen, tokenizer: Tokenizer, settings, seed: int = 0
 ) -> list[Pair]:
-    """Pairs from `settings.problems` new problems a task, `settings.samples` answers each at temperature 1."""
+    """Pairs from `settings.problems` new problems a task, `settings.samples` answers each at temperature 1.
+
+    Two problems of three are in wordings without demonstrations: more of their groups are mixed.
+    """
+    wordings = ("asked", *WORDINGS_ASKED)
     problems = draw_examples(
-        settings.problems, f"{seed}/preferences", wordings=WORDINGS_ASKED
+        settings.problems, f"{seed}/preferences", wordings=wordings
     )
     new = settings.max_new_tokens
     answers = evaluate_tasks(

@@ -40,17 +40,18 @@ def trained(seed):
 @forks
 def test_every_run_has_a_process_and_one_thread_and_the_same_numbers_as_alone():
     alone = [trained(seed)[2] for seed in range(4)]  # the parent has used its threads before it forks
-    beside = side_by_side([partial(trained, seed) for seed in range(4)])
-    assert len({process for process, _, _ in beside} | {os.getpid()}) == 5
-    assert [threads for _, threads, _ in beside] == [1] * 4
-    for here, (_, _, there) in zip(alone, beside, strict=True):
+    beside = side_by_side({seed: partial(trained, seed) for seed in range(4)})
+    assert list(beside) == [0, 1, 2, 3]
+    assert len({process for process, _, _ in beside.values()} | {os.getpid()}) == 5
+    assert [threads for _, threads, _ in beside.values()] == [1] * 4
+    for here, (_, _, there) in zip(alone, beside.values(), strict=True):
         np.testing.assert_allclose(there, here, atol=1e-6)
     assert torch.get_num_threads() == 2
 
 
 @forks
 def test_what_would_leave_a_thread_idle_runs_here_with_all_threads():
-    runs = side_by_side([partial(trained, seed) for seed in range(3)])
+    runs = side_by_side({seed: partial(trained, seed) for seed in range(3)}).values()
     assert [process == os.getpid() for process, _, _ in runs] == [True, False, False]
     assert [threads for _, threads, _ in runs] == [2, 1, 1]
 
@@ -61,9 +62,9 @@ def test_without_forks_they_run_one_after_the_other(monkeypatch, reason):
         torch.set_num_threads(1)
     else:
         monkeypatch.setenv("WORLD_SIZE", "2")
-    runs = side_by_side([partial(trained, seed) for seed in range(2)])
-    assert [process for process, _, _ in runs] == [os.getpid()] * 2
-    assert side_by_side([]) == []
+    runs = side_by_side({seed: partial(trained, seed) for seed in range(2)})
+    assert [process for process, _, _ in runs.values()] == [os.getpid()] * 2
+    assert side_by_side({}) == {}
 
 
 @forks
@@ -78,20 +79,20 @@ def test_errors_reach_the_caller():
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(CourseError, match="^one sentence$"):
-        side_by_side([wrong, partial(trained, 0)])
+        side_by_side({"wrong": wrong, "right": partial(trained, 0)})
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        side_by_side([partial(trained, 0), broken])
+        side_by_side({"right": partial(trained, 0), "broken": broken})
     with pytest.raises(CourseError, match="exit code -9"):
-        side_by_side([killed, partial(trained, 0)])
+        side_by_side({"killed": killed, "right": partial(trained, 0)})
     begun = time.monotonic()
     with pytest.raises(CourseError, match="one sentence"):
-        side_by_side([wrong, lambda: time.sleep(60)])
+        side_by_side({"wrong": wrong, "slow": lambda: time.sleep(60)})
     assert time.monotonic() - begun < 30  # the other one was ended
     with pytest.raises(RuntimeError, match="pickle"):
-        side_by_side([lambda: lambda: 0, partial(trained, 0)])
+        side_by_side({"function": lambda: lambda: 0, "right": partial(trained, 0)})
 
 
 @forks
 def test_what_a_fork_prints_is_dropped(capfd):
-    assert side_by_side([lambda: print("there") or 1, lambda: 2]) == [1, 2]
+    assert side_by_side({"a": lambda: print("there") or 1, "b": lambda: 2}) == {"a": 1, "b": 2}
     assert "there" not in capfd.readouterr().out

@@ -7,14 +7,14 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping
 
 from . import hardware
 from .errors import CourseError
 
 
-def side_by_side(calls: Sequence[Callable[[], object]]) -> list:
-    """What independent calls return, in their order: as many at once as torch has threads, each in a fork with one.
+def side_by_side(calls: Mapping[Hashable, Callable[[], object]]) -> dict:
+    """What independent calls return, by their names: as many at once as torch has threads, each in a fork with one.
 
     A small model cannot keep two threads busy: two trainings with a thread each take less time than one after the other
     with both. The first `len(calls) % threads` calls, which would leave a thread idle in the end, run before the others,
@@ -30,29 +30,29 @@ def side_by_side(calls: Sequence[Callable[[], object]]) -> list:
 
     threads = torch.get_num_threads()
     alone = "WORLD_SIZE" in os.environ or hardware.device() != "cpu" or sys.platform != "linux"
-    here = len(calls) if alone or threads == 1 else len(calls) % threads
-    results = dict(enumerate(call() for call in calls[:here]))
-    waiting, running = list(range(here, len(calls))), {}
+    here, names = len(calls) if alone or threads == 1 else len(calls) % threads, list(calls)
+    results = {name: calls[name]() for name in names[:here]}
+    waiting, running = names[here:], {}
     fork = multiprocessing.get_context("fork") if waiting else None
     try:
         while waiting or running:
             while waiting and len(running) < threads:
-                number = waiting.pop(0)
+                name = waiting.pop(0)
                 receiver, sender = fork.Pipe(duplex=False)
-                process = fork.Process(target=_compute, args=(calls[number], sender), daemon=True)
+                process = fork.Process(target=_compute, args=(calls[name], sender), daemon=True)
                 with warnings.catch_warnings():  # Python 3.12 and later warn of the parent's threads
                     warnings.simplefilter("ignore", DeprecationWarning)
                     process.start()
                 sender.close()
-                running[receiver] = number, process
+                running[receiver] = name, process
             for receiver in connection.wait(list(running)):
-                number, process = running.pop(receiver)
-                results[number] = _received(receiver, process)
+                name, process = running.pop(receiver)
+                results[name] = _received(receiver, process)
     finally:
         for _, process in running.values():  # one has failed: the others are of no use
             process.terminate()
             process.join()
-    return [results[number] for number in range(len(calls))]
+    return {name: results[name] for name in names}
 
 
 def _compute(call: Callable[[], object], sender) -> None:
