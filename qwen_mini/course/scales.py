@@ -335,7 +335,7 @@ class Grpo:
 
     `micro_groups`: groups a forward pass; `probe`: problems a kind that tell which are worth asking; `beta`:
     weight of the KL term, 0 for none; `seeds`: training runs that are compared; `heldout`: problems a task and
-    wording for measuring; `side_steps`: of the small runs that show what goes wrong.
+    wording for measuring, twice as many in unseen ones; `side_steps`: of the small runs that show what goes wrong.
     """
 
     start: typing.Literal["own", "shipped"]
