@@ -469,9 +469,10 @@ def optimize(
 ) -> Path:
     """GRPO on fresh verified problems from the DPO checkpoint; returns `runs/<scale>/<stage>`.
 
-    At the beginning, a third and two thirds of the way, and after the last step the records hold a `view`: a problem of
-    the kind that is asked most, and `eight_answers` to it; the first one also the seconds of the probe. Interrupted
-    and finished runs as in `finetune`. Source: report §4.3; what is not published is named in the notebook.
+    At the beginning, a third and two thirds of the way, and after the last step the records hold a `view`: of eight
+    problems the one whose answers vary most at the start, and `eight_answers` to it; the first one also the seconds of
+    the probe. Interrupted and finished runs as in `finetune`. Source: report §4.3; what is not published is named in
+    the notebook.
     """
     settings = settings or config.grpo
     start = start_checkpoint(config, "dpo", settings.start)
@@ -489,8 +490,10 @@ def optimize(
         begun = time.perf_counter()
         weights = probe(policy.requires_grad_(False), tokenizer, settings, seed)
         probed = {"probe_seconds": time.perf_counter() - begun}
-        most = max(weights, key=weights.get)
-        [example] = of_kinds([most], random.Random(f"{seed}/view"))
+        candidates = fresh_queries(8, weights, f"{seed}/view", 0)
+        _, tried = roll_out(policy, tokenizer, candidates, settings, seed)
+        spread = [torch.tensor(group.rewards).var().item() for group in tried]
+        example = candidates[spread.index(max(spread))]
         trainer = new_trainer(config, start, settings, dtype)
         options = {"reference": policy} if settings.beta else {}
         update_policy = optimize_policy(

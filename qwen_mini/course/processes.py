@@ -77,7 +77,8 @@ def _compute(call: Callable[[], object], sender) -> None:
 
 def _received(receiver, process) -> object:
     try:
-        result, error = receiver.recv()
+        with receiver:
+            result, error = receiver.recv()
     except (EOFError, OSError):
         process.join()
         raise CourseError(
