@@ -63,10 +63,8 @@ def dpo_loss(
 
 # %% ../notebooks/16_dpo.ipynb #7879e7e6
 WORDINGS_ASKED = ("shown", "asked")  # with demonstrations, and without
-WORDINGS_OF_PAIRS = (
-    "asked",
-    *WORDINGS_ASKED,
-)  # more groups are mixed where there are no demonstrations
+# more groups are mixed where there are no demonstrations
+WORDINGS_OF_PAIRS = ("asked", *WORDINGS_ASKED)
 
 
 def wordings_hash() -> str:
@@ -118,8 +116,8 @@ def target_logprobs(
     The head runs on the masked positions only, and in float32: a sum over an answer adds its roundings up.
     """
     head = model.lm_head.weight.float()
-    logits = F.linear(hidden[mask].float(), head) / temperature
-    found = logits.gather(-1, targets[mask][:, None])[:, 0] - logits.logsumexp(-1)
+    logits = F.linear(hidden[mask].float() / temperature, head)
+    found = -F.cross_entropy(logits, targets[mask], reduction="none")
     return torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, found)
 
 
