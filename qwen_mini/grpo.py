@@ -132,18 +132,20 @@ def shared_prompt_attention(
     cache=None,
     *,
     frequencies,
-    length: int,
+    prompt_length: int,
     responses: int,
     bias,
 ):
     """Rows of one prompt and several responses behind it: each response reads the prompt and itself, causally.
 
-    q: (batch, heads, …, head_dim), k, v: (batch, kv_heads, …) before rotation: `length` places of the prompt, then
-    `responses` equal parts. bias: `shared_prompt_bias`. Same numbers as `causal_attention` on every prompt with its
-    response alone, without computing a prompt twice.
+    q: (batch, heads, prompt_length + responses · width, head_dim), k, v: (batch, kv_heads, …) before rotation. bias:
+    `shared_prompt_bias`, made once for all layers. Same numbers as `causal_attention` on every prompt with its response
+    alone, without computing a prompt twice.
     """
     q, k = (apply_rope(x, position_ids, frequencies) for x in (q, k))
-    (q_prompt, q_own), *keys_values = (x.tensor_split([length], 2) for x in (q, k, v))
+    (q_prompt, q_own), *keys_values = (
+        x.tensor_split([prompt_length], 2) for x in (q, k, v)
+    )
     if q.device.type == "cpu":
         prompt = TiledAttention.apply(q_prompt, *(x for x, _ in keys_values))
     else:
@@ -151,31 +153,33 @@ def shared_prompt_attention(
             q_prompt, *(x for x, _ in keys_values), is_causal=True, enable_gqa=True
         )
     batch, heads, kv_heads, head_dim = *q.shape[:2], k.shape[1], q.shape[-1]
-    shape = (batch, kv_heads, heads // kv_heads, responses, -1, head_dim)
-    rows = q_own.reshape(shape).transpose(2, 3)
-    rows = rows.reshape(batch * kv_heads * responses, -1, head_dim)
-    # behind the prompt's keys, which all share, each response has its own
+    group = heads // kv_heads
+    rows = q_own.reshape(batch, kv_heads, group, responses, -1, head_dim)
+    rows = rows.transpose(2, 3).reshape(batch * kv_heads * responses, -1, head_dim)
+    # the prompt's keys are copied for every response: one product with all keys then
+    # takes less time than two with parts, whose scores would have to be put together
     keys, values = (
         torch.cat(
             [
-                shared[:, :, None].expand(-1, -1, responses, -1, -1),
+                prompts[:, :, None].expand(-1, -1, responses, -1, -1),
                 own.unflatten(2, (responses, -1)),
             ],
             3,
         ).flatten(0, 2)
-        for shared, own in keys_values
+        for prompts, own in keys_values
     )
     scores = torch.baddbmm(bias, rows, keys.transpose(1, 2), alpha=head_dim**-0.5)
     out = torch.softmax(scores, -1) @ values
-    out = out.view(batch, kv_heads, responses, shape[2], -1, head_dim).transpose(2, 3)
+    out = out.view(batch, kv_heads, responses, group, -1, head_dim).transpose(2, 3)
     return torch.cat([prompt, out.reshape(q_own.shape)], 2)
 
 
 def shared_prompt_bias(model: Qwen, real, responses: int, width: int) -> torch.Tensor:
     """What `shared_prompt_attention` adds to its scores: 0 where a response may look, −inf where not.
 
-    real: (batch, length), False where a prompt is padding; width: tokens of a response. The result is (batch · kv_heads
-    · responses, group · width, length + width), with the queries of one group as rows of one matrix.
+    real: (batch, prompt_length), False where a prompt is padding; width: tokens of a response. The result is (batch ·
+    kv_heads · responses, group · width, prompt_length + width): the `group` query heads that read one kv head are rows
+    of one matrix.
     """
     c, weight = model.config, model.model.embed_tokens.weight
     own = torch.ones(width, width, dtype=torch.bool).tril()
@@ -213,12 +217,14 @@ def group_logprobs(
         [torch.arange(prompts.shape[1]).expand(len(groups), -1), within], 1
     ).to(device)
     real = torch.arange(prompts.shape[1]) < lengths[:, None]
-    shared = {"length": prompts.shape[1], "responses": count}
-    shared["bias"] = shared_prompt_bias(model, real, count, width)
     usual = model.attention
     try:
         model.attention = functools.partial(
-            shared_prompt_attention, **usual.keywords, **shared
+            shared_prompt_attention,
+            **usual.keywords,
+            prompt_length=prompts.shape[1],
+            responses=count,
+            bias=shared_prompt_bias(model, real, count, width),
         )
         hidden = model.hidden_states(ids, places)
     finally:

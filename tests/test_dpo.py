@@ -15,6 +15,7 @@ from qwen_mini.dpo import (
     OnlineMergingAdamW,
     build_pairs,
     dpo_loss,
+    fresh_pairs,
     make_trainer,
     optimize_preferences,
     pair_batch,
@@ -129,6 +130,20 @@ def test_another_asked_wording_is_another_run(small, monkeypatch):
     task = dataclasses.replace(TASKS["story"], asked=("{name} {start} {thing} {events}!",))
     monkeypatch.setitem(TASKS, "story", task)
     assert (optimize_preferences(small, stage="dpo_wordings") / "manifest.json").read_text() != first
+
+
+def test_two_problems_of_three_are_in_wordings_without_demonstrations(monkeypatch):
+    from qwen_mini import dpo
+
+    slots = "{name} {start} {thing} {events}"
+    task = dataclasses.replace(TASKS["story"], shown=(f"shown {slots}",), asked=(f"asked {slots}",))
+    monkeypatch.setattr("qwen_mini.sft.TASKS", {"story": task})
+    drawn = []
+    monkeypatch.setattr(dpo, "evaluate_tasks", lambda model, tokenizer, problems, *_: drawn.extend(problems) or [])
+    numbers = dataclasses.replace(course.load_scale("quick").dpo, problems=12)
+    assert fresh_pairs(None, None, numbers) == []
+    first = [problem.messages[-1]["content"].split()[0] for problem in drawn]
+    assert first.count("asked") == 8 and first.count("shown") == 4
 
 
 def test_pairs_may_match_in_length(tokenizer):
