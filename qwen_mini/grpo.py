@@ -140,7 +140,7 @@ def shared_prompt_attention(
 
     q: (batch, heads, prompt_length + responses · width, head_dim), k, v: (batch, kv_heads, …) before rotation. bias:
     `shared_prompt_bias`, made once for all layers. Same numbers as `causal_attention` on every prompt with its response
-    alone, without computing a prompt twice.
+    alone, without computing a prompt twice. document_ids and cache are there for the signature, and not used.
     """
     q, k = (apply_rope(x, position_ids, frequencies) for x in (q, k))
     (q_prompt, q_own), *keys_values = (
