@@ -133,13 +133,12 @@ def test_another_asked_wording_is_another_run(small, monkeypatch):
 
 
 def test_two_problems_of_three_are_in_wordings_without_demonstrations(monkeypatch):
-    from qwen_mini import dpo
-
     slots = "{name} {start} {thing} {events}"
     task = dataclasses.replace(TASKS["story"], shown=(f"shown {slots}",), asked=(f"asked {slots}",))
     monkeypatch.setattr("qwen_mini.sft.TASKS", {"story": task})
     drawn = []
-    monkeypatch.setattr(dpo, "evaluate_tasks", lambda model, tokenizer, problems, *_: drawn.extend(problems) or [])
+    take = lambda model, tokenizer, problems, *_: drawn.extend(problems) or []
+    monkeypatch.setattr("qwen_mini.dpo.evaluate_tasks", take)
     numbers = dataclasses.replace(course.load_scale("quick").dpo, problems=12)
     assert fresh_pairs(None, None, numbers) == []
     first = [problem.messages[-1]["content"].split()[0] for problem in drawn]
