@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from .course import CourseError, hardware
-from .attention import TiledAttention
+from .attention import TiledAttention, causal_bias
 from .dpo import WORDINGS_ASKED, target_logprobs, wordings_hash
 from .layers import apply_rope
 from .long_context import fingerprint
@@ -182,10 +182,9 @@ def shared_prompt_bias(model: Qwen, real, responses: int, width: int) -> torch.T
     of one matrix.
     """
     c, weight = model.config, model.model.embed_tokens.weight
-    own = torch.ones(width, width, dtype=torch.bool).tril()
-    seen = [real[:, None].expand(-1, width, -1), own.expand(len(real), -1, -1)]
-    bias = torch.zeros(len(real), width, real.shape[1] + width, dtype=weight.dtype)
-    bias.masked_fill_(~torch.cat(seen, 2), -math.inf)
+    batch, length = real.shape
+    bias = causal_bias(1, length, length + width, weight.dtype).repeat(batch, 1, 1)
+    bias[:, :, :length].masked_fill_(~real[:, None], -math.inf)
     group = c.num_attention_heads // c.num_key_value_heads
     bias = bias.repeat(1, group, 1).to(weight.device)
     return bias.repeat_interleave(c.num_key_value_heads * responses, 0)
