@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from .pretraining import Trainer, world
 from .reward_model import RewardModel, adamw_settings, pad_right, score_rows
 from qwen_mini.sft import (
     Answer,
+    content_hash,
     evaluate_tasks,
     run_stage,
     start_checkpoint,
@@ -478,13 +478,14 @@ def optimize(
     stage: str = "grpo",
     settings=None,
     stop_after: int | None = None,
+    weights: Weights | None = None,
 ) -> Path:
     """GRPO on fresh verified problems from the DPO checkpoint; returns `runs/<scale>/<stage>`.
 
-    At the beginning, a third and two thirds of the way, and after the last step the records hold a `view`: of eight
-    problems the one whose answers vary most at the start, and `eight_answers` to it; the first one also the seconds of
-    the probe. Interrupted and finished runs as in `finetune`. Source: report §4.3; what is not published is named in
-    the notebook.
+    weights: how often to ask for each kind, by default what a `probe` says. At the beginning, a third and two thirds of
+    the way, and after the last step the records hold a `view`: of eight problems the one whose answers vary most at the
+    start, and `eight_answers` to it. Interrupted and finished runs as in `finetune`. Source: report §4.3; what is not
+    published is named in the notebook.
     """
     settings = settings or config.grpo
     start = start_checkpoint(config, "dpo", settings.start)
@@ -494,21 +495,22 @@ def optimize(
         "start": fingerprint(start),
         "wordings": wordings_hash(),
     }
+    if weights is not None:
+        inputs["weights"] = content_hash([[*kind, w] for kind, w in weights.items()])
     views = [settings.steps * third // 3 for third in range(3)]
 
     def begin(dtype):
         tokenizer = Tokenizer.from_pretrained(start)
         policy = Qwen.from_pretrained(start, dtype).to(hardware.device()).eval()
-        begun = time.perf_counter()
-        weights = probe(policy.requires_grad_(False), tokenizer, settings, seed)
-        probed = {"probe_seconds": time.perf_counter() - begun}
-        candidates = fresh_queries(8, weights, f"{seed}/view", 0)
+        policy.requires_grad_(False)
+        asked = weights or probe(policy, tokenizer, settings, seed)
+        candidates = fresh_queries(8, asked, f"{seed}/view", 0)
         _, tried = roll_out(policy, tokenizer, candidates, settings, seed)
         example = candidates[order_by_reward_variance([g.rewards for g in tried])[0]]
         trainer = new_trainer(config, start, settings, dtype)
         options = {"reference": policy} if settings.beta else {}
         update_policy = optimize_policy(
-            trainer, tokenizer, settings, weights, seed, **options
+            trainer, tokenizer, settings, asked, seed, **options
         )
 
         def view():
@@ -521,7 +523,6 @@ def optimize(
 
         def step(number):
             seen = {"view": view()} if number in views else {}
-            seen |= probed if number == 0 else {}
             record = update_policy(number)
             last = number == settings.steps - 1
             return record | seen | ({"end": view()} if last else {})
