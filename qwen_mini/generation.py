@@ -100,11 +100,12 @@ class Sampling:
 
     def __post_init__(self):
         rules = [
-            ("temperature", "0 (greedy) or positive", 0 <= self.temperature < math.inf),
+            ("temperature", "0 (greedy) or at least 1e-15 (float32 overflows below)",
+             self.temperature == 0 or 1e-15 <= self.temperature < math.inf),
             ("top_k", "0 (off) or a positive number of ids", self.top_k >= 0),
             ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
-            ("repetition_penalty", "positive (1 is off)",
-             0 < self.repetition_penalty < math.inf),
+            ("repetition_penalty", "positive (1 is off), from 1e-15 to 1e15",
+             1e-15 <= self.repetition_penalty <= 1e15),
             ("vocab_size", "at least 1",
              self.vocab_size is None or self.vocab_size >= 1),
         ]
@@ -118,6 +119,9 @@ class Sampling:
         if len(self.forbidden_ids):
             columns = torch.as_tensor(self.forbidden_ids, device=logits.device)
             logits = logits.index_fill(1, columns, -math.inf)
+            if len(columns) >= logits.shape[1] and not bool((logits > -math.inf).any()):
+                raise ValueError("forbidden_ids must leave at least one id, but they are "
+                                 f"all of the {logits.shape[1]} that may be chosen")
         if self.repetition_penalty != 1:
             logits = penalize_repetition(logits, history, self.repetition_penalty)
         return logits / self.temperature if self.temperature not in (0, 1) else logits

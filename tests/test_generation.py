@@ -368,6 +368,11 @@ def test_a_stream_can_be_left_early(model, tokenizer):
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -0.1}, "temperature must be 0"),
         ({"temperature": math.nan}, "temperature must be 0"),
+        ({"temperature": 1e-39}, "temperature must be 0 .greedy. or at least 1e-15"),
+        ({"repetition_penalty": 1e-39}, "repetition_penalty must be positive .1 is off., from 1e-15"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty must be positive .1 is off., from 1e-15 to 1e15"),
+        ({"forbidden_ids": range(300)}, "forbidden_ids must leave at least one id"),
+        ({"forbidden_ids": range(300), "temperature": 1.0}, "forbidden_ids must leave at least one id"),
         ({"top_k": -1}, "top_k must be 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\]"),
@@ -382,6 +387,24 @@ def test_a_wrong_request_is_one_sentence(model, change, message):
     with pytest.raises(ValueError, match=message) as error:
         generate(model, request.pop("prompts"), request.pop("max_new_tokens"), **request)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1e-15},
+        {"temperature": 1e-15, "top_k": 7, "top_p": 0.9},
+        {"temperature": 1.0, "repetition_penalty": 1e-15},
+        {"temperature": 1.0, "repetition_penalty": 1e15},
+        {"temperature": 1e-15, "repetition_penalty": 1e-15},
+        {"temperature": 1e-15, "repetition_penalty": 1e15},
+        {"forbidden_ids": range(299)},
+    ],
+)
+def test_what_a_refusal_offers_instead_works(model, options):
+    assert len(generate(model, PROMPTS, 6, return_logprobs=True, generator=seeded(), **options)) == len(PROMPTS)
+    coldest = generate(model, PROMPTS, 6, temperature=1e-15, generator=seeded())
+    assert tokens(coldest) == tokens(generate(model, PROMPTS, 6))
 
 
 def test_a_longer_context_can_be_asked_for(model):
