@@ -46,11 +46,15 @@ def _not_negative(section, *keys: str) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """The machine: `threads` 0 means all cores, `memory_gib` is the budget of one notebook."""
+    """The machine: `threads` 0 means all cores, `memory_gib` is the budget of one notebook.
+
+    `dtype`: what training and sampling compute in; `QWEN_MINI_DTYPE` overrides it. float32 is right on every CPU,
+    bfloat16 faster where the processor has instructions for it. It is provenance, and part of no key.
+    """
 
     threads: int
     memory_gib: float
-    dtype: typing.Literal["auto", "float32", "bfloat16"]
+    dtype: typing.Literal["float32", "bfloat16"]
 
     def __post_init__(self):
         _not_negative(self, "threads")
@@ -148,14 +152,11 @@ class Pretraining:
     weight_decay: float
     clip_norm: float
     grad_accumulation: int
-    eval_every: int
-    eval_tokens: int
-    checkpoint_every: int
     phases: tuple[Phase, ...]
 
     def __post_init__(self):
         _positive(self, "batch_tokens", "learning_rate", "matrix_learning_rate", "eps", "clip_norm")
-        _positive(self, "grad_accumulation", "eval_every", "eval_tokens", "checkpoint_every")
+        _positive(self, "grad_accumulation")
         _not_negative(self, "warmup_steps", "weight_decay")
         _share(self, "min_lr_ratio", "decay_fraction")
         _require(self.schedule != "wsd" or self.decay_fraction > 0, "decay_fraction", "must be above 0 for wsd")
@@ -196,11 +197,10 @@ class LongContext:
     warmup_steps: int
     needle_share: float
     needle_rows: int
-    tries: int
     stages: tuple[Stage, ...]
 
     def __post_init__(self):
-        _positive(self, "batch_tokens", "learning_rate", "matrix_learning_rate", "needle_rows", "tries")
+        _positive(self, "batch_tokens", "learning_rate", "matrix_learning_rate", "needle_rows")
         _not_negative(self, "warmup_steps")
         _require(0 < self.needle_share < 1, "needle_share", "must lie strictly between 0 and 1")
         _require(len(self.stages) > 0, "stages", "must hold at least one stage")
@@ -242,11 +242,10 @@ class SparsePrefill:
 
 @dataclass(frozen=True)
 class Sft:
-    """Fine-tuning: gold responses and held-out problems a task, and the numbers of the run.
+    """Fine-tuning: `demonstrations` gold responses per task, and the numbers of the run.
 
     `replay`: windows of pre-training text per demonstration, their tokens weighing `replay_weight`; `min_lr_ratio`: the
-    rates at the end, of those at the beginning; `ablation_demonstrations`: a task, for the small arms; `long_rows`: long
-    instructions of the second stage; `fresh`: new problems a task for rejection sampling.
+    rates at the end, of those at the beginning.
     """
 
     demonstrations: int
@@ -258,14 +257,9 @@ class Sft:
     matrix_learning_rate: float
     min_lr_ratio: float
     warmup_steps: int
-    problems: int
-    ablation_demonstrations: int
-    long_rows: int
-    fresh: int
 
     def __post_init__(self):
         _positive(self, "demonstrations", "epochs", "batch_rows", "learning_rate", "matrix_learning_rate")
-        _positive(self, "problems", "ablation_demonstrations", "long_rows", "fresh")
         _not_negative(self, "replay", "replay_weight", "warmup_steps")
         _share(self, "min_lr_ratio")
 
@@ -274,9 +268,8 @@ class Sft:
 class RewardModelScale:
     """Preference data and training of chapter 15's reward models.
 
-    `demonstrations`: careless responses a task; `problems`: a task for the pairs, `samples` answers each; `heldout`:
-    problems a task of the benchmarks; `best_of`: samples a problem for best-of-n. `center`: the weight that keeps
-    rewards around zero.
+    `demonstrations`: careless responses per task; `problems`: per task for the pairs, `samples` answers each;
+    `center`: the weight that keeps rewards around zero.
     """
 
     start: typing.Literal["own", "shipped"]
@@ -288,22 +281,18 @@ class RewardModelScale:
     learning_rate: float
     warmup_steps: int
     center: float
-    heldout: int
-    best_of: int
 
     def __post_init__(self):
-        _positive(self, "demonstrations", "problems", "epochs", "batch_pairs", "learning_rate", "heldout")
+        _positive(self, "demonstrations", "problems", "epochs", "batch_pairs", "learning_rate")
         _not_negative(self, "warmup_steps", "center")
         _require(self.samples > 1, "samples", "must be at least 2, or there is no pair")
-        _require(self.best_of > 1, "best_of", "must be at least 2")
 
 
 @dataclass(frozen=True)
 class Dpo:
     """Preference optimisation: `problems` a task give up to `pairs_per_problem` pairs each of `samples` answers.
 
-    `alpha`, `keep`: the Online Merging Optimizer's; `heldout`: problems a task for measuring, twice as
-    many for the final comparison; `seeds`: training runs that are compared.
+    `alpha`, `keep`: the Online Merging Optimizer's.
     """
 
     start: typing.Literal["own", "shipped"]
@@ -318,12 +307,10 @@ class Dpo:
     warmup_steps: int
     alpha: float
     keep: float
-    heldout: int
-    seeds: int
 
     def __post_init__(self):
         _positive(self, "problems", "pairs_per_problem", "max_new_tokens", "epochs", "batch_pairs", "beta")
-        _positive(self, "learning_rate", "keep", "heldout", "seeds")
+        _positive(self, "learning_rate", "keep")
         _not_negative(self, "warmup_steps")
         _share(self, "alpha", "keep")
         _require(self.samples > 1, "samples", "must be at least 2, or there is no pair")
@@ -333,9 +320,8 @@ class Dpo:
 class Grpo:
     """Reinforcement learning: `steps` updates on `queries` fresh problems with `group_size` answers each.
 
-    `micro_groups`: groups a forward pass; `probe`: problems a kind that tell which are worth asking; `beta`:
-    weight of the KL term, 0 for none; `seeds`: training runs that are compared; `heldout`: problems a task and
-    wording for measuring, twice as many in unseen ones; `side_steps`: of the small runs that show what goes wrong.
+    `micro_groups`: groups per forward pass; `probe`: problems per kind that tell which are worth asking; `beta`:
+    weight of the KL term, 0 for none.
     """
 
     start: typing.Literal["own", "shipped"]
@@ -351,16 +337,45 @@ class Grpo:
     epsilon: float
     epsilon_high: float
     beta: float
-    seeds: int
-    heldout: int
-    side_steps: int
 
     def __post_init__(self):
-        _positive(self, "steps", "queries", "micro_groups", "max_new_tokens", "learning_rate", "epsilon", "seeds")
-        _positive(self, "epsilon_high", "heldout", "side_steps", "probe")
+        _positive(self, "steps", "queries", "micro_groups", "max_new_tokens", "learning_rate", "epsilon")
+        _positive(self, "epsilon_high", "probe")
         _not_negative(self, "warmup_steps", "beta")
         _require(self.group_size > 1, "group_size", "must be at least 2, or there is nothing to compare")
         _require(set(self.levels) <= {1, 2, 3, 4, 5} and self.levels, "levels", "must name levels from 1 to 5")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Sizes of measurements, which no training depends on.
+
+    `eval_every`, `eval_tokens`: steps between evaluations while pre-training, and tokens per domain; `needle_tries`:
+    prompts per cell of a needle grid; `sft_problems`, `sft_fresh`: held-out problems, and new ones for rejection
+    sampling, per task; `ablation_demonstrations`: per task, of chapter 14's small arms; `long_rows`: long instructions
+    of its second stage; `reward_heldout`: problems per task of the reward benchmarks; `best_of`: samples per problem for
+    best-of-n; `dpo_heldout`, `grpo_heldout`: held-out problems per task (and wording); `dpo_seeds`, `grpo_seeds`:
+    training runs that are compared; `side_steps`: of the small runs that show what goes wrong.
+    """
+
+    eval_every: int
+    eval_tokens: int
+    needle_tries: int
+    sft_problems: int
+    sft_fresh: int
+    ablation_demonstrations: int
+    long_rows: int
+    reward_heldout: int
+    best_of: int
+    dpo_heldout: int
+    dpo_seeds: int
+    grpo_heldout: int
+    grpo_seeds: int
+    side_steps: int
+
+    def __post_init__(self):
+        _positive(self, *(field.name for field in dataclasses.fields(self)))
+        _require(self.best_of > 1, "best_of", "must be at least 2")
 
 
 @dataclass(frozen=True)
@@ -380,6 +395,7 @@ class ScaleConfig:
     reward_model: RewardModelScale
     dpo: Dpo
     grpo: Grpo
+    measure: Measure
 
     def __post_init__(self):
         _require(
@@ -399,6 +415,29 @@ class ScaleConfig:
         )
 
 
+    def only(self, *sections: str) -> "Sections":
+        """These sections alone, as the input of an experiment: reading another one is an error."""
+        return Sections(self, sections)
+
+
+class Sections:
+    """Some sections of a scale, `config.only("model", "sft")`; `name` and `run` are there, too, and count for no key."""
+
+    def __init__(self, config: ScaleConfig, names: tuple[str, ...]):
+        known = [field.name for field in dataclasses.fields(config)]
+        if unknown := sorted(set(names) - set(known)):
+            raise ScaleError(f"a scale has no section {unknown[0]!r}: use some of {', '.join(known[2:])}")
+        self.sections = {name: getattr(config, name) for name in ("name", "run", *names)}
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") or name == "sections":
+            raise AttributeError(name)
+        if name not in self.sections:
+            declared = ", ".join(list(self.sections)[2:])
+            raise ScaleError(f"the section {name!r} was read, but only {declared} declared: add it to config.only(…)")
+        return self.sections[name]
+
+
 def scale_names() -> list[str]:
     """The scales that come with the course, in order of size."""
     known = [path.stem for path in FOLDER.glob("*.toml")]
@@ -413,6 +452,8 @@ def scale_file(scale: str | Path) -> Path:
         return path
     own = Path(scale)
     if own.suffix == ".toml" and own.is_file():
+        if own.stem in scale_names():
+            raise ScaleError(f"{own} has the name of the course's own scale {own.stem!r}: call the file something else")
         return own.resolve()
     known = ", ".join(scale_names())
     raise ScaleError(f"there is no scale {str(scale)!r}: use one of {known}, or the path of a .toml file")
