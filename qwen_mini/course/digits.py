@@ -54,7 +54,7 @@ NOT_RESULTS = re.compile(
     | \barXiv[:\s]*\d+\.\d+ | \b\d{4}\.\d{5}\b                     # papers
     | \b(?:Python|PyTorch|CUDA|NumPy|version)\s\d[\d.]*(?:(?:,|\sor|\sto|\sand)\s\d+\.\d+)*
     | \b(?:CC\sBY(?:-\w\w)*|[A-Z][\w-]*-By|Apache|PSF|MIT|GPL)[\s-]\d\.\d
-    | \b[A-Z]\w*-?\d\.\d\b                                         # models: Qwen2.5, Llama-3.1
+    | \b[A-Z]\w*-\d\.\d\b                                          # models: Llama-3.1
     """,
     re.VERBOSE,
 )
