@@ -1,4 +1,4 @@
-"""Notebooks as data: reading, the chapters in order, the parameters cell, and the hash that tells stale outputs."""
+"""Notebooks as data: reading, the chapters in order, the parameters cell, and the digest of their code."""
 
 import ast
 import hashlib
@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from .errors import CourseError
+from .syntax import normalised
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,15 @@ class Notebook:
         return found.group(1) if found else None
 
     @cached_property
+    def code_digest(self) -> str:
+        """Digest of what the code cells compute; prose, comments, layout and local names do not count."""
+        texts = [text for text in map(_normalised_cell, self.code) if text]
+        return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+    @property
     def code_hash(self) -> str:
-        """Hash of the code cells: prose may change without making the outputs stale."""
-        return hashlib.sha256("\0".join(self.code).encode()).hexdigest()[:16]
+        """The digest, by the name that its last callers still use."""
+        return self.code_digest
 
     def parameter_cells(self) -> list[dict]:
         return [cell for cell in self.cells if "parameters" in cell["metadata"].get("tags", [])]
@@ -71,6 +78,26 @@ class Notebook:
             except ValueError:
                 raise ValueError(f"has a parameter that is no literal: `{ast.unparse(node)}`") from None
         return values
+
+
+def _normalised_cell(code: str) -> str:
+    """What a cell computes, as `normalised` writes it; '' for one that holds only comments.
+
+    Lines for IPython (`%`, `!`) count as they are written, and so does a cell that no parser reads.
+    """
+    silent = ";" if code.rstrip().endswith(";") else ""  # a notebook does not show the last value then
+    try:
+        text = normalised(code)
+    except SyntaxError:
+        try:
+            text = normalised(re.sub(r"^(\s*)([%!].*)", _as_call, code, flags=re.MULTILINE))
+        except SyntaxError:
+            return code
+    return "" if text == "[]" else text + silent
+
+
+def _as_call(found: re.Match) -> str:
+    return f"{found[1]}ipython({found[2].rstrip()!r})"
 
 
 def source(cell: dict) -> str:
