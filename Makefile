@@ -4,6 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
+# Threads that wait sleep soon, also in a notebook that loads torch before anything else (qwen_mini/course/environment.py).
+export GOMP_SPINCOUNT ?= 1000
+export KMP_BLOCKTIME ?= 1
+
 .PHONY: setup course test check lab chat bench outputs clean
 
 setup: $(READY)

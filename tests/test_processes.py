@@ -1,16 +1,20 @@
 """Independent runs side by side."""
 
+import contextlib
 import os
+import random
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from qwen_mini.course import CourseError, side_by_side
+from qwen_mini.course import CourseError, processes, side_by_side
 
 forks = pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="no forks here")
 
@@ -38,33 +42,119 @@ def trained(seed):
 
 
 @forks
-def test_every_run_has_a_process_and_one_thread_and_the_same_numbers_as_alone():
-    alone = [trained(seed)[2] for seed in range(4)]  # the parent has used its threads before it forks
-    beside = side_by_side({seed: partial(trained, seed) for seed in range(4)})
-    assert list(beside) == [0, 1, 2, 3]
-    assert len({process for process, _, _ in beside.values()} | {os.getpid()}) == 5
-    assert [threads for _, threads, _ in beside.values()] == [1] * 4
-    for here, (_, _, there) in zip(alone, beside.values(), strict=True):
-        np.testing.assert_allclose(there, here, atol=1e-6)
+def test_every_call_has_a_process_and_one_thread():
+    beside = side_by_side({seed: partial(trained, seed) for seed in range(3)})
+    assert list(beside) == [0, 1, 2]
+    assert len({process for process, _, _ in beside.values()} | {os.getpid()}) == 4
+    assert [threads for _, threads, _ in beside.values()] == [1] * 3
     assert torch.get_num_threads() == 2
 
 
 @forks
-def test_what_would_leave_a_thread_idle_runs_here_with_all_threads():
-    runs = side_by_side({seed: partial(trained, seed) for seed in range(3)}).values()
-    assert [process == os.getpid() for process, _, _ in runs] == [True, False, False]
-    assert [threads for _, threads, _ in runs] == [2, 1, 1]
+def test_a_call_more_changes_no_digit_of_the_others():
+    torch.manual_seed(7)
+    trained(0)  # the parent has used its threads before it forks
+    unseeded = lambda: (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
+    few = side_by_side({"a": partial(trained, 1), "drawn": unseeded})
+    more = side_by_side({"b": partial(trained, 2), "a": partial(trained, 1), "drawn": unseeded})
+    np.testing.assert_array_equal(few["a"][2], more["a"][2])
+    assert few["drawn"] == more["drawn"]
 
 
-@pytest.mark.parametrize("reason", ["threads", "torchrun"])
-def test_without_forks_they_run_one_after_the_other(monkeypatch, reason):
-    if reason == "threads":
-        torch.set_num_threads(1)
-    else:
+@pytest.mark.parametrize("reason", ["gpu", "torchrun"])
+def test_without_forks_they_run_one_after_the_other_with_the_same_numbers(monkeypatch, reason):
+    calls = {seed: partial(trained, seed) for seed in range(2)}
+    calls["drawn"] = lambda: (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
+    np.random.seed(1)
+    in_forks = side_by_side(calls)
+    if reason == "torchrun":
         monkeypatch.setenv("WORLD_SIZE", "2")
-    runs = side_by_side({seed: partial(trained, seed) for seed in range(2)})
-    assert [process for process, _, _ in runs.values()] == [os.getpid()] * 2
+    else:
+        monkeypatch.setattr(processes.hardware, "device", lambda: "cuda")
+    here = side_by_side(calls)
+    assert [here[seed][0] for seed in range(2)] == [os.getpid()] * 2
+    assert [here[seed][1] for seed in range(2)] == [2 if reason == "gpu" else 1] * 2
+    assert torch.get_num_threads() == 2
     assert side_by_side({}) == {}
+    if reason == "torchrun":
+        for seed in range(2):
+            np.testing.assert_array_equal(here[seed][2], in_forks[seed][2])
+    assert here["drawn"] == in_forks["drawn"]
+
+
+@forks
+def test_with_one_thread_they_run_one_at_a_time_still_in_forks(tmp_path):
+    def alone(name):
+        (tmp_path / name).touch()
+        seen = len(list(tmp_path.iterdir()))
+        time.sleep(0.1)
+        (tmp_path / name).unlink()
+        return seen, os.getpid()
+
+    torch.set_num_threads(1)
+    results = side_by_side({name: partial(alone, name) for name in "abc"})
+    assert [seen for seen, _ in results.values()] == [1] * 3
+    assert os.getpid() not in {process for _, process in results.values()}
+
+
+@forks
+def test_the_caller_is_told_of_each_end():
+    done = []
+    side_by_side({name: partial(time.sleep, 0.01) for name in "ab"}, on_done=lambda *call: done.append(call))
+    assert sorted(name for name, _ in done) == ["a", "b"] and all(seconds >= 0.01 for _, seconds in done)
+
+
+@forks
+def test_forks_end_with_a_parent_that_is_killed(tmp_path):
+    code = (
+        "import os, pathlib, sys, time\n"
+        "from qwen_mini.course import side_by_side\n"
+        "def call(name):\n"
+        "    (pathlib.Path(sys.argv[1]) / name).write_text(str(os.getpid()))\n"
+        "    while True: pass\n"
+        "side_by_side({name: lambda name=name: call(name) for name in 'ab'})\n"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
+    forks = [int(eventually(lambda name=name: (tmp_path / name).read_text())) for name in "ab"]
+    assert all(psutil.pid_exists(fork) for fork in forks)
+    parent.kill()
+    parent.wait()
+    assert eventually(lambda: not any(psutil.pid_exists(fork) for fork in forks))
+
+
+def eventually(look, seconds=60):
+    """What `look` returns as soon as it is true; a file that is not there yet counts as false."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with contextlib.suppress(FileNotFoundError):
+            if found := look():
+                return found
+        time.sleep(0.05)
+    return None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_a_process_whose_parent_has_ended_before_it_asked_ends_at_once():
+    code = "from qwen_mini.course.processes import die_with_parent\ndie_with_parent({})\nprint('lives')"
+    for parent, lives in ((os.getpid(), True), (os.getpid() + 1, False)):
+        done = subprocess.run([sys.executable, "-c", code.format(parent)], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == ((0, "lives\n") if lives else (-signal.SIGTERM, ""))
+
+
+@forks
+def test_tokenizing_in_a_fork_does_not_wait_for_threads_that_are_not_there(monkeypatch, tokenizer):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    texts = [f"text number {number}" for number in range(2_000)]
+    count = len(tokenizer.encode_batch(texts))  # its threads are there now
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the forks hang"))
+    signal.alarm(60)
+    try:
+        results = side_by_side({name: lambda: len(tokenizer.encode_batch(texts)) for name in "ab"})
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert results == {"a": count, "b": count}
 
 
 @forks
@@ -84,12 +174,29 @@ def test_errors_reach_the_caller():
         side_by_side({"right": partial(trained, 0), "broken": broken})
     with pytest.raises(CourseError, match="exit code -9"):
         side_by_side({"killed": killed, "right": partial(trained, 0)})
-    begun = time.monotonic()
-    with pytest.raises(CourseError, match="one sentence"):
-        side_by_side({"wrong": wrong, "slow": lambda: time.sleep(60)})
-    assert time.monotonic() - begun < 30  # the other one was ended
     with pytest.raises(RuntimeError, match="pickle"):
         side_by_side({"function": lambda: lambda: 0, "right": partial(trained, 0)})
+
+
+@forks
+@pytest.mark.parametrize("deaf", [False, True], ids=["listens", "deaf"])
+def test_after_a_failure_the_others_are_ended(tmp_path, monkeypatch, deaf):
+    monkeypatch.setattr(processes, "GRACE", 0.5)
+
+    def slow():
+        if deaf:  # as inside a library that does not return
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (tmp_path / "aside").write_text(str(os.getpid()))
+        (tmp_path / "aside").rename(tmp_path / "slow")
+        time.sleep(600)
+
+    def wrong():
+        assert eventually((tmp_path / "slow").exists)
+        raise CourseError("one sentence")
+
+    with pytest.raises(CourseError, match="one sentence"):
+        side_by_side({"slow": slow, "wrong": wrong})
+    assert not psutil.pid_exists(int((tmp_path / "slow").read_text()))
 
 
 @forks

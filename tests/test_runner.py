@@ -1,18 +1,21 @@
 """The runner executes tiny notebooks and believes none of them without looking."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from xml.etree import ElementTree
 
 import nbformat
+import psutil
 import pytest
 
-from qwen_mini.course import cli, runner
+from qwen_mini.course import CourseError, artifacts, claims, cli, hardware, runner
 from qwen_mini.course.nb import Notebook, select
 
 PARAMETERS = 'scale = "laptop"\nseed = 0'
@@ -20,7 +23,7 @@ PARAMETERS = 'scale = "laptop"\nseed = 0'
 
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path, monkeypatch):
-    """A project without chapters, so that editing one during the tests makes nothing stale."""
+    """A project without chapters."""
     monkeypatch.setenv("QWEN_MINI_HOME", str(tmp_path))
 
 
@@ -48,37 +51,42 @@ def bench(tmp_path, runs_folder):
     """Write one notebook and run it."""
 
     def run(*cells, name="01_toy", **kwargs):
-        options = {key: kwargs.pop(key) for key in ("timeout", "force") if key in kwargs}
+        options = {key: kwargs.pop(key) for key in ("timeout",) if key in kwargs}
         return only(runner.run([write(tmp_path, name, *cells, **kwargs)], "quick", **options))
 
     return run
 
 
-def test_a_good_notebook_passes_and_is_then_up_to_date(tmp_path, runs_folder, capsys, monkeypatch):
+def test_a_good_notebook_passes_and_is_executed_again(tmp_path, runs_folder, capsys, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cells = [
         "import os; x = bytearray(200_000_000)",
-        "with course.artifacts.write_stage('quick', 'toy') as folder: (folder / 'a').write_text('1')",
-        "course.claim('scale and threads arrive', config.name == 'quick' and os.environ['OMP_NUM_THREADS'] == '2')",
+        "threads = os.environ['OMP_NUM_THREADS']",
+        f"course.claim('scale and threads arrive', config.name == 'quick' and threads == '{min(2, hardware.cores())}')",
         "course.claim('runs beside its file', os.path.exists('01_toy.ipynb') and seed == 3)",
     ]
     nb = write(tmp_path, "01_toy", *cells)
     first = only(runner.run([nb], "quick", seed=3))
     assert (first.status, first.claims_held, first.claims) == ("passed", 2, 2)
     assert first.seconds > 0.5 and 200 < first.peak_mib < 2000
-    assert only(runner.run([nb], "quick", seed=3)).status == "up to date"
-    assert "[1/1] 01_toy: up to date" in capsys.readouterr().out
+    assert "last time" not in capsys.readouterr().out
+    assert runner.last_seconds("quick") == {"01_toy": round(first.seconds, 1)}
+    again = only(runner.run([nb], "quick", seed=3))
+    assert (again.status, again.claims) == ("passed", 2)
+    assert f"last time {runner.clock(round(first.seconds, 1))}" in capsys.readouterr().out
 
-    state = json.loads((runs_folder / "quick" / "run_state.json").read_text())
-    assert list(state["01_toy"]["wrote"]) == ["toy"]
     report = json.loads((runs_folder / "quick" / "report.json").read_text())
     assert report["notebooks"][0]["claims"] == 2
     suite = ElementTree.parse(runs_folder / "quick" / "junit.xml").getroot()
     assert (suite.get("tests"), suite.get("failures")) == ("1", "0")
 
-    (runs_folder / "quick" / "toy" / "manifest.json").unlink()
-    assert not runner.State("quick").up_to_date(nb, state["01_toy"]["fingerprint"])
-    assert not runner.State("quick").up_to_date(nb, runner.fingerprint_of(nb, "quick", seed=4))
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"01_toy": {"seconds": 1.0}}', '{"seconds": {"01_toy": null}}'])
+def test_expected_times_of_another_version_or_cut_are_none(runs_folder, content):
+    artifacts.write_file(runs_folder / "quick" / "run_state.json", content)
+    assert runner.last_seconds("quick") == {}
+    runner._note_seconds(runner.Result("01_toy", "passed", 2.04), "quick")
+    assert runner.last_seconds("quick") == {"01_toy": 2.0}
 
 
 def test_an_exception_shows_cell_error_and_path(bench, capsys):
@@ -135,33 +143,97 @@ def test_the_first_failure_stops_unless_told_otherwise(tmp_path, runs_folder):
     books = [write(tmp_path, "01_bad", "1 / 0"), write(tmp_path, "02_good")]
     assert [one.status for one in runner.run(books, "quick")] == ["failed"]
     assert [one.status for one in runner.run(books, "quick", keep_going=True)] == ["failed", "passed"]
-    again = runner.run(books, "quick", keep_going=True)
-    assert [one.status for one in again] == ["failed", "up to date"]
+    assert list(runner.last_seconds("quick")) == ["02_good"]
 
 
-def test_a_new_upstream_stage_makes_readers_stale(tmp_path, runs_folder):
-    use = "from qwen_mini.course import artifacts\n"
-    make = use + "with artifacts.write_stage('quick', 'up') as folder: (folder / 'a').write_text('1')"
-    books = [write(tmp_path, "01_up", make), write(tmp_path, "02_down", use + "artifacts.find('quick', 'up')")]
-    runner.run(books, "quick")
-    assert [one.status for one in runner.run(books, "quick")] == ["up to date"] * 2
-    runner.run(books[:1], "quick", force=True)
-    assert [one.status for one in runner.run(books, "quick")] == ["up to date", "passed"]
+def test_a_wish_for_records_alone_or_none_reaches_the_kernel(tmp_path, runs_folder, monkeypatch):
+    monkeypatch.setenv("FRESH", "1")
+    wish = "assert (os.environ.get('QWEN_MINI_RECORDS'), os.environ.get('FRESH')) == ('only', None)"
+    nb = write(tmp_path, "01_toy", f"import os\n{wish}")
+    assert only(runner.run([nb], "quick", records_only=True)).ok
+    with pytest.raises(CourseError, match="one of the two"):
+        runner.run([nb], "quick", records_only=True, fresh=True)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path, runs_folder):
-    books = [write(tmp_path, "01_fast"), write(tmp_path, "02_slow", "import time\ntime.sleep(600)")]
+def processes_of(word: str) -> list[psutil.Process]:
+    """Running processes whose environment holds `word`: a run, its kernel, and the kernel's forks."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and word in process.environ().get("QWEN_MINI_RUNS", ""):
+                found.append(process)
+    return found
+
+
+def eventually(look, seconds=60):
+    until = time.monotonic() + seconds
+    while not look() and time.monotonic() < until:
+        time.sleep(0.1)
+    return look()
+
+
+@pytest.fixture
+def long_run(tmp_path, runs_folder):
+    """A run in the middle of two forks that compute for ever; whatever is left of it ends with the test."""
+    code = f"""
+        import pathlib
+        def call(name):
+            pathlib.Path({str(tmp_path)!r}, name).touch()
+            while True: pass
+        course.side_by_side({{name: lambda name=name: call(name) for name in "ab"}})"""
+    books = [write(tmp_path, "01_fast"), write(tmp_path, "02_forks", textwrap.dedent(code))]
     command = [sys.executable, "-u", "-m", "qwen_mini.course", "run", *(str(nb.path) for nb in books)]
-    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background would inherit deaf ears
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
-    assert "01_fast" in running.stdout.readline()
-    time.sleep(2)
-    running.send_signal(signal.SIGINT)
-    assert "the same command goes on" in running.communicate(timeout=30)[1]
-    assert running.returncode == 130
-    books[1] = write(tmp_path, "02_slow")
-    assert [one.status for one in runner.run(books, "quick")] == ["up to date", "passed"]
+
+    def listen():  # a job in the background would inherit deaf ears
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    running = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listen,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )
+    yield running
+    for process in [running, *processes_of(str(runs_folder))]:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    running.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks compute on Linux only")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
+def test_whatever_ends_a_run_ends_its_kernel_and_forks(tmp_path, runs_folder, long_run, name):
+    assert "01_fast" in long_run.stdout.readline()
+    assert eventually(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists())
+    assert len(processes_of(str(runs_folder))) >= 4
+    with pytest.raises(CourseError, match=rf"^a run of scale quick is under way \(process {long_run.pid}, since "):
+        runner.run([write(tmp_path, "03_other")], "quick")
+    long_run.send_signal(getattr(signal, name))
+    error = long_run.communicate(timeout=60)[1]
+    assert eventually(lambda: not processes_of(str(runs_folder)))
+    if name != "SIGKILL":
+        assert long_run.returncode == 130 and "the same command goes on" in error
+    assert only(runner.run([write(tmp_path, "03_other")], "quick")).ok  # the lock went with the process
+
+
+def test_two_sessions_of_one_notebook_do_not_mix_their_claims(tmp_path, runs_folder):
+    code = """
+        import sys
+        from qwen_mini import course
+        from qwen_mini.course import claims
+        claims.open_notebook("01_toy", "quick", int(sys.argv[1]))
+        for number in range(50):
+            course.claim(f"number {number}", number != 13)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    both = [subprocess.Popen([*command, str(seed)], stdout=subprocess.DEVNULL) for seed in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    records = claims.read_claims("quick", "01_toy")
+    assert [record["claim"] for record in records] == [f"number {number}" for number in range(50)]
+    assert len({record["seed"] for record in records}) == 1
 
 
 def test_the_command_line_returns_codes_and_plain_sentences(tmp_path, runs_folder, capsys):
@@ -176,18 +248,6 @@ def test_the_command_line_returns_codes_and_plain_sentences(tmp_path, runs_folde
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 4 and all(line.startswith("error: ") for line in lines)
     assert "quick, laptop, gpu, cluster" in lines[0] and "qwen-mini run evaluation --scale gpu" in lines[3]
-
-
-def test_outputs_of_a_run_during_which_its_sources_changed_are_not_written(tmp_path, runs_folder, capsys):
-    sources = tmp_path / "data" / "sources.toml"
-    sources.parent.mkdir()
-    cell = f"with open({str(sources)!r}, 'a') as file: file.write('# {{}}\\n')\nprint('done')"
-    books = [write(tmp_path, "01_edits", cell.format("changed")), write(tmp_path, "02_good", "print('done')")]
-    assert cli.main(["outputs", *(str(book.path) for book in books), "--scale", "quick"]) == 1
-    seen = capsys.readouterr()
-    assert "01_edits: outputs left as they were" in seen.err and "02_good" not in seen.err
-    written = [any(c.get("outputs") for c in nbformat.read(book.path, 4).cells) for book in books]
-    assert "02_good: outputs written" in seen.out and written == [False, True]
 
 
 def test_notebooks_are_found_by_name_number_and_subject(tmp_path):

@@ -7,20 +7,19 @@ from .artifacts import write_file
 from .paths import runs
 
 _current: dict = {"notebook": None, "scale": None, "seed": None}
+_made: list[dict] = []
 
 
 def open_notebook(notebook: str, scale: str, seed: int) -> None:
     """Remember which notebook claims and forget what it claimed before."""
     _current.update(notebook=notebook, scale=scale, seed=seed)
+    _made.clear()
     forget(scale, notebook)
 
 
 def forget(scale: str, notebook: str) -> None:
     """Remove a notebook's claims from the record."""
-    records = read_claims(scale)
-    kept = [record for record in records if record["notebook"] != notebook]
-    if len(kept) < len(records):
-        write_file(claims_file(scale), "".join(_line(record) for record in kept))
+    claims_file(scale, notebook).unlink(missing_ok=True)
 
 
 def claim(text: str, holds: bool, value=None, report: str | None = None) -> None:
@@ -33,30 +32,22 @@ def claim(text: str, holds: bool, value=None, report: str | None = None) -> None
     place = f" · report {report}" if report else ""
     print(f"{'claim holds' if holds else 'CLAIM FAILS'} · {text}{place}")
     if _current["notebook"] is not None:
-        record = {**_current, "claim": text, "holds": holds, "value": _plain(value), "report": report}
-        path = claims_file(_current["scale"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
+        _made.append({**_current, "claim": text, "holds": holds, "value": _plain(value), "report": report})
+        # all of this session's, not one line more: the same notebook may be open elsewhere, and mixed they are nobody's
+        content = "".join(_line(record) for record in _made)
+        write_file(claims_file(_current["scale"], _current["notebook"]), content)
 
 
-def claims_file(scale: str) -> Path:
-    """`runs/<scale>/claims.jsonl`."""
-    return runs() / scale / "claims.jsonl"
+def claims_file(scale: str, notebook: str) -> Path:
+    """`runs/<scale>/claims/<notebook>.jsonl`: a file each, so that notebooks may run at the same time."""
+    return runs() / scale / "claims" / f"{notebook}.jsonl"
 
 
 def read_claims(scale: str, notebook: str | None = None) -> list[dict]:
-    """Recorded claims of a scale, in order; of one notebook if given."""
-    path = claims_file(scale)
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:  # a line cut by a crash
-            continue
-    return [record for record in records if notebook in (None, record["notebook"])]
+    """Recorded claims of a scale, by notebook and in order; of one notebook if given."""
+    paths = [claims_file(scale, notebook)] if notebook else sorted((runs() / scale / "claims").glob("*.jsonl"))
+    texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
+    return [json.loads(line) for text in texts for line in text.splitlines()]
 
 
 def _line(record: dict) -> str:

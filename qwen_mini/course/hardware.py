@@ -1,14 +1,23 @@
-"""What this machine is good at."""
+"""What this machine is good at, as far as it changes no result."""
 
-import functools
 import os
-import time
+
+from .errors import CourseError
+
+
+def cores() -> int:
+    """Cores that this process may use, which can be fewer than the machine has: taskset, SLURM, a container."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13 and later
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads(config) -> int:
-    """Threads to compute with: OMP_NUM_THREADS if it is set to a number, else the scale's, else all cores."""
+    """Threads to compute with: OMP_NUM_THREADS if it is a number, else the scale's, at most one a core, else all cores."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) > 0 else config.run.threads or os.cpu_count() or 1
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    return min(config.run.threads or cores(), cores())
 
 
 def device() -> str:
@@ -19,29 +28,17 @@ def device() -> str:
 
 
 def pick_dtype(preference: str = "auto"):
-    """The dtype to compute in: as asked, or the faster of bfloat16 and float32 as measured once on this machine."""
+    """The dtype to compute in: QWEN_MINI_DTYPE if it is set, else `preference`, the scale's.
+
+    "auto" is bfloat16 on a GPU that has it, else float32. Nothing is measured: a stopwatch would choose differently
+    from day to day, and with it the numbers.
+    """
     import torch
 
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(preference) or _measured_dtype()
-
-
-@functools.cache
-def _measured_dtype():
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    best = {torch.bfloat16: float("inf"), torch.float32: float("inf")}
-    for _ in range(20):  # in turns, so that a busy moment hits both
-        for dtype in best:
-            best[dtype] = min(best[dtype], _matmul_seconds(dtype))
-    return torch.bfloat16 if best[torch.bfloat16] * 1.2 < best[torch.float32] else torch.float32
-
-
-def _matmul_seconds(dtype, size: int = 384) -> float:
-    import torch
-
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    begin = time.perf_counter()
-    a @ b
-    return time.perf_counter() - begin
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    asked = os.environ.get("QWEN_MINI_DTYPE")
+    if asked and asked not in known:
+        raise CourseError(f"QWEN_MINI_DTYPE must be float32 or bfloat16, not {asked!r}")
+    if not asked and preference == "auto":
+        asked = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    return known[asked or preference]

@@ -1,68 +1,130 @@
 """Independent runs at the same time."""
 
 import contextlib
+import ctypes
 import io
 import os
+import random
 import signal
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 
 from . import hardware
 from .errors import CourseError
 
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+GRACE = 10  # seconds between asking a fork to end and ending it
 
-def side_by_side(calls: Mapping[Hashable, Callable[[], object]]) -> dict:
-    """What independent calls return, by their names: as many at once as torch has threads, each in a fork with one.
+
+def side_by_side(
+    calls: Mapping[Hashable, Callable[[], object]],
+    on_done: Callable[[Hashable, float], None] | None = None,
+) -> dict:
+    """What independent calls return, by their names: each in a fork with one thread, as many at once as torch has threads.
 
     A small model cannot keep two threads busy: two trainings with a thread each take less time than one after the other
-    with both. The first `len(calls) % threads` calls, which would leave a thread idle in the end, run before the others,
-    in this process, with all threads; so do fewer calls than threads, and all where a fork cannot compute or would not
-    help: with a GPU, under torchrun, outside Linux, with one thread. The last digits of a result may depend on where it
-    was computed. Results come through a pipe: return numbers, arrays, answers or paths, neither models nor tensors. What
-    a fork prints is dropped: it would stand there in an order by chance.
+    with both. And a call's numbers do not depend on the calls beside it: all begin with the same generators, and with
+    one thread, also where a fork cannot compute (with a GPU, under torchrun, outside Linux) and they run here, one after
+    the other. `on_done` is told each name and its seconds when it ends. Results come through a pipe: return numbers,
+    arrays, answers or paths, neither models nor tensors. What a fork prints is dropped: it would stand there in an order
+    by chance.
     """
+    if "WORLD_SIZE" in os.environ or hardware.device() != "cpu" or sys.platform != "linux":
+        return _one_after_the_other(calls, on_done)
+    return _in_forks(calls, on_done)
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have this process get a SIGTERM when its parent ends, however that ends: no one would want its result.
+
+    `parent` is its parent's id, if known: the parent may have ended before this call. Does nothing outside Linux.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _one_after_the_other(calls, on_done) -> dict:
+    import torch
+
+    threads, results = torch.get_num_threads(), {}
+    if hardware.device() == "cpu":
+        torch.set_num_threads(1)
+    try:
+        for name, call in calls.items():
+            begun = time.monotonic()
+            with _generators_kept():
+                results[name] = call()
+            if on_done:
+                on_done(name, time.monotonic() - begun)
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Afterwards every random generator goes on as if the block had drawn nothing, as it does where the block is a fork."""
+    import numpy as np
+    import torch
+
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(gpus):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _in_forks(calls, on_done) -> dict:
     import multiprocessing  # here, because every start of the command line imports this module
     from multiprocessing import connection
 
     import torch
 
-    threads = torch.get_num_threads()
-    alone = "WORLD_SIZE" in os.environ or hardware.device() != "cpu" or sys.platform != "linux"
-    here, names = len(calls) if alone or threads == 1 else len(calls) % threads, list(calls)
-    results = {name: calls[name]() for name in names[:here]}
-    waiting, running = names[here:], {}
-    fork = multiprocessing.get_context("fork") if waiting else None
+    fork, at_once = multiprocessing.get_context("fork"), torch.get_num_threads()
+    waiting, running, results = list(calls), {}, {}
     try:
         while waiting or running:
-            while waiting and len(running) < threads:
+            while waiting and len(running) < at_once:
                 name = waiting.pop(0)
                 receiver, sender = fork.Pipe(duplex=False)
-                process = fork.Process(target=_compute, args=(calls[name], sender), daemon=True)
+                work = (calls[name], sender, os.getpid(), random.getstate())
+                process = fork.Process(target=_compute, args=work, daemon=True)
                 with warnings.catch_warnings():  # Python 3.12 and later warn of the parent's threads
                     warnings.simplefilter("ignore", DeprecationWarning)
                     process.start()
                 sender.close()
-                running[receiver] = name, process
+                running[receiver] = name, process, time.monotonic()
             for receiver in connection.wait(list(running)):
-                name, process = running.pop(receiver)
+                name, process, begun = running[receiver]
                 results[name] = _received(receiver, process)
+                del running[receiver]
+                if on_done:
+                    on_done(name, time.monotonic() - begun)
     finally:
-        for _, process in running.values():  # one has failed: the others are of no use
-            process.terminate()
-            process.join()
-    return {name: results[name] for name in names}
+        _end([process for _, process, _ in running.values()])  # one has failed: the others are of no use
+    return {name: results[name] for name in calls}
 
 
-def _compute(call: Callable[[], object], sender) -> None:
+def _compute(call: Callable[[], object], sender, parent: int, generator: tuple) -> None:
     """In the fork: one thread, since those of the parent are not there."""
     import torch
 
     from . import sandbox
 
-    torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the sandbox leaves nothing behind
+    die_with_parent(parent)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not there either, and it would wait for them
+    torch.set_num_threads(1)
+    random.setstate(generator)  # Python seeds its own generator anew in every fork, from nowhere
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             result = call()
@@ -89,3 +151,14 @@ def _received(receiver, process) -> object:
     if error:
         raise error
     return result
+
+
+def _end(processes: list) -> None:
+    """End forks; one that does not listen, because it stands in a library's code, is killed."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(GRACE)
+        if process.is_alive():
+            process.kill()
+            process.join()

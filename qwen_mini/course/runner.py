@@ -1,26 +1,27 @@
 """Execute notebooks one after the other, each in its own kernel, and tell what ran, what it cost and what it showed."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
 from .. import __version__
-from . import hardware
 from .artifacts import write_file
 from .claims import forget, read_claims
+from .environment import applied, kernel_environment, kernel_manager
 from .errors import CourseError
-from .nb import Notebook, notebooks, source
-from .paths import PACKAGE, home, runs, shown
+from .nb import Notebook, source
+from .paths import home, runs, shown
 from .scales import ScaleConfig, load_scale, scale_file
 
 CELL_TIMEOUT = 3600  # seconds
@@ -29,7 +30,7 @@ WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 
 @dataclass
 class Result:
-    """What one notebook did: status is "passed", "up to date" or "failed"."""
+    """What one notebook did: status is "passed" or "failed"."""
 
     notebook: str
     status: str
@@ -45,38 +46,94 @@ class Result:
         return self.status != "failed"
 
 
-def run(books: list[Notebook], scale="quick", seed=0, force=False, keep_going=False, timeout=CELL_TIMEOUT) -> list:
-    """Execute `books` at a scale, print progress and a table, write the reports; returns the list of `Result`.
+def run(
+    books: list[Notebook],
+    scale="quick",
+    seed=0,
+    *,
+    keep_going=False,
+    timeout=CELL_TIMEOUT,
+    records_only=False,
+    fresh=False,
+) -> list[Result]:
+    """Execute `books` at a scale, print progress and a table, write the reports; returns what each did.
 
-    Finished notebooks whose inputs are unchanged are skipped unless `force`; after a failure the rest is left out
-    unless `keep_going`. `timeout` is in seconds per cell.
+    After a failure the rest is left out unless `keep_going`. `timeout` is in seconds per cell. `records_only` makes
+    a result that is not recorded an error, `fresh` computes everything anew.
     """
+    if records_only and fresh:
+        raise CourseError("a run from records alone cannot compute anew: ask for one of the two")
     config = load_scale(scale)
-    state = State(config.name)
+    environment = applied(kernel_environment(config, records_only, fresh))
     results = []
-    for number, nb in enumerate(books, start=1):
-        label = f"[{number}/{len(books)}] {nb.name}"
-        fingerprint = fingerprint_of(nb, scale, seed)
-        if not force and state.up_to_date(nb, fingerprint):
-            results.append(state.result(nb))
-            print(f"{label}: up to date")
-            continue
-        before = state.stages()
-        with Watch(label, state.seconds(nb)) as watch:
-            problem = execute(nb, scale, config, seed, timeout)
-        results.append(_judge(nb, config.name, problem, watch))
-        state.record(nb, results[-1], fingerprint, before)
-        watch.finish(results[-1])
-        if not results[-1].ok:
-            _print_failure(results[-1], config.name)
-            if not keep_going:
-                break
-    print(table(results, config.name, seed))
-    _write_reports(results, config.name, seed)
+    with _only_runner(config.name), _orderly_end():
+        for number, nb in enumerate(books, start=1):
+            with Watch(f"[{number}/{len(books)}] {nb.name}", last_seconds(config.name).get(nb.name)) as watch:
+                problem = execute(nb, scale, config, seed, timeout, environment)
+            results.append(_judge(nb, config.name, problem, watch))
+            watch.finish(results[-1])
+            if results[-1].ok:
+                _note_seconds(results[-1], config.name)
+            else:
+                _print_failure(results[-1], config.name)
+                if not keep_going:
+                    break
+        print(table(results, config.name, seed))
+        _write_reports(results, config.name, seed)
     return results
 
 
-def execute(nb: Notebook, scale: str, config: ScaleConfig, seed: int, timeout: float) -> str:
+@contextlib.contextmanager
+def _only_runner(scale_name: str) -> Iterator[None]:
+    """One run per scale at a time: two would take each other's claims and executed notebooks for their own.
+
+    Systems without file locks (Windows) have no such protection.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path = runs() / scale_name / ".run.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:  # the lock goes with the process, however it ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read()
+            raise CourseError(
+                f"a run of scale {scale_name} is under way ({holder}): wait for it or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()}, since {time.strftime('%H:%M')}")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _orderly_end() -> Iterator[None]:
+    """In the block SIGTERM and SIGHUP (a closed terminal, a lost connection) do what Ctrl-C does: the kernel ends, too."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    own = threading.current_thread() is threading.main_thread()
+    names = [name for name in ("SIGTERM", "SIGHUP") if own and hasattr(signal, name)]
+    old = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    try:
+        for name, handler in old.items():
+            if handler != signal.SIG_IGN:  # nohup's run goes on
+                signal.signal(getattr(signal, name), interrupt)
+        yield
+    finally:
+        for name, handler in old.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def execute(
+    nb: Notebook, scale: str, config: ScaleConfig, seed: int, timeout: float, environment: dict[str, str]
+) -> str:
     """Execute one notebook into `runs/<scale>/notebooks/`; returns what went wrong, "" if nothing did."""
     import papermill
     from papermill.clientwrap import PapermillNotebookClient
@@ -95,13 +152,14 @@ def execute(nb: Notebook, scale: str, config: ScaleConfig, seed: int, timeout: f
         unknown = {"scale", "seed"} - set(nb.parameters())
         if unknown:
             return f"its parameters cell does not know {' and '.join(sorted(unknown))}"
-        with _environment(config), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             papermill.execute_notebook(
                 str(nb.path),
                 str(target),
                 parameters={"scale": own, "seed": seed},
-                kernel_name="python3",
+                kernel_name="python3",  # what papermill writes into the copy; the kernel is the manager's
+                kernel_manager_class=kernel_manager(environment),
                 cwd=str(nb.path.parent),
                 progress_bar=False,
                 execution_timeout=timeout,
@@ -157,31 +215,6 @@ def _cell_report(cell: str, error: str, cell_lines: int = 12, error_lines: int =
     shortened = code[:cell_lines] + (["…"] if len(code) > cell_lines else [])
     plain = re.sub(r"\x1b\[[0-9;]*m", "", error).strip().splitlines()[-error_lines:]
     return "\n".join([*(f"  | {line}" for line in shortened), *(f"  {line}" for line in plain)])
-
-
-@contextlib.contextmanager
-def _environment(config: ScaleConfig):
-    """What the kernel inherits: the scale's threads, this package, and no randomness from hashing."""
-    threads = str(hardware.threads(config))
-    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    settings = {
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "PYTHONHASHSEED": "0",
-        "PYTHONPATH": path,
-        "QWEN_MINI_HOME": str(home()),
-        "QWEN_MINI_RUNS": str(runs()),
-    }
-    old = {key: os.environ.get(key) for key in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for key, value in old.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
 
 
 def _judge(nb: Notebook, scale_name: str, problem: str, watch: "Watch") -> Result:
@@ -271,70 +304,22 @@ class Watch:
         print(("\r" if sys.stdout.isatty() else "") + line, flush=True)
 
 
-class State:
-    """`runs/<scale>/run_state.json`: what ran, from what, and what it wrote; saved after every notebook."""
-
-    def __init__(self, scale_name: str):
-        self.folder = runs() / scale_name
-        self.path = self.folder / "run_state.json"
-        try:
-            self.entries = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            self.entries = {}
-
-    def stages(self) -> dict[str, int]:
-        """Every stage on disk with the time its manifest was written."""
-        return {path.parent.name: path.stat().st_mtime_ns for path in self.folder.glob("[!.]*/manifest.json")}
-
-    def seconds(self, nb: Notebook) -> float | None:
-        return self.entries.get(nb.name, {}).get("seconds")
-
-    def up_to_date(self, nb: Notebook, fingerprint: str) -> bool:
-        """Same code and scale, and every stage it read or wrote is still the same one."""
-        entry = self.entries.get(nb.name, {})
-        if entry.get("fingerprint") != fingerprint or not executed_path(self.folder.name, nb).exists():
-            return False
-        now = self.stages()
-        return all(now.get(stage) == stamp for stage, stamp in {**entry["read"], **entry["wrote"]}.items())
-
-    def result(self, nb: Notebook) -> Result:
-        entry = self.entries[nb.name]
-        held, count = entry["claims_held"], entry["claims"]
-        return Result(nb.name, "up to date", entry["seconds"], entry["peak_mib"], held, count)
-
-    def record(self, nb: Notebook, result: Result, fingerprint: str, before: dict[str, int]) -> None:
-        """Note a run; a failed one keeps its time but is not up to date."""
-        now = self.stages()
-        wrote = {stage: stamp for stage, stamp in now.items() if before.get(stage) != stamp}
-        wrote |= {stage: now[stage] for stage in self.entries.get(nb.name, {}).get("wrote", {}) if stage in now}
-        earlier = {stage for entry in self.entries.values() if entry["number"] < nb.number for stage in entry["wrote"]}
-        self.entries[nb.name] = {
-            "number": nb.number,
-            "fingerprint": fingerprint if result.ok else "",
-            "seconds": round(result.seconds, 1) if result.ok else self.seconds(nb),
-            "peak_mib": round(result.peak_mib),
-            "claims_held": result.claims_held,
-            "claims": result.claims,
-            "read": {stage: now[stage] for stage in sorted(earlier & set(now) - set(wrote))},
-            "wrote": wrote,
-        }
-        write_file(self.path, json.dumps(self.entries, indent=1) + "\n")
+def last_seconds(scale_name: str) -> dict[str, float]:
+    """How long notebooks took when they last passed at a scale, from `runs/<scale>/run_state.json`."""
+    try:
+        seconds = json.loads(_state_file(scale_name).read_text(encoding="utf-8"))["seconds"]
+        return {name: float(value) for name, value in seconds.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or another version's
+        return {}
 
 
-def fingerprint_of(nb: Notebook, scale: str, seed: int) -> str:
-    """Hash of what decides what a notebook does: its code, modules up to its chapter, course, sources, scale, seed."""
-    digest = hashlib.sha256()
-    parts = [nb.code_hash, __version__, str(seed), scale_file(scale).read_text(encoding="utf-8")]
-    for chapter in notebooks(home()):
-        module = PACKAGE / f"{chapter.module}.py"
-        if chapter.number <= nb.number and module.exists():
-            parts.append(module.read_text(encoding="utf-8"))
-    parts += [path.read_text(encoding="utf-8") for path in sorted((PACKAGE / "course").glob("*.py"))]
-    sources = home() / "data" / "sources.toml"
-    parts += [sources.read_text(encoding="utf-8")] if sources.exists() else []
-    for part in parts:
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()[:16]
+def _state_file(scale_name: str) -> Path:
+    return runs() / scale_name / "run_state.json"
+
+
+def _note_seconds(result: Result, scale_name: str) -> None:
+    seconds = last_seconds(scale_name) | {result.notebook: round(result.seconds, 1)}
+    write_file(_state_file(scale_name), json.dumps({"seconds": seconds}, indent=1) + "\n")
 
 
 def clock(seconds: float) -> str:

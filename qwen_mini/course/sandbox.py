@@ -72,12 +72,14 @@ def run_sandboxed(program: str, function: str, calls: list[list], limits: Limits
 
 def run_many(jobs: list[tuple[str, str, list[list]]], limits: Limits | None = None) -> list[Outcome]:
     """`run_sandboxed` of many (program, function, calls), on all cores; outcomes in the order of the jobs."""
+    from .hardware import cores  # here, because the worker, this file alone, has no package
+
     limits = limits or Limits()
     requests = [
         json.dumps({"program": p, "function": f, "calls": c, "limits": asdict(limits)}).encode() for p, f, c in jobs
     ]
     with _lock:
-        count = min(os.cpu_count() or 1, len(requests))
+        count = min(cores(), len(requests))
         _workers.extend(_Worker() for _ in range(count - len(_workers)))
         if count <= 1:
             return [_workers[0].run(request, limits) for request in requests]

@@ -8,10 +8,15 @@ from . import claims, figures, hardware
 from .scales import ScaleConfig, load_scale
 
 
-def start(notebook: str, scale: str = "laptop", seed: int = 0) -> ScaleConfig:
-    """Load the scale, seed every generator, set threads and figure style, and begin a fresh list of claims."""
+def start(notebook: str, scale: str = "laptop", seed: int = 0, fresh: bool = False) -> ScaleConfig:
+    """Load the scale, seed every generator, set threads and figure style, and begin a fresh list of claims.
+
+    `fresh` computes every experiment anew instead of taking its recorded result.
+    """
     import numpy as np
     import torch
+
+    from . import records  # here, because it belongs to notebooks alone and the command line starts without it
 
     config = load_scale(scale)
     random.seed(seed)
@@ -20,6 +25,7 @@ def start(notebook: str, scale: str = "laptop", seed: int = 0) -> ScaleConfig:
     torch.set_num_threads(hardware.threads(config))
     figures.apply_style()
     claims.open_notebook(notebook, config.name, seed)
+    records.open_notebook(notebook, config, seed, fresh)
     print(f"scale {config.name} · seed {seed}")
     return config
 
