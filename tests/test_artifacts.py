@@ -4,8 +4,11 @@ import contextlib
 import errno
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -97,42 +100,339 @@ def test_kill_at_any_moment_leaves_a_whole_stage(runs_folder):
     assert leftovers == ["toy"] or os.name == "nt"  # there nobody knows whether a writer still lives
 
 
-@pytest.mark.parametrize("step", ["before the first rename", "between the renames", "after the second rename"])
-def test_each_step_of_the_swap_can_be_the_last(runs_folder, monkeypatch, step):
+@pytest.mark.parametrize(("renames", "content"), [(0, "one"), (1, "two"), (2, "two"), (3, "two")])
+def test_each_step_of_the_swap_can_be_the_last(runs_folder, monkeypatch, renames, content):
     make("one")
     path = runs_folder / "quick" / "toy"
     rename = type(path).rename
-    left = {"before the first rename": 0, "between the renames": 1, "after the second rename": 2}[step]
 
     class Killed(BaseException):
         pass
 
     def dying_rename(self, target):
-        nonlocal left
-        if left == 0:
+        nonlocal renames
+        if renames == 0:
             raise Killed
-        left -= 1
+        renames -= 1
         return rename(self, target)
 
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(type(path), "rename", dying_rename)
         make("two")
-    assert read() == ("two" if step.startswith("after") else "one")
+    assert read() == content and path.is_dir()
+    shutil.rmtree(path)
+    assert not artifacts.made("quick", "toy")  # no version comes back
 
 
 def test_a_missing_stage_names_the_command(runs_folder):
-    with pytest.raises(course.MissingStage, match="qwen-mini run toy --scale quick"):
-        artifacts.find("quick", "toy")
+    commands = {
+        ("quick", "corpus"): "qwen-mini run corpus --scale quick",
+        ("quick", "tokenizer"): "qwen-mini run corpus --scale quick",
+        ("laptop", "toy"): "qwen-mini run toy --scale laptop",
+        ("gpu", "reward_model_careless"): "qwen-mini train reward_model_careless --scale gpu",
+        ("quick", "pairs"): "qwen-mini train pairs --scale quick",
+        ("my", "sft"): "qwen-mini train sft --scale my.toml",
+    }
+    for (scale, stage), command in commands.items():
+        with pytest.raises(course.MissingStage, match=f"'{stage}' of scale '{scale}' is missing: .* `{command}`"):
+            artifacts.find(scale, stage)
 
 
-def test_the_shipped_checkpoint_is_the_second_choice(runs_folder, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def shipped(runs_folder, tmp_path, monkeypatch):
+    """A stage `toy` of the scale laptop that comes with the course."""
     monkeypatch.setenv("QWEN_MINI_HOME", str(tmp_path))
-    shipped = tmp_path / "data" / "checkpoints" / "toy"
-    shipped.mkdir(parents=True)
-    assert artifacts.find("quick", "toy") == shipped
-    assert "using the shipped checkpoint data/checkpoints/toy" in capsys.readouterr().out
-    make("own")
-    assert artifacts.find("quick", "toy") != shipped
+    folder = tmp_path / "data" / "checkpoints" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"scale": "laptop", "key": "0a"}')
+    return folder
+
+
+def test_the_shipped_checkpoint_is_the_second_choice_of_its_own_scale(shipped, capsys):
+    assert artifacts.find("laptop", "toy") == shipped and artifacts.has("laptop", "toy")
+    assert not artifacts.made("laptop", "toy") and not artifacts.has("quick", "toy")
+    with pytest.raises(course.MissingStage):
+        artifacts.find("quick", "toy")
+    with artifacts.write_stage("laptop", "toy"):
+        pass
+    assert artifacts.find("laptop", "toy") == artifacts.stage_dir("laptop", "toy")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_stage_is_found_by_its_key(shipped, runs_folder):
+    assert artifacts.find_by_key("quick", "toy", "0a") == shipped
+    with artifacts.write_stage("quick", "toy", key="0b", provenance={"torch": "2"}):
+        pass
+    own = runs_folder / "quick" / "toy"
+    manifest = artifacts.read_manifest(own)
+    assert manifest["provenance"] == {"torch": "2"} and manifest["inputs"] == {}
+    found = [artifacts.find_by_key("quick", "toy", key) for key in ("0a", "0b", "0c")]
+    assert found == [shipped, own, None]
+    (own / "manifest.json").write_text('{"key": "0b"')  # cut by hand
+    assert artifacts.find_by_key("quick", "toy", "0b") is None and artifacts.read_manifest(own) == {}
+
+
+def test_a_stage_of_another_scale_file_of_that_name_is_refused(runs_folder):
+    with artifacts.write_stage("my", "toy", scale_digest="a"):
+        pass
+    assert artifacts.find("my", "toy") == artifacts.find("my", "toy", scale_digest="a")
+    with pytest.raises(course.MissingStage, match="made with another scale of the name 'my': rename"):
+        artifacts.find("my", "toy", scale_digest="b")
+
+
+# ---------------------------------------------------------------- leftovers
+
+LEAVE = """
+import os, signal
+from qwen_mini.course import artifacts
+def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+"""
+HALF_A_FILE = LEAVE + "os.replace = die; artifacts.write_file(artifacts.state_file('quick', 'toy', '0a'), b'x')"
+HALF_A_STAGE = LEAVE + "with artifacts.write_stage('quick', 'toy'): die()"
+BEFORE_THE_SWAP = LEAVE + "with artifacts.write_stage('quick', 'toy'): artifacts._finish = die"
+
+
+def leave(code: str) -> None:
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+
+
+def names(folder) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel when a process began")
+
+
+@linux
+@pytest.mark.parametrize("heal", ["write_file", "write_stage", "sweep"])
+def test_half_a_training_state_is_swept(runs_folder, heal):
+    leave(HALF_A_FILE)
+    leave(HALF_A_FILE)  # sweeps the first
+    assert len(names(runs_folder)) == 3
+    if heal == "write_file":
+        artifacts.write_file(artifacts.state_file("quick", "toy", "0a"), b"y")
+        assert names(runs_folder / "quick") == ["training_state", "training_state/toy-0a.safetensors"]
+    elif heal == "write_stage":
+        make("one")
+        assert names(runs_folder / "quick") == [
+            "toy", "toy/deep", "toy/deep/file", "toy/manifest.json", "training_state"
+        ]  # fmt: skip
+    else:
+        artifacts.sweep("quick")
+        assert names(runs_folder / "quick") == ["training_state"]
+
+
+@linux
+@pytest.mark.parametrize("heal", ["made", "find_by_key", "settle", "sweep"])
+def test_what_a_dead_writer_left_around_a_stage_is_cleaned_up(runs_folder, heal):
+    leave(BEFORE_THE_SWAP)
+    assert ".toy.new" in names(runs_folder / "quick")
+    leave(HALF_A_STAGE)  # puts the new version in its place
+    assert "toy" in names(runs_folder / "quick") and len(names(runs_folder / "quick")) == 4
+    call = getattr(artifacts, heal)
+    call(*["quick", "toy", "0a"][: {"find_by_key": 3, "sweep": 1}.get(heal, 2)])
+    assert names(runs_folder / "quick") == ["toy", "toy/manifest.json"]
+
+
+def test_training_states_go_when_the_stage_is_there(runs_folder):
+    mine, former, other = (
+        artifacts.state_file("quick", stage, key) for stage, key in [("toy", "0a"), ("toy", "0b"), ("toy-2", "0a")]
+    )
+    for file in (mine, former, other):
+        artifacts.write_file(file, b"x")
+    with artifacts.write_stage("quick", "toy", key="0a"):
+        pass
+    assert (mine.exists(), former.exists(), other.exists()) == (False, False, True)
+    artifacts.write_file(mine, b"x")
+    artifacts.write_file(former, b"x")  # an interrupted run with other settings may go on
+    artifacts.settle("quick", "toy")
+    assert (mine.exists(), former.exists()) == (False, True)
+
+
+@linux
+def test_only_the_dead_are_swept(runs_folder):
+    folder = runs_folder / "quick"
+    folder.mkdir(parents=True)
+    here, me = artifacts._host(), os.getpid()
+    started = artifacts._started("self")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    while artifacts._started(zombie.pid) != -1:
+        time.sleep(0.01)
+    kept = [f"{here}-{me}-{started}-a", f"{here}-{me}-0-b", f"00000000-{ended.pid}-1-c", "old-style"]
+    gone = [f"{here}-{ended.pid}-{started}-d", f"{here}-1-{started}-e", f"{here}-{zombie.pid}-0{started + 1}-f"]
+    silent = [f"00000000-{ended.pid}-2-g", "9-old-style"]
+    for name in kept + gone + silent:
+        (folder / f".toy.partial-{name}").mkdir()
+        (folder / f".toy.partial-{name}" / "file").write_text("x")
+    long_ago = time.time() - artifacts.FOREIGN_SECONDS - 60
+    for name in [*silent, kept[0]]:
+        for path in [folder / f".toy.partial-{name}" / "file", folder / f".toy.partial-{name}"]:
+            os.utime(path, (long_ago, long_ago))
+    os.utime(folder / f".toy.partial-{kept[2]}", (long_ago, long_ago))  # its file is fresh
+    artifacts.sweep("quick")
+    zombie.wait()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f".toy.partial-{name}" for name in kept)
+
+
+def test_other_boots_and_containers_are_other_machines(monkeypatch):
+    here = artifacts._host()
+    monkeypatch.setattr(os, "readlink", lambda _: "pid:[1]")
+    artifacts._host.cache_clear()
+    assert artifacts._host() != here or sys.platform != "linux"
+    artifacts._host.cache_clear()
+
+
+# ---------------------------------------------------------------- two at once
+
+SECOND = """
+import sys
+from qwen_mini.course import artifacts
+with artifacts.stage_lock("quick", "toy", wait=sys.argv[1] == "wait"):
+    print(artifacts.find("quick", "toy").name)
+"""
+posix = pytest.mark.skipif(os.name == "nt", reason="there is no fcntl")
+
+
+@posix
+def test_the_second_writer_waits_and_finds_the_stage(runs_folder):
+    with artifacts.stage_lock("quick", "toy"):
+        second = subprocess.Popen([sys.executable, "-u", "-c", SECOND, "wait"], stdout=subprocess.PIPE, text=True)
+        line = second.stdout.readline()
+        assert f"toy is being made by process {os.getpid()} on " in line and " since " in line
+        make("one")  # whoever holds the lock may write
+        assert second.poll() is None
+        refused = subprocess.run([sys.executable, "-c", SECOND, "go"], capture_output=True, text=True)
+        assert f"ArtifactError: {runs_folder}/quick/toy is being made by process {os.getpid()}" in refused.stderr
+    assert second.stdout.read() == "toy\n" and second.wait() == 0
+    assert names(runs_folder / "quick") == ["toy", "toy/deep", "toy/deep/file", "toy/manifest.json"]
+
+
+@posix
+def test_a_lock_ends_with_its_process_and_a_fork_does_not_hold_it(runs_folder):
+    code = (
+        "import os, sys, time\n"
+        "from qwen_mini.course import artifacts\n"
+        "with artifacts.stage_lock('quick', 'toy'):\n"
+        "    if os.fork() == 0: time.sleep(60)\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(course.ArtifactError), artifacts.stage_lock("quick", "toy", wait=False):
+            pass
+        holder.kill()
+        holder.wait()
+        with artifacts.stage_lock("quick", "toy", wait=False):
+            assert names(runs_folder / "quick") == [".toy.lock"]
+        assert names(runs_folder / "quick") == []
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)  # the fork
+        holder.stdin.close()
+        holder.stdout.close()
+
+
+def test_threads_take_turns(runs_folder):
+    seen = []
+
+    def work(number):
+        with artifacts.stage_lock("quick", "toy"):
+            seen.append(number)
+            time.sleep(0.02)
+            make(str(number))
+            seen.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen[::2] == seen[1::2] and read() == str(seen[-1])
+
+
+@posix
+def test_two_writers_never_fail_and_readers_always_find_a_whole_version(runs_folder):
+    writer = WRITER.replace("10**9", "150")
+    make("one")
+    writers = [subprocess.Popen([sys.executable, "-c", writer], stderr=subprocess.PIPE) for _ in range(2)]
+    reads = 0
+    while any(process.poll() is None for process in writers):
+        assert artifacts.find("quick", "toy")
+        reads += 1
+    assert [process.communicate()[1] for process in writers] == [b"", b""] and reads > 100
+    assert names(runs_folder / "quick") == ["toy", *(f"toy/{name}" for name in ["a", "b", "c", "manifest.json"])]
+
+
+# ---------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "the disk is full; the previous version, if any, is kept: free some space"),
+        (errno.EROFS, "it lies on a read-only file system: set QWEN_MINI_RUNS"),
+        (errno.EACCES, "you may not write there: change its permissions"),
+        (errno.EPERM, "you may not write there: change its permissions"),
+        (errno.EMFILE, "too many files are open: .*ulimit"),
+    ],
+)
+def test_what_cannot_be_written_says_why_before_and_after_the_work(runs_folder, monkeypatch, code, message):
+    make("one")
+    monkeypatch.chdir(runs_folder.parent)
+    monkeypatch.setenv("QWEN_MINI_HOME", str(runs_folder.parent))
+    with pytest.raises(course.ArtifactError, match=f"^runs/quick/toy was not written because {message}"):
+        with artifacts.write_stage("quick", "toy"):
+            raise RuntimeError(f"Error while serializing: I/O error: it broke (os error {code})")
+
+    def fail(path, *_, **__):
+        raise OSError(code, os.strerror(code), None if isinstance(path, int) else str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(course.ArtifactError) as raised:
+        with artifacts.write_stage("quick", "toy") as folder:
+            patch.setattr(os, "chmod", fail)
+            artifacts.write_file(folder / "model.safetensors", b"x")
+    assert str(raised.value).startswith("runs/quick/toy/model.safetensors was not written because ")
+    assert read() == "one" and sorted(path.name for path in (runs_folder / "quick").iterdir()) == ["toy"]
+    artifacts.check_writable("quick")
+    with monkeypatch.context() as patch, pytest.raises(course.ArtifactError, match=message):
+        patch.setattr(os, "fsync", fail)
+        artifacts.check_writable("quick")
+    with monkeypatch.context() as patch, pytest.raises(course.ArtifactError, match="runs/quick was not written"):
+        patch.setattr(os, "mkdir", fail)
+        artifacts.check_writable("quick")
+        shutil.rmtree(runs_folder)
+        artifacts.check_writable("quick")
+
+
+def test_a_file_where_the_folder_should_be(runs_folder):
+    runs_folder.write_text("x")
+    with pytest.raises(course.ArtifactError, match="a file stands where a folder is needed"):
+        artifacts.check_writable("quick")
+
+
+def test_errors_about_other_files_are_left_alone(runs_folder, tmp_path):
+    for error in (PermissionError(errno.EACCES, "", str(tmp_path / "a" / "source")), FileExistsError(errno.EEXIST, "")):
+        with pytest.raises(type(error)), artifacts.write_stage("quick", "toy"):
+            raise error
+
+
+@posix
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_only_be_read(runs_folder):
+    make("one")
+    (runs_folder / "quick").chmod(0o555)
+    try:
+        assert read() == "one"
+        for attempt in (lambda: artifacts.check_writable("quick"), lambda: make("two")):
+            with pytest.raises(course.ArtifactError, match="you may not write there"):
+                attempt()
+    finally:
+        (runs_folder / "quick").chmod(0o755)
 
 
 def test_one_file_is_replaced_whole(tmp_path, monkeypatch):

@@ -1,20 +1,57 @@
-"""Stages on disk: a folder appears whole or not at all, and the old one stays loadable until the next is complete."""
+"""Stages on disk: a folder appears whole or not at all, and one version stays loadable until the next is complete.
+
+Beside the stages a scale's folder may hold, hidden: `.<name>.partial-<writer>-…`, which is being written or removed and
+is worth nothing once its writer is dead; `.<stage>.new`, a whole version on its way to the stage's place;
+`.<stage>.lock`, held by the one process that may write the stage.
+"""
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import os
+import platform
+import re
+import secrets
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from .. import __version__
 from .errors import CourseError
 from .paths import home, runs, shown
+from .scales import scale_names
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two writers apart there
+    fcntl = None
 
-MAKERS = {"tokenizer": "corpus", "careless": "reward_model", "reward_scores": "reward_model"}  # not by their own name
+TRAINED = re.compile("pretraining|long_context|sft|careless|reward_model.*|pairs|dpo|grpo")
+MAKERS = {"tokenizer": "corpus", "reward_scores": "reward_model"}  # chapters that make stages of other names
+PARTIAL = re.compile(r"\..+\.partial-(?:([0-9a-f]{8})-(\d+)-(\d+)-)?")
+FOREIGN_SECONDS = 3 * 24 * 3600.0  # of silence, after which a writer on another machine counts as dead
+
+FULL = "the disk is full; the previous version, if any, is kept: free some space and run it again"
+DENIED = "you may not write there: change its permissions, or set QWEN_MINI_RUNS to another folder"
+READ_ONLY = "it lies on a read-only file system: set QWEN_MINI_RUNS to a folder that can be written"
+CROWDED = "too many files are open: close other programs or raise the limit with `ulimit -n 4096`"
+IN_THE_WAY = "a file stands where a folder is needed: move it, or set QWEN_MINI_RUNS to another folder"
+REASONS = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EACCES: DENIED,
+    errno.EPERM: DENIED,
+    errno.EROFS: READ_ONLY,
+    errno.EMFILE: CROWDED,
+    errno.ENFILE: CROWDED,
+    errno.EEXIST: IN_THE_WAY,
+    errno.ENOTDIR: IN_THE_WAY,
+}
 
 
 class ArtifactError(CourseError):
@@ -35,6 +72,11 @@ def shipped_dir(stage: str) -> Path:
     return home() / "data" / "checkpoints" / stage
 
 
+def state_file(scale_name: str, stage: str, key: str) -> Path:
+    """Where an interrupted training of the stage with this key keeps its state."""
+    return stage_dir(scale_name, "training_state") / f"{stage}-{key}.safetensors"
+
+
 def made(scale_name: str, stage: str) -> bool:
     """Whether the stage is in this scale's own runs."""
     return _whole(stage_dir(scale_name, stage)) is not None
@@ -42,43 +84,83 @@ def made(scale_name: str, stage: str) -> bool:
 
 def has(scale_name: str, stage: str) -> bool:
     """Whether `find` would find the stage."""
-    return made(scale_name, stage) or shipped_dir(stage).is_dir()
+    return made(scale_name, stage) or read_manifest(shipped_dir(stage)).get("scale") == scale_name
 
 
-def find(scale_name: str, stage: str) -> Path:
-    """The stage's folder: from this scale's runs, else the shipped one, else `MissingStage`."""
+def find(scale_name: str, stage: str, scale_digest: str | None = None) -> Path:
+    """The stage's folder: from this scale's runs, else the shipped one of this scale, else `MissingStage`.
+
+    `scale_digest`: refuse a stage whose manifest carries another one, made with another file of the same name.
+    """
     path = stage_dir(scale_name, stage)
     if whole := _whole(path):
+        if scale_digest and read_manifest(whole).get("scale_digest", scale_digest) != scale_digest:
+            raise MissingStage(
+                f"{shown(path)} was made with another scale of the name {scale_name!r}: rename your scale's file, or "
+                f"make the stage anew with {_command(scale_name, stage)}"
+            )
         return whole
-    if shipped_dir(stage).is_dir():
-        print(f"using the shipped checkpoint {shown(shipped_dir(stage))}: {shown(path)} has not been made yet")
+    if has(scale_name, stage):
         return shipped_dir(stage)
-    maker = "reward_model" if stage.startswith("reward_model_") else MAKERS.get(stage, stage)
-    command = f"qwen-mini run {maker} --scale {scale_name}"
-    raise MissingStage(f"the stage {stage!r} of scale {scale_name!r} is missing: make it with `{command}`")
+    command = _command(scale_name, stage)
+    raise MissingStage(f"the stage {stage!r} of scale {scale_name!r} is missing: make it with {command}")
+
+
+def find_by_key(scale_name: str, stage: str, key: str) -> Path | None:
+    """The stage made with this key: from this scale's runs, else the shipped one, else None."""
+    for folder in (_whole(stage_dir(scale_name, stage)), shipped_dir(stage)):
+        if folder and read_manifest(folder).get("key") == key:
+            return folder
+    return None
+
+
+def read_manifest(folder: Path) -> dict:
+    """What a stage says about itself; nothing where there is no readable manifest."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _command(scale_name: str, stage: str) -> str:
+    scale = scale_name if scale_name in scale_names() else f"{scale_name}.toml"
+    if TRAINED.fullmatch(stage):
+        return f"`qwen-mini train {stage} --scale {scale}`"
+    return f"`qwen-mini run {MAKERS.get(stage, stage)} --scale {scale}`"
+
+
+# ---------------------------------------------------------------- writing
 
 
 @contextlib.contextmanager
-def write_stage(scale_name: str, stage: str, inputs: dict | None = None) -> Iterator[Path]:
+def write_stage(scale_name: str, stage: str, inputs: dict | None = None, **facts) -> Iterator[Path]:
     """Give a temporary folder to fill; on success it becomes the stage, on any exception the old stage stays.
 
-    `manifest.json` gains the keys stage, scale, inputs, version and files (path -> bytes); the body may have
-    written a manifest of its own, whose keys are kept.
+    `manifest.json` gains the keys stage, scale, inputs, version, files (path -> bytes) and those of `facts`; the body
+    may have written a manifest of its own, whose keys are kept. With a fact `key`, the stage's training states are
+    removed: it is finished, and the others belong to settings that are no longer wanted. One process at a time writes a
+    stage; a second one waits.
     """
     path = stage_dir(scale_name, stage)
-    with _readable_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _recover(path)
-        _sweep(path)
-        folder = Path(tempfile.mkdtemp(prefix=f".{stage}.partial-{os.getpid()}-", dir=path.parent))
+    with _readable_errors(path), stage_lock(scale_name, stage):
+        sweep(scale_name)
+        folder = Path(tempfile.mkdtemp(prefix=_aside(path), dir=path.parent))
         try:
             yield folder
-            _write_manifest(folder, {"stage": stage, "scale": scale_name, "inputs": inputs or {}})
+            _write_manifest(folder, {"stage": stage, "scale": scale_name, "inputs": inputs or {}, **facts})
             for file in [*folder.rglob("*"), folder]:
                 _fsync(file)
-            _swap(folder, path)
+            os.chmod(folder, 0o755)
+            folder.rename(_new(path))  # from here on this version counts, whatever happens
+            _finish(path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        if "key" in facts:
+            states = re.compile(re.escape(stage) + r"-[0-9a-f]+\.safetensors")
+            for state in stage_dir(scale_name, "training_state").glob("*.safetensors"):
+                if states.fullmatch(state.name):
+                    state.unlink(missing_ok=True)
 
 
 def write_file(path: str | os.PathLike, content: bytes | str) -> Path:
@@ -87,7 +169,8 @@ def write_file(path: str | os.PathLike, content: bytes | str) -> Path:
     data = content.encode("utf-8") if isinstance(content, str) else content
     with _readable_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+        _sweep_beside(path)
+        handle, aside = tempfile.mkstemp(prefix=_aside(path), dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -101,66 +184,57 @@ def write_file(path: str | os.PathLike, content: bytes | str) -> Path:
     return path
 
 
-def _complete(path: Path) -> bool:
-    return (path / "manifest.json").is_file()
+def check_writable(scale_name: str) -> None:
+    """Find out before hours of work whether its result can be written; an `ArtifactError` if not."""
+    folder = runs() / scale_name
+    with _readable_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _whole(path: Path) -> Path | None:
-    """The stage, or the version that it was replacing when a crash or another process cut in between; else None."""
-    return next((folder for folder in (path, _old(path)) if _complete(folder)), None)
-
-
-def _old(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
-
-
-def _recover(path: Path) -> None:
-    """Undo a swap that was cut between its two renames."""
-    if _old(path).is_dir() and not path.exists():
-        with contextlib.suppress(OSError):
-            _old(path).rename(path)
-
-
-def _swap(folder: Path, path: Path) -> None:
-    """Put `folder` in the place of `path`; a crash in between is undone by `_recover`."""
-    os.chmod(folder, 0o755)
-    shutil.rmtree(_old(path), ignore_errors=True)
-    if path.exists():
-        path.rename(_old(path))
+@contextlib.contextmanager
+def stage_lock(scale_name: str, stage: str, wait: bool = True) -> Iterator[None]:
+    """Be the only process that makes this stage. Whoever comes second says who is at it and waits, or with `wait` False
+    gives up with an `ArtifactError`; then look again before you work: the stage may be there. A thread that holds the
+    lock may take it again.
+    """
+    path = stage_dir(scale_name, stage)
+    lock = _locks.setdefault(path, _Lock(path))
+    with _readable_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not lock.take(wait):
+            raise ArtifactError(f"{shown(path)} is being made by {lock.holder}: wait until it has ended")
     try:
-        folder.rename(path)
-    except OSError:
-        _recover(path)
-        raise
-    _fsync(path.parent)
-    shutil.rmtree(_old(path), ignore_errors=True)
+        yield
+    finally:
+        lock.release()
 
 
-def _sweep(path: Path) -> None:
-    """Remove what writers that no longer live have left behind."""
-    for leftover in path.parent.glob(f".{path.name}.partial-*-*"):
-        pid = leftover.name.split("-")[-2]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(leftover, ignore_errors=True)
+def settle(scale_name: str, stage: str) -> None:
+    """Clean up around a finished stage: what was left by a writer that died just before or just after its end.
+
+    For whoever finds the stage finished and so never comes to `write_stage`.
+    """
+    path = stage_dir(scale_name, stage)
+    with _alone(path) as alone:
+        if alone and (key := read_manifest(path).get("key")):
+            with contextlib.suppress(OSError):
+                state_file(scale_name, stage, key).unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
-    if os.name == "nt":  # signal 0 would end the process there
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _write_manifest(folder: Path, facts: dict) -> None:
-    path = folder / "manifest.json"
-    own = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    manifest = {**facts, "version": __version__, "files": _sizes(folder), **own}
-    path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def sweep(scale_name: str) -> None:
+    """Remove what dead writers have left anywhere in a scale's folder but inside its stages."""
+    for folder, names, files in os.walk(runs() / scale_name):
+        for name in [*names, *files]:
+            if name.startswith(".") and name.endswith((".new", ".lock")):
+                with _alone(Path(folder, name[1:].rpartition(".")[0])):
+                    pass
+            elif _abandoned(Path(folder, name)):
+                _remove(Path(folder, name))
+        names[:] = [name for name in names if not name.startswith(".") and not _complete(Path(folder, name))]
 
 
 def count_files(folder: Path) -> None:
@@ -169,6 +243,13 @@ def count_files(folder: Path) -> None:
     if path.exists():
         manifest = json.loads(path.read_text(encoding="utf-8")) | {"files": _sizes(folder)}
         write_file(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write_manifest(folder: Path, facts: dict) -> None:
+    path = folder / "manifest.json"
+    own = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    manifest = {**facts, "version": __version__, "files": _sizes(folder), **own}
+    path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -189,12 +270,235 @@ def _fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def _readable_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk, however a library reports it, into one sentence."""
+    """Turn a full disk, however a library reports it, and a folder that cannot be written into one sentence."""
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "no space left on device" in str(error).lower():
-            message = f"{shown(path)} was not written because the disk is full; the previous version, if any, is kept"
-            raise ArtifactError(message) from error
-        raise
+        code, where = getattr(error, "errno", None), getattr(error, "filename", None)
+        if rust := re.search(r"\(os error (\d+)\)", str(error)):
+            code = int(rust[1])
+        elif "no space left on device" in str(error).lower():
+            code = errno.ENOSPC
+        if isinstance(error, CourseError) or code not in REASONS or not _concerns(path, where, REASONS[code]):
+            raise
+        name = re.sub(r"\.([^/\\]+)\.partial-[^/\\]+", r"\1", shown(path))  # the stage, not its hidden folder
+        raise ArtifactError(f"{name} was not written because {REASONS[code]}") from error
+
+
+def _concerns(path: Path, where, reason: str) -> bool:
+    """Whether an error about the file `where` has to do with writing `path`: perhaps another file was read."""
+    if reason in (FULL, CROWDED):
+        return True
+    if not isinstance(where, str | os.PathLike):
+        return reason != IN_THE_WAY
+    path, where = path.absolute(), Path(where).absolute()
+    return path.is_relative_to(where) or where.is_relative_to(path.parent) and reason != IN_THE_WAY
+
+
+# ---------------------------------------------------------------- versions of a stage
+
+
+def _complete(path: Path) -> bool:
+    return (path / "manifest.json").is_file()
+
+
+def _new(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
+
+
+def _whole(path: Path) -> Path | None:
+    """The stage, or the version on its way to that place; else None. Cleans up behind a writer that died."""
+    beside = f".{path.name}."
+    with contextlib.suppress(OSError):
+        if any(name.startswith(beside) for name in os.listdir(path.parent)):
+            with _alone(path):
+                pass
+    for attempt in range(20):
+        if _complete(path):
+            return path
+        if _complete(_new(path)):  # a writer is between its two renames
+            time.sleep(0.005)
+        elif attempt > 2:
+            return None
+    return _new(path)
+
+
+def _finish(path: Path) -> None:
+    """Put a new version in the stage's place; the old one leaves under a name that never comes back."""
+    if not _new(path).is_dir():
+        return
+    old = path.with_name(_aside(path) + secrets.token_hex(4))
+    if path.exists():
+        path.rename(old)
+    _new(path).rename(path)
+    _fsync(path.parent)
+    _remove(old)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """Clean up around a stage if nobody is writing it; tells whether that is so, and keeps it so inside."""
+    lock = _locks.setdefault(path, _Lock(path))
+    try:
+        alone = fcntl is not None and lock.take(wait=False, tries=1)
+    except OSError:  # a folder that may only be read stays as it is
+        alone = False
+    try:
+        if alone:
+            with contextlib.suppress(OSError):
+                _finish(path)
+                _sweep_beside(path)
+        yield alone
+    finally:
+        if alone:
+            lock.release()
+
+
+# ---------------------------------------------------------------- writers, alive and dead
+
+
+def _aside(path: Path) -> str:
+    """How names begin under which this process writes or removes `path`."""
+    own = _started("self") if os.path.exists("/proc/self/stat") else None
+    return f".{path.name}.partial-{_host()}-{os.getpid()}-{own or 0}-"
+
+
+@functools.cache
+def _host() -> str:
+    """What tells machines, their boots and containers apart: only inside one of them does a pid name a process."""
+    facts = [platform.node()]
+    with contextlib.suppress(OSError):
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def _started(pid: int | str) -> int | None:
+    """When a process began, in ticks since the boot; -1 for one that has ended, None where nobody can tell."""
+    try:
+        number, _, rest = Path(f"/proc/{pid}/stat").read_text().partition(" ")
+        state, *fields = rest.rpartition(")")[2].split()
+    except OSError:
+        return None
+    if int(number) != (os.getpid() if pid == "self" else pid):  # /proc of another container
+        return None
+    return -1 if state in "ZX" else int(fields[18])
+
+
+def _alive(pid: int, start: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return start == 0 or _started(pid) in (None, start)
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether this is the unfinished work of a writer that no longer lives."""
+    match = PARTIAL.match(path.name)
+    if not match:
+        return False
+    host, pid, start = match.groups()
+    if host == _host() and os.name != "nt":  # signal 0 would end the process there
+        return not _alive(int(pid), int(start))
+    try:
+        latest = max(file.lstat().st_mtime for file in [path, *path.rglob("*")])
+    except OSError:  # somebody is at it just now
+        return False
+    return time.time() - latest > FOREIGN_SECONDS
+
+
+def _sweep_beside(path: Path) -> None:
+    """Remove what dead writers of `path` have left beside it."""
+    for name in os.listdir(path.parent):
+        if name.startswith(f".{path.name}.partial-") and _abandoned(path.with_name(name)):
+            _remove(path.with_name(name))
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there and can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+class _Lock:
+    """A stage's lock file. The kernel opens the lock when its process ends, however it ends; a fork does not hold it.
+
+    Closing any handle of the file would open it as well: so there is one `_Lock` for each file and process.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path.with_name(f".{path.name}.lock")
+        self.stage, self.threads, self.depth, self.file = shown(path), threading.RLock(), 0, None
+        self.holder = "another process"
+
+    def take(self, wait: bool, tries: int = 10) -> bool:
+        """Whether it is held now. Somebody who only cleans up holds it for an instant: hence the tries."""
+        if not self.threads.acquire(blocking=wait):
+            return False
+        held = self.depth > 0 or fcntl is None
+        try:
+            if not held:
+                self.file = self._file(wait, tries)
+                held = self.file is not None
+        finally:
+            if not held:
+                self.threads.release()
+        self.depth += held
+        return held
+
+    def release(self) -> None:
+        self.depth -= 1
+        if self.depth == 0 and self.file:
+            with contextlib.suppress(OSError):
+                self.path.unlink()  # while it is held: whoever comes later makes a file of their own
+            self.file.close()
+            self.file = None
+        self.threads.release()
+
+    def _file(self, wait: bool, tries: int):
+        """The lock file, open and locked; None if another process holds it."""
+        while True:
+            file = open(self.path, "ab+", buffering=0)
+            try:
+                if not self._locked(file, wait, tries):
+                    file.close()
+                    return None
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                    with contextlib.suppress(OSError):  # on a full disk nobody is told who is at it
+                        file.truncate(0)
+                        file.write(
+                            f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %R')}".encode()
+                        )
+                    return file
+            except FileNotFoundError:  # its last holder has removed it
+                pass
+            except BaseException:
+                file.close()
+                raise
+            file.close()
+
+    def _locked(self, file, wait: bool, tries: int) -> bool:
+        for attempt in range(tries):
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks
+                    return True
+            time.sleep(0.02 if attempt + 1 < tries else 0)
+        file.seek(0)
+        self.holder = file.read().decode(errors="replace") or "another process"
+        if wait:
+            print(f"{self.stage} is being made by {self.holder}: waiting until it has ended", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        return wait
+
+
+_locks: dict[Path, _Lock] = {}
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_locks.clear)
