@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PYTHON_SKIPPED', 'READERS', 'HUB_HEAD', 'Problem', 'Family', 'TASK_WORDS', 'TASK_NAMES', 'TASK_RELATIONS',
-           'LANGUAGES', 'LEXICON', 'FAMILIES', 'LAYOUTS', 'HELDOUT_PROBLEMS', 'RECIPE', 'SYSTEM_PROMPTS', 'CHAT_FORMS',
+           'LANGUAGES', 'LEXICON', 'FAMILIES', 'LAYOUTS', 'HELDOUT_PROBLEMS', 'SYSTEM_PROMPTS', 'CHAT_FORMS',
            'TASK_REPLIES', 'Messages', 'WEIGHT_ANSWER', 'WEIGHT_TEMPLATE', 'WEIGHT_FILLER', 'Row', 'RECALL_SHARE',
            'CorpusError', 'Source', 'Document', 'read_sources', 'clean', 'decode_utf8', 'first_sentences',
            'wikipedia_documents', 'gloss_documents', 'sentence_documents', 'excerpt', 'python_documents',
@@ -15,7 +15,7 @@ __all__ = ['PYTHON_SKIPPED', 'READERS', 'HUB_HEAD', 'Problem', 'Family', 'TASK_W
            'needle_statement', 'needle_question', 'draw_value', 'draw_keys', 'hide_needles', 'filler_slice',
            'needle_row', 'recall_row', 'needle_rows', 'needle_prompt', 'passkey_prompt', 'CorpusWriter',
            'write_documents', 'write_rest', 'write_chat', 'write_needles', 'corpus_manifest', 'prepare_corpus',
-           'Corpus', 'open_corpus']
+           'write_corpus', 'Corpus', 'open_corpus', 'open_prepared', 'corpus_inputs']
 
 # %% ../notebooks/07_corpus.ipynb #9fb709af
 import gzip
@@ -37,6 +37,7 @@ import numpy as np
 
 from . import course
 from .course import downloads
+from .course.versions import versions_of
 from .tokenizer import Tokenizer
 
 # %% ../notebooks/07_corpus.ipynb #08141b95
@@ -582,14 +583,11 @@ def training_sample(texts: dict[str, list[str]], budget: int) -> list[str]:
     return sample
 
 # %% ../notebooks/07_corpus.ipynb #b7a0eeef
-RECIPE = 2  # raise it when the code that makes the corpus changes, so that `prepare_corpus` makes it anew
-
-
 def recipe(config, sources: list[Source], left_out: Iterable[str], seed: int) -> dict:
     """Everything the corpus depends on, JSON-able: two equal recipes give equal bytes."""
     python = f"{sys.implementation.name} {sys.version.split()[0]}"
     facts = {
-        "recipe": RECIPE,
+        "versions": versions_of("corpus"),
         "seed": seed,
         "tokenizer": asdict(config.tokenizer),
         "corpus": asdict(config.corpus),
@@ -989,8 +987,15 @@ def prepare_corpus(config, seed: int = 0) -> Path:
     sources, left_out = available_sources(config)
     inputs = recipe(config, sources, left_out, seed)
     folder = course.artifacts.stage_dir(config.name, "corpus")
-    if is_current(folder, inputs) and is_current(course.artifacts.stage_dir(config.name, "tokenizer"), inputs):
-        return folder
+    with course.artifacts.stage_lock(config.name, "corpus"):  # whoever comes second finds it made
+        made = [folder, course.artifacts.stage_dir(config.name, "tokenizer")]
+        if not all(is_current(stage, inputs) for stage in made):
+            write_corpus(config, sources, left_out, seed, inputs)
+    return folder
+
+
+def write_corpus(config, sources: list[Source], left_out: dict, seed: int, inputs: dict) -> None:
+    """Read, split, train the tokenizer and write the stage "corpus"."""
     documents = read_corpus(sources, config.corpus.max_bytes_per_source, seed)
     train, heldout = split_corpus(documents, config, seed)
     tokenizer = prepare_tokenizer(config, train, inputs)
@@ -1007,7 +1012,6 @@ def prepare_corpus(config, seed: int = 0) -> Path:
             write_needles(writer, config, filler, seed)
         manifest = corpus_manifest(writer, documents, left_out, seed)
         (aside / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return folder
 
 # %% ../notebooks/07_corpus.ipynb #017d6002
 class Corpus:
@@ -1040,3 +1044,27 @@ class Corpus:
 def open_corpus(folder: str | os.PathLike) -> Corpus:
     """Open what `prepare_corpus` has written."""
     return Corpus(folder)
+
+
+def open_prepared(config) -> tuple[Corpus, Tokenizer]:
+    """The scale's corpus and the tokenizer that wrote it; CorpusError if one of them is of another recipe."""
+    folders = [course.artifacts.find(config.name, stage) for stage in ("corpus", "tokenizer")]
+    made_from = [course.artifacts.read_manifest(folder)["inputs"] for folder in folders]
+    if made_from[0] != made_from[1]:
+        raise CorpusError(
+            f"the corpus and the tokenizer of scale {config.name!r} were made from different settings, perhaps because a "
+            f"run was interrupted between them: run `qwen-mini run corpus --scale {config.name}` again"
+        )
+    return open_corpus(folders[0]), Tokenizer.from_pretrained(folders[1])
+
+
+def corpus_inputs(config, seed: int) -> dict:
+    """What a model trained on the corpus depends on, known without the corpus: settings, pinned sources, seed.
+
+    Sources that could not be fetched here are named: another text makes another model.
+    """
+    known = read_sources()
+    pins = {name: known[name].sha256 or known[name].version for name in config.corpus.sources}
+    inputs = {"corpus": asdict(config.corpus), "tokenizer": asdict(config.tokenizer), "sources": pins, "seed": seed}
+    left_out = course.artifacts.read_manifest(course.artifacts.stage_dir(config.name, "corpus")).get("left_out")
+    return inputs | ({"left_out": sorted(left_out)} if left_out else {})

@@ -4,7 +4,8 @@
 __all__ = ['LOSSES', 'Reward', 'Kind', 'Weights', 'ATTEMPTS', 'group_advantages', 'grpo_loss', 'shared_prompt_attention',
            'shared_prompt_bias', 'Group', 'group_logprobs', 'verified', 'roll_out', 'NoVariance', 'query_weights',
            'of_kinds', 'fresh_queries', 'summed', 'policy_update', 'optimize_policy', 'probe', 'new_trainer',
-           'order_by_reward_variance', 'eight_answers', 'optimize', 'judged', 'mixed']
+           'order_by_reward_variance', 'eight_answers', 'grpo_stage', 'most_varied', 'viewing', 'optimize', 'judged',
+           'mixed']
 
 # %% ../notebooks/17_grpo.ipynb #9e0e322e
 import dataclasses
@@ -19,20 +20,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .course import CourseError, hardware
+from .course import CourseError, hardware, stages
+from .course.stages import Stage
 from .attention import TiledAttention, causal_bias
-from .dpo import WORDINGS_ASKED, target_logprobs, wordings_hash
+from .dpo import WORDINGS_ASKED, dpo_stage, target_logprobs
 from .layers import apply_rope
-from .long_context import fingerprint
 from .model import Qwen
 from .pretraining import Trainer, world
 from .reward_model import RewardModel, adamw_settings, pad_right, score_rows
 from qwen_mini.sft import (
     Answer,
-    content_hash,
     evaluate_tasks,
-    run_stage,
-    start_checkpoint,
     update,
 )
 from .tasks import TASKS, Example
@@ -472,64 +470,73 @@ def eight_answers(
     ]
 
 
-def optimize(
-    config,
-    seed: int = 0,
-    stage: str = "grpo",
-    settings=None,
-    stop_after: int | None = None,
-    weights: Weights | None = None,
-) -> Path:
-    """GRPO on fresh verified problems from the DPO checkpoint; returns `runs/<scale>/<stage>`.
+def grpo_stage(config, seed: int = 0, stage: str = "grpo", settings=None, probe_seed: int = 0) -> Stage:
+    """GRPO on fresh verified problems from the DPO checkpoint, as a stage.
 
-    weights: how often to ask for each kind, by default what a `probe` says. At the beginning, a third and two thirds of
-    the way, and after the last step the records hold a `view`: of eight problems the one whose answers vary most at the
-    start, and `eight_answers` to it. Interrupted and finished runs as in `finetune`. Source: report §4.3; what is not
-    published is named in the notebook.
+    How often each kind of problem is asked comes from a `probe` of the start, drawn with `probe_seed`. At the
+    beginning, a third and two thirds of the way, and after the last step the records hold a `view`: of eight problems
+    the one whose answers vary most at the start, and `eight_answers` to it. Source: report §4.3; what is not published
+    is named in the notebook.
     """
     settings = settings or config.grpo
-    start = start_checkpoint(config, "dpo", settings.start)
+    ready = stages.shipped("dpo") if settings.start == "shipped" else None
+    start = ready or dpo_stage(config, probe_seed)
+    sampled = (
+        "steps queries group_size micro_groups levels probe max_new_tokens epsilon epsilon_high beta".split()
+    )
     inputs = {
-        "settings": dataclasses.asdict(settings),
-        "optimizer": dataclasses.asdict(adamw_settings(config, settings)),
-        "start": fingerprint(start),
-        "wordings": wordings_hash(),
+        "settings": {name: getattr(settings, name) for name in sampled},
+        "optimizer": stages.optimizer_inputs(adamw_settings(config, settings)),
+        "probe_seed": probe_seed,
+        "start": stages.origin(start),
+        "chat": True,
     }
-    if weights is not None:
-        inputs["weights"] = content_hash([[*kind, w] for kind, w in weights.items()])
-    views = [settings.steps * third // 3 for third in range(3)]
 
     def begin(dtype):
-        tokenizer = Tokenizer.from_pretrained(start)
-        policy = Qwen.from_pretrained(start, dtype).to(hardware.device()).eval()
+        folder = stages.folder_of(start)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        policy = Qwen.from_pretrained(folder, dtype).to(hardware.device()).eval()
         policy.requires_grad_(False)
-        asked = weights or probe(policy, tokenizer, settings, seed)
-        candidates = fresh_queries(8, asked, f"{seed}/view", 0)
-        _, tried = roll_out(policy, tokenizer, candidates, settings, seed)
-        example = candidates[order_by_reward_variance([g.rewards for g in tried])[0]]
-        trainer = new_trainer(config, start, settings, dtype)
+        weights = probe(policy, tokenizer, settings, probe_seed)
+        trainer = new_trainer(config, folder, settings, dtype)
         options = {"reference": policy} if settings.beta else {}
-        update_policy = optimize_policy(
-            trainer, tokenizer, settings, asked, seed, **options
-        )
+        update_policy = optimize_policy(trainer, tokenizer, settings, weights, seed, **options)
+        example = most_varied(policy, tokenizer, settings, weights, seed)
+        return trainer, viewing(update_policy, trainer, tokenizer, example, settings), tokenizer
 
-        def view():
-            answers = eight_answers(trainer.model.eval(), tokenizer, example, settings)
-            return {
-                "problem": example.messages[-1]["content"],
-                "gold": example.response,
-                "answers": answers,
-            }
+    return stages.stage(config, stage, ("grpo",), seed, inputs, begin)
 
-        def step(number):
-            seen = {"view": view()} if number in views else {}
-            record = update_policy(number)
-            last = number == settings.steps - 1
-            return record | seen | ({"end": view()} if last else {})
 
-        return trainer, step, tokenizer
+def most_varied(model: Qwen, tokenizer: Tokenizer, settings, weights: Weights, seed: int) -> Example:
+    """Of eight fresh problems the one whose answers vary most."""
+    candidates = fresh_queries(8, weights, f"{seed}/view", 0)
+    _, tried = roll_out(model, tokenizer, candidates, settings, seed)
+    return candidates[order_by_reward_variance([g.rewards for g in tried])[0]]
 
-    return run_stage(config, stage, seed, inputs, begin, stop_after)
+
+def viewing(step, trainer: Trainer, tokenizer: Tokenizer, example: Example, settings):
+    """`step`, whose records also hold answers to one problem: at the start, on the way and in the end."""
+    views = [settings.steps * third // 3 for third in range(3)]
+
+    def view() -> dict:
+        answers = eight_answers(trainer.model.eval(), tokenizer, example, settings)
+        return {"problem": example.messages[-1]["content"], "gold": example.response, "answers": answers}
+
+    def step_and_look(number: int) -> dict:
+        seen = {"view": view()} if number in views else {}
+        record = step(number)
+        last = number == settings.steps - 1
+        return record | seen | ({"end": view()} if last else {})
+
+    return step_and_look
+
+
+def optimize(
+    config, seed: int = 0, stage: str = "grpo", settings=None, stop_after: int | None = None, probe_seed: int = 0
+) -> Path:
+    """The folder of `grpo_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
+    made = grpo_stage(config, seed, stage, settings, probe_seed)
+    return made.make(stop_after) if stop_after else made.folder()
 
 # %% ../notebooks/17_grpo.ipynb #a9f251c4
 def judged(model: RewardModel, tokenizer: Tokenizer) -> Reward:

@@ -6,14 +6,13 @@ __all__ = ['RULER', 'LONG_RECALL_SHARE', 'TASK_SHARE', 'TASK_WEIGHTS', 'long_doc
            'single', 'multi_key', 'only_needles', 'hidden', 'multi_value', 'multi_query', 'variable_tracking',
            'word_list', 'common_words', 'frequent_words', 'score', 'wilson_interval', 'evaluate_task', 'haystack',
            'ask', 'ask_all', 'task_row', 'needle_batch', 'add_needles', 'interleave', 'StageSampler', 'with_needles',
-           'set_base', 'ExtensionTrainer', 'make_extension', 'extend_context', 'extended_checkpoint', 'fingerprint']
+           'set_base', 'ExtensionTrainer', 'extension_optimizer', 'make_extension', 'extension_stage', 'extend_context',
+           'extended_checkpoint']
 
 # %% ../notebooks/10_long_context.ipynb #adf4e13c
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import math
 import random
 import sysconfig
@@ -22,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from .attention import KVCache, causal_attention
@@ -32,6 +30,7 @@ from qwen_mini.corpus import (
     WEIGHT_TEMPLATE,
     NeedlePieces,
     clean,
+    corpus_inputs,
     draw_keys,
     draw_value,
     filler_slice,
@@ -41,28 +40,24 @@ from qwen_mini.corpus import (
     needle_question,
     needle_row,
     needle_statement,
-    open_corpus,
+    open_prepared,
     pack,
     passkey_prompt,
     recall_row,
     unpack,
 )
-from .course import CourseError, artifacts, hardware
+from .course import CourseError, hardware, stages
 from .course.scales import Phase
+from .course.stages import Stage
 from .generation import generate
 from .layers import rope_frequencies
 from .model import Qwen
 from qwen_mini.pretraining import (
     MixtureSampler,
     Trainer,
-    _made_from,
-    agreed_dtype,
     available_phases,
-    describe,
-    is_first,
-    load_training_state,
-    master_model,
-    train,
+    evaluating,
+    pretraining_stage,
     world,
 )
 from .tokenizer import Tokenizer
@@ -119,14 +114,10 @@ def position_losses(model: Qwen, rows: torch.Tensor) -> torch.Tensor:
     return torch.stack(losses).cpu()
 
 # %% ../notebooks/10_long_context.ipynb #924b8935
-def starting_point(config) -> Path:
-    """Folder of the checkpoint to extend: the scale's own pre-training, or the one that ships with the course."""
-    if (
-        config.long_context.start == "shipped"
-        and artifacts.shipped_dir("pretraining").is_dir()
-    ):
-        return artifacts.shipped_dir("pretraining")
-    return artifacts.find(config.name, "pretraining")
+def starting_point(config, seed: int = 0) -> Path | Stage:
+    """The checkpoint to extend: the scale's own pre-training, or the one that ships with the course."""
+    ready = stages.shipped("pretraining") if config.long_context.start == "shipped" else None
+    return ready or pretraining_stage(config, seed)
 
 
 class LongCorpus:
@@ -210,10 +201,8 @@ def recode(tokens: np.ndarray, old: Tokenizer, new: Tokenizer) -> np.ndarray:
 def open_long_corpus(config, folder: Path) -> tuple[LongCorpus, Tokenizer]:
     """The corpus for extending or measuring the checkpoint in `folder`, and the checkpoint's tokenizer."""
     tokenizer = Tokenizer.from_pretrained(folder)
-    own = Tokenizer.from_pretrained(artifacts.find(config.name, "tokenizer"))
-    return LongCorpus(
-        open_corpus(artifacts.find(config.name, "corpus")), tokenizer, own
-    ), tokenizer
+    corpus, own = open_prepared(config)
+    return LongCorpus(corpus, tokenizer, own), tokenizer
 
 # %% ../notebooks/10_long_context.ipynb #c6b10bd9
 @dataclass(frozen=True)
@@ -682,6 +671,20 @@ class ExtensionTrainer(Trainer):
         return super().step(batch)
 
 
+def extension_optimizer(config, settings):
+    """Chapter 08's optimiser at the extension's rates: warm-up, then linear to a twentieth."""
+    return dataclasses.replace(
+        config.pretraining,
+        batch_tokens=settings.batch_tokens,
+        learning_rate=settings.learning_rate,
+        matrix_learning_rate=settings.matrix_learning_rate,
+        warmup_steps=settings.warmup_steps,
+        schedule="wsd",
+        decay_fraction=1.0,
+        min_lr_ratio=0.05,
+    )
+
+
 def make_extension(
     config, folder: Path, corpus: LongCorpus, seed: int, dtype, settings=None
 ) -> ExtensionTrainer:
@@ -692,91 +695,44 @@ def make_extension(
     [last] = available_phases(config.pretraining.phases[-1:], corpus)
     sampler = StageSampler(corpus, settings, last.mixture, seed)
     model = Qwen.from_pretrained(folder).to(hardware.device())
-    numbers = dataclasses.replace(
-        config.pretraining,
-        batch_tokens=settings.batch_tokens,
-        learning_rate=settings.learning_rate,
-        matrix_learning_rate=settings.matrix_learning_rate,
-        warmup_steps=settings.warmup_steps,
-        schedule="wsd",
-        decay_fraction=1.0,
-        min_lr_ratio=0.05,
-    )
+    numbers = extension_optimizer(config, settings)
     return ExtensionTrainer(model, numbers, sampler, lengths[-1], dtype)
 
 
-def extend_context(
-    config,
-    seed: int = 0,
-    stage: str = "long_context",
-    settings=None,
-    stop_after: int | None = None,
-) -> Path:
-    """Train the pre-trained checkpoint to a longer context, stage by stage; returns `runs/<scale>/<stage>`.
+def extension_stage(config, seed: int = 0, stage: str = "long_context", settings=None) -> Stage:
+    """The pre-trained checkpoint trained to a longer context, stage by stage, as a stage of the course.
 
-    An interrupted run goes on from its last training state and reaches the same numbers; a finished one is not
-    repeated unless something it was made from has changed. `settings` replaces `config.long_context`; `stop_after`
-    ends early after saving the state, as an interruption would. Source: report §3.3; ABF is arXiv 2309.16039.
+    `settings` replaces `config.long_context`. Source: report §3.3; ABF is arXiv 2309.16039.
     """
-    settings = settings or config.long_context
-    start = starting_point(config)
-    corpus, tokenizer = open_long_corpus(config, start)
+    settings, start = settings or config.long_context, starting_point(config, seed)
     inputs = {
-        "settings": dataclasses.asdict(settings),
-        "start": fingerprint(start),
-        "seed": seed,
+        "settings": dataclasses.asdict(settings) | {"start": None},
+        "optimizer": stages.optimizer_inputs(extension_optimizer(config, settings)),
         "mixture": dict(config.pretraining.phases[-1].mixture),
-        "corpus": corpus.manifest["inputs"],
+        "corpus": corpus_inputs(config, seed),
+        "start": stages.origin(start),
     }
-    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[
-        :12
-    ]
-    folder = artifacts.stage_dir(config.name, stage)
-    if _made_from(folder) == digest:
-        print("already extended with these settings, data and seed; the last step:")
-        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-        print(describe(last, last["step"]))
-        return folder
-    torch.manual_seed(seed)
-    state_file = (
-        artifacts.stage_dir(config.name, "training_state")
-        / f"{stage}-{digest}.safetensors"
-    )
-    dtype = agreed_dtype(config.run.dtype, state_file)
-    trainer = make_extension(config, start, corpus, seed, dtype, settings)
-    metrics = load_training_state(state_file, trainer) if state_file.exists() else []
-    train(trainer, trainer.sampler, metrics, state_file, corpus, tokenizer, stop_after)
-    if trainer.step_count < trainer.sampler.total_steps:
-        return state_file
-    if is_first():
-        with artifacts.write_stage(
-            config.name, stage, {**inputs, "dtype": str(dtype), "digest": digest}
-        ) as new:
-            stop = tokenizer.endoftext_id
-            model = master_model(trainer)
-            model.save_pretrained(
-                new, generation_config={"eos_token_id": stop, "pad_token_id": stop}
-            )
-            tokenizer.save_pretrained(new)
-            (new / "metrics.jsonl").write_text(
-                "".join(json.dumps(record) + "\n" for record in metrics)
-            )
-        state_file.unlink(missing_ok=True)
-    if world()[1] > 1:
-        dist.barrier()
-    return folder
+
+    def begin(dtype):
+        folder = stages.folder_of(start)
+        corpus, tokenizer = open_long_corpus(config, folder)
+        trainer = make_extension(config, folder, corpus, seed, dtype, settings)
+        sampler = trainer.sampler
+        step = lambda number: trainer.step(sampler.batch(number, *world()))
+        return trainer, evaluating(config, trainer, step, sampler, corpus, tokenizer), tokenizer
+
+    return stages.stage(config, stage, ("long_context",), seed, inputs, begin)
 
 
-def extended_checkpoint(config) -> Path:
-    """What later chapters measure: the scale's long-context checkpoint, or the shipped one at `start = "shipped"`."""
-    if (
-        config.long_context.start == "shipped"
-        and artifacts.shipped_dir("long_context").is_dir()
-    ):
-        return artifacts.shipped_dir("long_context")
-    return artifacts.find(config.name, "long_context")
+def extend_context(
+    config, seed: int = 0, stage: str = "long_context", settings=None, stop_after: int | None = None
+) -> Path:
+    """The folder of `extension_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
+    made = extension_stage(config, seed, stage, settings)
+    return made.make(stop_after) if stop_after else made.folder()
 
 
-def fingerprint(folder: Path) -> str:
-    """Hash of a checkpoint's weights: what an extension was made from."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+def extended_checkpoint(config, seed: int = 0) -> Path | Stage:
+    """What later chapters start from: the scale's long-context checkpoint, or the shipped one at `start = "shipped"`."""
+    ready = stages.shipped("long_context") if config.long_context.start == "shipped" else None
+    return ready or extension_stage(config, seed)

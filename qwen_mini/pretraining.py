@@ -4,10 +4,11 @@
 __all__ = ['cross_entropy', 'LinearCrossEntropy', 'linear_cross_entropy', 'learning_rate_factor', 'AdamW', 'orthogonalize',
            'Muon', 'make_optimizers', 'Batch', 'MixtureSampler', 'available_phases', 'world', 'is_first', 'Trainer',
            'save_training_state', 'load_training_state', 'training_header', 'heldout_nll', 'evaluate_bits_per_byte',
-           'token_sizes', 'evaluate_rows', 'evaluate', 'xz_bits_per_byte', 'ngram_nll', 'Progress', 'describe', 'train',
-           'master_model', 'agreed_dtype', 'pretrain']
+           'token_sizes', 'evaluate_rows', 'evaluate', 'xz_bits_per_byte', 'ngram_nll', 'describe', 'evaluating',
+           'pretraining_stage', 'pretrain', 'finished_model']
 
 # %% ../notebooks/08_pretraining.ipynb #f8679619
+import copy
 import dataclasses
 import hashlib
 import json
@@ -24,8 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from .corpus import open_corpus
-from .course import artifacts, hardware
+from .corpus import corpus_inputs, open_prepared
+from .course import CourseError, artifacts, hardware, stages
+from .course.progress import Progress
+from .course.stages import Stage
 from .model import ModelConfig, Qwen
 from .tokenizer import Tokenizer
 
@@ -799,30 +802,6 @@ def _find(sorted_values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(sorted_values[place] == wanted, place, -1)
 
 # %% ../notebooks/08_pretraining.ipynb #e3ba7cce
-class Progress:
-    """One line that changes in a notebook or a terminal, and a record that stays: the last
-    state is all that is left.
-    """
-
-    def __init__(self):
-        self.handle = None
-
-    def show(self, text: str) -> None:
-        try:
-            from IPython import get_ipython
-        except ImportError:
-            get_ipython = lambda: None  # noqa: E731
-        shell = get_ipython()
-        if shell is None or shell.__class__.__name__ != "ZMQInteractiveShell":
-            print(text, flush=True)
-        elif self.handle is None:
-            from IPython.display import display
-
-            self.handle = display({"text/plain": text}, raw=True, display_id=True)
-        else:
-            self.handle.update({"text/plain": text}, raw=True)
-
-
 def describe(record: dict, total_steps: int) -> str:
     """One line on a step: loss, bits per byte averaged over the real domains, needle
     accuracies.
@@ -844,133 +823,76 @@ def describe(record: dict, total_steps: int) -> str:
     )
 
 
-def train(
-    trainer: Trainer,
-    sampler: MixtureSampler,
-    metrics: list[dict],
-    state_file: Path,
-    corpus,
-    tokenizer: Tokenizer,
-    stop_after: int | None = None,
-) -> None:
-    """The loop: step, evaluate, save the state; appends one record per step to `metrics`."""
-    settings, progress = trainer.settings, Progress()
+def evaluating(config, trainer, step, sampler, corpus, tokenizer: Tokenizer):
+    """`step`, and after every `config.measure.eval_every` steps and the last one what `evaluate` says."""
+    progress, measure = Progress(), config.measure
     length = max(phase.length for phase in sampler.phases)
-    while trainer.step_count < min(sampler.total_steps, stop_after or math.inf):
-        begin = time.perf_counter()
-        record = trainer.step(sampler.batch(trainer.step_count, *world()))
-        record["seconds"] = time.perf_counter() - begin
-        metrics.append(record)
-        step, last = trainer.step_count, trainer.step_count == sampler.total_steps
-        if not is_first():
-            continue
-        if step % settings.eval_every == 0 or last:
-            record["heldout"] = evaluate(
-                trainer.model, corpus, tokenizer, length, settings.eval_tokens
-            )
-            progress.show(describe(record, sampler.total_steps))
-        if (step % settings.checkpoint_every == 0 or step == stop_after) and not last:
-            save_training_state(state_file, trainer, metrics)
+
+    def step_and_look(number: int) -> dict:
+        record = step(number)
+        done = trainer.step_count
+        due = done % measure.eval_every == 0 or done == trainer.total_steps
+        if due and is_first():
+            record["heldout"] = evaluate(trainer.model, corpus, tokenizer, length, measure.eval_tokens)
+            progress.show(describe(record, trainer.total_steps))
+        return record
+
+    return step_and_look
 
 # %% ../notebooks/08_pretraining.ipynb #158515c1
-def master_model(trainer: Trainer) -> Qwen:
-    """The trained model in float32, from the masters."""
-    model = Qwen(trainer.model.config)
+def pretraining_stage(config, seed: int = 0, stage: str = "pretraining", settings=None) -> Stage:
+    """The scale's model trained on its corpus, phase by phase, as a stage: found or made by `.folder()`.
+
+    Under torchrun every process takes its share of each batch. `settings` replaces `config.pretraining`. Source:
+    report §3; what Qwen2.5 does not publish is named in the notebook.
+    """
+    settings = settings or config.pretraining
+    inputs = {
+        "settings": dataclasses.asdict(settings),
+        "model": dataclasses.asdict(config.model),
+        "corpus": corpus_inputs(config, seed),
+    }
+
+    def begin(dtype):
+        corpus, tokenizer = open_prepared(config)
+        phases = available_phases(settings.phases, corpus)
+        _check_shares(phases, settings)
+        sampler = MixtureSampler(corpus, phases, settings.batch_tokens, seed)
+        model = Qwen(ModelConfig.from_scale(config)).to(hardware.device())
+        trainer = Trainer(model, settings, sampler.total_steps, dtype)
+        step = lambda number: trainer.step(sampler.batch(number, *world()))
+        return trainer, evaluating(config, trainer, step, sampler, corpus, tokenizer), tokenizer
+
+    return stages.stage(config, stage, ("pretraining",), seed, inputs, begin)
+
+
+def _check_shares(phases, settings) -> None:
+    parts = world()[1] * settings.grad_accumulation
+    for phase in phases:
+        rows = settings.batch_tokens // phase.length
+        if rows % parts:
+            raise CourseError(
+                f"{rows} rows of {phase.length} tokens cannot be shared by {world()[1]} process(es) x "
+                f"{settings.grad_accumulation} micro-batches: change batch_tokens, grad_accumulation or the processes"
+            )
+
+
+def pretrain(
+    config, seed: int = 0, stage: str = "pretraining", settings=None, stop_after: int | None = None
+) -> Path:
+    """The folder of `pretraining_stage`, trained now if it is not there.
+
+    An interrupted run goes on from its last training state and reaches the same numbers, step for step. `stop_after`
+    ends the run early, after saving its state, as an interruption would.
+    """
+    made = pretraining_stage(config, seed, stage, settings)
+    return made.make(stop_after) if stop_after else made.folder()
+
+
+def finished_model(trainer: Trainer) -> nn.Module:
+    """The trained model in float32, of whatever class, from the masters."""
+    model = copy.deepcopy(trainer.model).float()
     with torch.no_grad():
         for p, master in zip(model.parameters(), trainer.masters, strict=True):
             p.copy_(master)
     return model
-
-
-def _made_from(folder: Path) -> str | None:
-    """The digest of what a finished stage was made from."""
-    manifest = folder / "manifest.json"
-    if not manifest.exists():
-        return None
-    return json.loads(manifest.read_text(encoding="utf-8"))["inputs"].get("digest")
-
-
-def agreed_dtype(preference: str, state_file: Path) -> torch.dtype:
-    """The precision of a run: the one it began with, else the faster one as the first
-    process measures it. Timings differ from process to process; a run must not.
-    """
-    if state_file.exists():
-        return getattr(torch, training_header(state_file)["dtype"])
-    choices = [torch.float32, torch.bfloat16]
-    choice = torch.tensor(choices.index(hardware.pick_dtype(preference)))
-    if world()[1] > 1:
-        dist.broadcast(choice, 0)
-    return choices[choice]
-
-
-def pretrain(
-    config,
-    seed: int = 0,
-    stage: str = "pretraining",
-    settings=None,
-    stop_after: int | None = None,
-) -> Path:
-    """Train the scale's model on its corpus, phase by phase; returns the folder of the
-    checkpoint, `runs/<scale>/<stage>`.
-
-    An interrupted run goes on from its last training state and reaches the same numbers,
-    step for step; a finished one is not repeated unless something it was made from has
-    changed. Under torchrun every process takes its share of each batch. `settings` replaces
-    `config.pretraining`; `stop_after` ends the run early, after saving its state, as an
-    interruption would. Source: report §3; what Qwen2.5 does not publish is named in the
-    notebook.
-    """
-    corpus = open_corpus(artifacts.find(config.name, "corpus"))
-    tokenizer = Tokenizer.from_pretrained(artifacts.find(config.name, "tokenizer"))
-    settings = settings or config.pretraining
-    phases = available_phases(settings.phases, corpus)
-    settings = dataclasses.replace(settings, phases=phases)
-    inputs = {
-        "settings": dataclasses.asdict(settings),
-        "model": dataclasses.asdict(config.model),
-        "corpus": corpus.manifest["inputs"],
-        "seed": seed,
-    }
-    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[
-        :12
-    ]
-    folder = artifacts.stage_dir(config.name, stage)
-    if _made_from(folder) == digest:
-        print("already trained with these settings, data and seed; the last step:")
-        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-        print(describe(last, last["step"]))
-        return folder
-
-    torch.manual_seed(seed)
-    model = Qwen(ModelConfig.from_scale(config)).to(hardware.device())
-    sampler = MixtureSampler(corpus, phases, settings.batch_tokens, seed)
-    parts = world()[1] * settings.grad_accumulation
-    for phase in phases:
-        if settings.batch_tokens // phase.length % parts:
-            raise ValueError(
-                f"{settings.batch_tokens // phase.length} rows of {phase.length} tokens cannot "
-                f"be shared by {world()[1]} process(es) x {settings.grad_accumulation} "
-                "micro-batches: change batch_tokens, grad_accumulation or the processes"
-            )
-    states = artifacts.stage_dir(config.name, "training_state")
-    state_file = states / f"{stage}-{digest}.safetensors"
-    dtype = agreed_dtype(config.run.dtype, state_file)
-    trainer = Trainer(model, settings, sampler.total_steps, dtype)
-    metrics = load_training_state(state_file, trainer) if state_file.exists() else []
-    train(trainer, sampler, metrics, state_file, corpus, tokenizer, stop_after)
-    if trainer.step_count < sampler.total_steps:
-        return state_file
-    if is_first():
-        with artifacts.write_stage(
-            config.name, stage, {**inputs, "dtype": str(dtype), "digest": digest}
-        ) as new:
-            stop = tokenizer.endoftext_id
-            generation = {"eos_token_id": stop, "pad_token_id": stop}
-            master_model(trainer).save_pretrained(new, generation_config=generation)
-            tokenizer.save_pretrained(new)
-            lines = [json.dumps(record) + "\n" for record in metrics]
-            (new / "metrics.jsonl").write_text("".join(lines))
-        state_file.unlink(missing_ok=True)
-    if world()[1] > 1:
-        dist.barrier()
-    return folder

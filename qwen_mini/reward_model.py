@@ -4,7 +4,8 @@
 __all__ = ['STYLE_LEVELS', 'STYLE_TASKS', 'FILLER', 'OFF_TOPIC', 'RUDE', 'BIASED', 'CRITERIA', 'bradley_terry_loss',
            'RewardModel', 'Pair', 'pair_plan', 'pad_right', 'score_rows', 'pair_accuracy', 'criteria', 'gold_reward',
            'gold_rewards', 'styled', 'label_pairs', 'adamw_settings', 'reward_steps', 'train_reward_model',
-           'careless_policy', 'train_reward', 'best_of_n', 'rank_correlation', 'correlation_by_chance']
+           'careless_stage', 'careless_policy', 'reward_stage', 'best_of_n', 'rank_correlation',
+           'correlation_by_chance']
 
 # %% ../notebooks/15_reward_model.ipynb #826d6f14
 import dataclasses
@@ -21,23 +22,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .course import CourseError, artifacts, hardware
-from .long_context import fingerprint
+from .course import CourseError, artifacts, hardware, stages
+from .course.stages import Stage
 from .model import Qwen
 from .pretraining import Trainer, world
 from qwen_mini.sft import (
     Answer,
     Row,
     RowSampler,
-    content_hash,
     draw_examples,
     length_batches,
     make_rows,
     optimizer_settings,
-    run_stage,
+    rows_stage,
     slower,
     start_checkpoint,
-    tune_on_rows,
     update,
 )
 from .tasks import TASKS, Example, final_answer
@@ -306,52 +305,55 @@ def train_reward_model(
     return trainer, step
 
 # %% ../notebooks/15_reward_model.ipynb #58eadb3a
-def careless_policy(config, seed: int = 0, stop_after: int | None = None) -> Path:
-    """The SFT checkpoint after a short fine-tuning on careless responses; returns `runs/<scale>/careless`."""
+def careless_stage(config, seed: int = 0) -> Stage:
+    """The SFT checkpoint after a short fine-tuning on careless responses, as the stage `careless`."""
     settings = config.reward_model
-    start = start_checkpoint(config, "sft", settings.start)
+    start = start_checkpoint(config, "sft", settings.start, seed)
     gentle = slower(config.sft, 1 / 2, epochs=2)
-    rng = random.Random(f"{seed}/careless")
-    shown = draw_examples(
-        settings.demonstrations,
-        f"{seed}/careless",
-        levels=STYLE_LEVELS,
-        tasks=STYLE_TASKS,
-    )
-    pairs = [(example, styled(example, rng)) for example in shown]
-    rows = make_rows(Tokenizer.from_pretrained(start), pairs)
-    return tune_on_rows(config, "careless", seed, start, rows, gentle, stop_after)
+
+    def rows(folder):
+        rng = random.Random(f"{seed}/careless")
+        key = f"{seed}/careless"
+        shown = draw_examples(settings.demonstrations, key, levels=STYLE_LEVELS, tasks=STYLE_TASKS)
+        pairs = [(example, styled(example, rng)) for example in shown]
+        return make_rows(Tokenizer.from_pretrained(folder), pairs)
+
+    inputs = {"demonstrations": settings.demonstrations}
+    return rows_stage(config, "careless", ("reward_model",), seed, start, gentle, inputs, rows)
 
 
-def train_reward(
-    config,
-    pairs: Sequence[Pair],
-    seed: int = 0,
-    stage: str = "reward_model",
+def careless_policy(config, seed: int = 0, stop_after: int | None = None) -> Path:
+    """The folder of `careless_stage`, trained now if it is not there."""
+    made = careless_stage(config, seed)
+    return made.make(stop_after) if stop_after else made.folder()
+
+
+def reward_stage(
+    config, pairs: Callable[[], Sequence[Pair]], recipe, seed: int = 0, stage: str = "reward_model",
     layers: int | None = None,
-    stop_after: int | None = None,
-) -> Path:
-    """A reward model on the SFT checkpoint's body; returns `runs/<scale>/<stage>`.
+) -> Stage:
+    """A reward model on the SFT checkpoint's body, or on its first `layers` layers, as a stage.
 
-    Interrupted and finished runs as in `finetune`. Source: report §4.3; what is not published is named in the notebook.
+    `pairs()` makes the pairs when the model is trained; `recipe`, JSON-able, holds all that they depend on. Source:
+    report §4.3; what is not published is named in the notebook.
     """
     settings = config.reward_model
-    start = start_checkpoint(config, "sft", settings.start)
+    start = start_checkpoint(config, "sft", settings.start, seed)
     inputs = {
-        "settings": dataclasses.asdict(settings),
-        "optimizer": dataclasses.asdict(adamw_settings(config, settings)),
-        "pairs": content_hash([dataclasses.astuple(pair) for pair in pairs]),
+        "pairs": recipe,
+        "training": [settings.epochs, settings.batch_pairs, settings.center],
+        "optimizer": stages.optimizer_inputs(adamw_settings(config, settings)),
         "layers": layers,
-        "start": fingerprint(start),
+        "start": stages.origin(start),
+        "chat": True,
     }
 
     def begin(dtype):
-        trainer, step = train_reward_model(
-            config, start, pairs, settings, seed, dtype, layers
-        )
-        return trainer, step, Tokenizer.from_pretrained(start)
+        folder = stages.folder_of(start)
+        trainer, step = train_reward_model(config, folder, pairs(), settings, seed, dtype, layers)
+        return trainer, step, Tokenizer.from_pretrained(folder)
 
-    return run_stage(config, stage, seed, inputs, begin, stop_after)
+    return stages.stage(config, stage, ("reward_model",), seed, inputs, begin)
 
 # %% ../notebooks/15_reward_model.ipynb #1ae31fef
 def best_of_n(proxy, gold, sizes: Sequence[int]) -> list[tuple[float, float]]:

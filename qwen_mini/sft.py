@@ -4,16 +4,13 @@
 __all__ = ['MASKS', 'TRAIN_SYSTEM', 'OTHER_SYSTEM', 'chat_example', 'loss_mask', 'Row', 'row_of', 'make_rows', 'with_system',
            'to_batch', 'pack_best_fit', 'pack_rows', 'RowSampler', 'draw_examples', 'Answer', 'length_batches',
            'evaluate_tasks', 'accuracy', 'pass_any', 'by_area', 'by_problem', 'standard_error', 'mean_gain', 'update',
-           'finished_model', 'start_checkpoint', 'run_stage', 'content_hash', 'optimizer_settings', 'slower',
-           'train_rows', 'tune_on_rows', 'replay_rows', 'demonstrations', 'training_rows', 'finetune',
-           'long_instructions', 'score_long', 'rejection_sample']
+           'start_checkpoint', 'optimizer_settings', 'slower', 'train_rows', 'rows_stage', 'replay_rows',
+           'demonstrations', 'training_rows', 'sft_stage', 'finetune', 'long_instructions', 'score_long',
+           'rejection_sample']
 
 # %% ../notebooks/14_sft.ipynb #c9404559
-import copy
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
 import random
 import re
@@ -27,12 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .corpus import needle_pieces
-from .course import CourseError, artifacts, hardware
+from .corpus import corpus_inputs, needle_pieces
+from .course import CourseError, hardware, stages
+from .course.stages import Stage
 from .generation import generate
 from qwen_mini.long_context import (
     extended_checkpoint,
-    fingerprint,
     haystack,
     open_long_corpus,
 )
@@ -40,11 +37,7 @@ from .model import Qwen
 from qwen_mini.pretraining import (
     Batch,
     Trainer,
-    _made_from,
-    agreed_dtype,
-    is_first,
-    load_training_state,
-    save_training_state,
+    finished_model,
     world,
 )
 from qwen_mini.tasks import (
@@ -413,83 +406,12 @@ def update(trainer: Trainer, losses: Iterable[torch.Tensor]) -> dict[str, float]
     return numbers | {"grad_norm": norm, "lr_factor": factor}
 
 
-def finished_model(trainer: Trainer) -> nn.Module:
-    """The trained model in float32, of whatever class, from the masters."""
-    model = copy.deepcopy(trainer.model).float()
-    with torch.no_grad():
-        for p, master in zip(model.parameters(), trainer.masters, strict=True):
-            p.copy_(master)
-    return model
-
-
-def start_checkpoint(config, stage: str, start: str) -> Path:
-    """Where a later stage begins: the scale's own `stage`, or the one that ships with the course."""
-    if start == "shipped" and artifacts.shipped_dir(stage).is_dir():
-        return artifacts.shipped_dir(stage)
-    return artifacts.find(config.name, stage)
-
-
-def run_stage(
-    config,
-    stage: str,
-    seed: int,
-    inputs: dict,
-    begin: Callable,
-    stop_after: int | None = None,
-    save_every: float = 30.0,
-) -> Path:
-    """The skeleton of a stage; returns `runs/<scale>/<stage>`, or the training state if it was stopped.
-
-    inputs: everything the result depends on, JSON-able. begin(dtype) → (trainer, step, tokenizer): step(number) takes
-    one optimiser step and returns its record; what it does may depend on the number and the weights alone, so that a
-    resumed run reaches the same numbers. What a model samples for the stage is sampled in `begin`: it depends on the
-    precision, which a resumed run keeps. The state is saved every `save_every` seconds.
-    """
-    inputs = {**inputs, "seed": seed}
-    text = json.dumps(inputs, sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    folder = artifacts.stage_dir(config.name, stage)
-    if _made_from(folder) == digest:
-        print(f"{stage}: already made with these settings, data and seed")
-        return folder
-    states = artifacts.stage_dir(config.name, "training_state")
-    state_file = states / f"{stage}-{digest}.safetensors"
-    dtype = agreed_dtype(config.run.dtype, state_file)
-    torch.manual_seed(seed)
-    trainer, step, tokenizer = begin(dtype)
-    metrics = load_training_state(state_file, trainer) if state_file.exists() else []
-    saved = time.monotonic()
-    while trainer.step_count < min(trainer.total_steps, stop_after or math.inf):
-        started = time.perf_counter()
-        record = step(trainer.step_count)
-        metrics.append({**record, "seconds": time.perf_counter() - started})
-        done, last = trainer.step_count, trainer.step_count == trainer.total_steps
-        due = time.monotonic() - saved >= save_every or done == stop_after
-        if is_first() and due and not last:
-            save_training_state(state_file, trainer, metrics)
-            saved = time.monotonic()
-    if trainer.step_count < trainer.total_steps:
-        return state_file
-    if is_first():
-        made = {**inputs, "dtype": str(dtype), "digest": digest}
-        with artifacts.write_stage(config.name, stage, made) as new:
-            stops = [tokenizer.im_end_id, tokenizer.endoftext_id]
-            ends = {"eos_token_id": stops, "pad_token_id": tokenizer.endoftext_id}
-            finished_model(trainer).save_pretrained(new, generation_config=ends)
-            tokenizer.save_pretrained(new)
-            lines = [json.dumps(record) + "\n" for record in metrics]
-            (new / "metrics.jsonl").write_text("".join(lines))
-        state_file.unlink(missing_ok=True)
-    if world()[1] > 1:
-        dist.barrier()
-    return folder
+def start_checkpoint(config, stage: str, start: str, seed: int = 0) -> Path | Stage:
+    """Where a later stage begins: what ships with the course, or the scale's own stage `sft`."""
+    ready = stages.shipped(stage) if start == "shipped" else None
+    return ready or sft_stage(config, seed)
 
 # %% ../notebooks/14_sft.ipynb #47d3fc67
-def content_hash(content) -> str:
-    """Sixteen hex digits of JSON-able content, for the `inputs` of a stage."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
 def optimizer_settings(config, settings):
     """Chapter 08's settings with a post-training stage's rates: warm-up, then linear to `min_lr_ratio`."""
     return dataclasses.replace(
@@ -533,32 +455,29 @@ def train_rows(
     return trainer
 
 
-def tune_on_rows(
-    config,
-    stage: str,
-    seed: int,
-    start: Path,
-    rows: Sequence[Row],
-    settings,
-    stop_after: int | None = None,
-) -> Path:
-    """The same as a stage: `start` fine-tuned on rows; returns `runs/<scale>/<stage>`."""
+def rows_stage(
+    config, name: str, modules: tuple[str, ...], seed: int, start: Path | Stage, settings, inputs: dict, rows
+) -> Stage:
+    """The same as a stage: `start` fine-tuned on rows. `rows(folder)` makes them; `inputs` holds all it reads."""
     numbers = optimizer_settings(config, settings)
-    inputs = {
-        "settings": dataclasses.asdict(settings),
-        "optimizer": dataclasses.asdict(numbers),
-        "rows": content_hash([(row.ids, row.weights) for row in rows]),
-        "start": fingerprint(start),
+    facts = {
+        **inputs,
+        "batch_rows": settings.batch_rows,
+        "epochs": settings.epochs,
+        "optimizer": stages.optimizer_inputs(numbers),
+        "start": stages.origin(start),
+        "chat": True,
     }
 
     def begin(dtype):
-        sampler = RowSampler(rows, settings.batch_rows, settings.epochs, seed)
-        model = Qwen.from_pretrained(start).to(hardware.device())
+        folder = stages.folder_of(start)
+        sampler = RowSampler(rows(folder), settings.batch_rows, settings.epochs, seed)
+        model = Qwen.from_pretrained(folder).to(hardware.device())
         trainer = Trainer(model, numbers, sampler.total_steps, dtype)
         step = lambda number: trainer.step(sampler.batch(number, *world()))
-        return trainer, step, Tokenizer.from_pretrained(start)
+        return trainer, step, Tokenizer.from_pretrained(folder)
 
-    return run_stage(config, stage, seed, inputs, begin, stop_after)
+    return stages.stage(config, name, modules, seed, facts, begin)
 
 
 def replay_rows(
@@ -616,22 +535,28 @@ def training_rows(
     return rows + replay_rows(config, corpus, count, settings.replay_weight, seed)
 
 
-def finetune(
-    config,
-    seed: int = 0,
-    stage: str = "sft",
-    settings=None,
-    stop_after: int | None = None,
-) -> Path:
-    """Fine-tune the long-context checkpoint on demonstrations of all tasks; returns `runs/<scale>/<stage>`.
+def sft_stage(config, seed: int = 0, stage: str = "sft", settings=None) -> Stage:
+    """The long-context checkpoint fine-tuned on demonstrations of all tasks, as a stage.
 
-    An interrupted run goes on and reaches the same numbers; a finished one is not repeated unless something it was
-    made from has changed: the start, the rows, the optimiser. Source: report §4.1; what is not published is named in
-    the notebook.
+    Source: report §4.1; what is not published is named in the notebook.
     """
-    settings, start = settings or config.sft, extended_checkpoint(config)
-    rows = training_rows(config, settings, *open_long_corpus(config, start), seed)
-    return tune_on_rows(config, stage, seed, start, rows, settings, stop_after)
+    settings, start = settings or config.sft, extended_checkpoint(config, seed)
+    inputs = {
+        "demonstrations": settings.demonstrations,
+        "replay": [settings.replay, settings.replay_weight],
+        "mixture": dict(config.pretraining.phases[-1].mixture),
+        "corpus": corpus_inputs(config, seed),
+    }
+    rows = lambda folder: training_rows(config, settings, *open_long_corpus(config, folder), seed)
+    return rows_stage(config, stage, ("sft",), seed, start, settings, inputs, rows)
+
+
+def finetune(
+    config, seed: int = 0, stage: str = "sft", settings=None, stop_after: int | None = None
+) -> Path:
+    """The folder of `sft_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
+    made = sft_stage(config, seed, stage, settings)
+    return made.make(stop_after) if stop_after else made.folder()
 
 # %% ../notebooks/14_sft.ipynb #acc4bfef
 def long_instructions(

@@ -3,14 +3,16 @@
 Importing it loads neither a chapter module nor Jupyter nor matplotlib.
 """
 
-from . import artifacts, figures, hardware
+from . import artifacts, figures, hardware, stages
 from .artifacts import ArtifactError, MissingStage
 from .claims import claim
 from .errors import CourseError
 from .paths import home, runs
 from .processes import side_by_side
+from .records import experiment, experiments, recall
 from .scales import ScaleConfig, ScaleError, load_scale
 from .session import oracle, start
+from .show import say, table
 
 __all__ = [
     "ArtifactError",
@@ -20,12 +22,18 @@ __all__ = [
     "ScaleError",
     "artifacts",
     "claim",
+    "experiment",
+    "experiments",
     "figures",
     "hardware",
     "home",
     "load_scale",
     "oracle",
+    "recall",
     "runs",
+    "say",
     "side_by_side",
+    "stages",
     "start",
+    "table",
 ]

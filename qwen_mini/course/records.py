@@ -1,0 +1,470 @@
+"""Experiments: what a notebook measures is computed once, kept as JSON, and found again by what it was computed from.
+
+A record's key holds the function's syntax (not its comments, layout and local names), that of the notebook's functions
+it calls, its inputs and the versions of the chapters it uses. Precision, processor and seconds are provenance.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import os
+import re
+import symtable
+import textwrap
+import time
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import artifacts, hardware
+from .errors import CourseError
+from .paths import home, runs, shown
+from .processes import side_by_side
+from .progress import Progress, clock
+from .provenance import provenance
+from .scales import ScaleConfig, Sections
+from .stages import Stage, digest, weights_hash
+from .syntax import normalised
+from .versions import versions, versions_of
+
+TIMING = "timing"  # a tolerance: seconds and speeds are told, not compared
+MANY = 8  # lists of so many numbers are compared by their means
+
+
+class BadRecord(CourseError):
+    """A record that cannot be used."""
+
+
+@dataclass
+class Book:
+    """The notebook that is running."""
+
+    name: str
+    scale: str
+    seed: int
+    fresh: bool
+    dtype: str
+    module: str | None
+    process: int
+
+
+_book: Book | None = None
+
+
+def open_notebook(notebook: str, config: ScaleConfig, seed: int, fresh: bool = False) -> None:
+    """Called by `course.start`: whose records these are, and whether to compute them anew."""
+    from .nb import Notebook
+
+    global _book
+    path = home() / "notebooks" / f"{notebook}.ipynb"
+    module = Notebook(path).module if path.exists() else None
+    fresh = fresh or os.environ.get("FRESH", "") not in ("", "0")
+    _book = Book(notebook, config.name, seed, fresh, config.run.dtype, module, os.getpid())
+    artifacts.write_file(used_file(config.name, notebook), "{}\n")
+
+
+def experiment(name: str, fn: Callable, /, *, tolerance: float | str = 0.05, **inputs):
+    """The result of `fn(**inputs)`, from its record or computed now; plain JSON data.
+
+    `tolerance`: how far a number may be from the record when another machine computes it anew, as a share of it;
+    `"timing"` for seconds and speeds. What `fn` reads must be an input, a function or a constant of the notebook, or
+    come from a chapter. CourseError names what is not, and what JSON cannot hold.
+    """
+    return experiments({name: functools.partial(fn, **inputs)}, tolerance=tolerance)[name]
+
+
+def experiments(calls: Mapping[str, functools.partial], *, tolerance: float | str = 0.05) -> dict:
+    """Results by name. What has no record is computed side by side, each call in a process with one thread."""
+    if _book is None:
+        raise CourseError("experiments belong to a notebook: call course.start(…) first")
+    keys = {name: key_of(name, call) for name, call in calls.items()}
+    found = {name: None if _book.fresh else _find(name, keys[name]) for name in calls}
+    verified = set(os.environ.get("QWEN_MINI_VERIFY", "").split(":")) & {f"{_book.name}/{name}" for name in calls}
+    missing = [name for name in calls if found[name] is None or f"{_book.name}/{name}" in verified]
+    if os.environ.get("QWEN_MINI_RECORDS") == "only" and (gone := [name for name in calls if found[name] is None]):
+        raise BadRecord(
+            f"the record {_book.name}/{gone[0]} of scale {_book.scale} is missing, or is of other inputs: make it with "
+            f"`qwen-mini run {_book.name} --scale {_book.scale}`"
+        )
+    results = {name: record["result"] for name, record in found.items() if record}
+    for name, record in _compute({name: calls[name] for name in missing}, keys, tolerance).items():
+        if f"{_book.name}/{name}" in verified and found[name]:
+            _verify(name, found[name], record)
+        else:
+            write(record_path(runs() / _book.scale / "records", _book.name, name), record)
+            results[name] = record["result"]
+    _note("records", {name: keys[name] for name in calls})
+    return {name: results[name] for name in calls}
+
+
+def recall(notebook: str, name: str):
+    """The result of another notebook's experiment, as that notebook left it."""
+    scale = _book.scale if _book else "laptop"
+    for folder in (runs() / scale / "records", home() / "data" / "records" / scale):
+        path = record_path(folder, notebook, name)
+        if path.exists():
+            return read(path)["result"]
+    raise BadRecord(
+        f"the record {notebook}/{name} of scale {scale} is missing: make it with `qwen-mini run {notebook} --scale {scale}`"
+    )
+
+
+# --- computing ---------------------------------------------------------------------------------------------------
+
+
+def _compute(calls: Mapping[str, functools.partial], keys: dict[str, str], tolerance) -> dict[str, dict]:
+    """New records of the calls; timings one after the other, so that none disturbs another."""
+    import torch
+
+    if not calls:
+        return {}
+    expected = sum(_expected(name) or 0 for name in calls)
+    threads = 1 if tolerance == TIMING else torch.get_num_threads()
+    about = f", about {clock(expected / min(threads, len(calls)))}" if expected else ""
+    progress, done = Progress(), []
+    progress.show(f"computing {len(calls)} experiment(s){about} …")
+
+    def finished(name, seconds):
+        done.append(name)
+        progress.show(f"{len(done)} of {len(calls)} · {name} took {clock(seconds)}{about}")
+
+    work = {name: functools.partial(_timed, name, call) for name, call in calls.items()}
+    groups = [{name: call} for name, call in work.items()] if tolerance == TIMING else [work]
+    made = {}
+    for group in groups:
+        made |= side_by_side(group, on_done=finished)
+    progress.clear()
+    return {name: _record(name, calls[name], keys[name], tolerance, *made[name]) for name in calls}
+
+
+def _timed(name: str, call: functools.partial) -> tuple:
+    """In the process that computes: the result as plain data, its seconds and its provenance."""
+    begun = time.perf_counter()
+    result = plain(call(), name)
+    return result, time.perf_counter() - begun, provenance(hardware.pick_dtype(_book.dtype))
+
+
+def _record(name: str, call, key: str, tolerance, result, seconds: float, how: dict) -> dict:
+    return {
+        "name": f"{_book.name}/{name}",
+        "key": key,
+        "versions": _versions(call),
+        "tolerance": tolerance,
+        "seconds": round(seconds, 1),
+        "provenance": how,
+        "sha256": digest(result),
+        "result": result,
+    }
+
+
+def _expected(name: str) -> float | None:
+    """Seconds that the last record of this name took, whatever it was made from."""
+    for folder in (runs() / _book.scale / "records", home() / "data" / "records" / _book.scale):
+        try:
+            return json.loads(record_path(folder, _book.name, name).read_text(encoding="utf-8"))["seconds"]
+        except (OSError, ValueError, KeyError):
+            continue
+    return None
+
+
+def plain(value, name: str):
+    """`value` as JSON gives it back, numbers to seven digits; CourseError for what JSON cannot hold."""
+    if hasattr(value, "tolist"):  # numpy and torch
+        value = value.tolist()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if value - value != 0:
+            raise CourseError(f"the experiment {name!r} returns {value}, which JSON cannot hold: return None instead")
+        return float(f"{value:.7g}")
+    if isinstance(value, list | tuple):
+        return [plain(item, name) for item in value]
+    if isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise CourseError(f"the experiment {name!r} returns the key {wrong[0]!r}: JSON wants text, use str(…)")
+        return {key: plain(item, name) for key, item in value.items()}
+    raise CourseError(
+        f"the experiment {name!r} returns a {type(value).__name__}, which JSON cannot hold: return numbers, texts, lists, dicts"
+    )
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def record_path(folder: Path, notebook: str, name: str) -> Path:
+    """`folder/<notebook>/<name>.json`; what does not fit into a file's name becomes `_`."""
+    return folder / notebook / f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}.json"
+
+
+def write(path: Path, record: dict) -> None:
+    """Store a record: a line per entry, so that a change is a small one."""
+    artifacts.write_file(path, json.dumps(record, ensure_ascii=False, indent=0, separators=(",", ":")).replace("\n", "") + "\n")
+
+
+def read(path: Path) -> dict:
+    """A record, checked: whole, and as it was written. BadRecord says what is wrong and what to do."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        sound = digest(record["result"]) == record["sha256"] and {"name", "key", "tolerance", "seconds"} <= set(record)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BadRecord(f"{shown(path)} is not a whole record: delete it, and it is computed anew") from None
+    if not sound:
+        raise BadRecord(f"{shown(path)} was changed by hand: delete it, and it is computed anew")
+    return record
+
+
+def _find(name: str, key: str) -> dict | None:
+    """The record of this key: of this scale's own runs, else of those that ship with the course."""
+    for folder in (runs() / _book.scale / "records", home() / "data" / "records" / _book.scale):
+        path = record_path(folder, _book.name, name)
+        if path.exists():
+            record = read(path)
+            if record["key"] == key and record["name"] == f"{_book.name}/{name}":
+                return record
+    return None
+
+
+def used_file(scale: str, notebook: str) -> Path:
+    """Which stages and records a notebook used when it ran last."""
+    return runs() / scale / "notebooks" / f"{notebook}.used.json"
+
+
+def _note(kind: str, keys: dict[str, str]) -> None:
+    path = used_file(_book.scale, _book.name)
+    used = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    used.setdefault(kind, {}).update(keys)
+    artifacts.write_file(path, json.dumps(used, indent=1, sort_keys=True) + "\n")
+
+
+def note_stage(stage: Stage) -> None:
+    """Remember that the running notebook used a stage; what runs beside it notes nothing."""
+    if _book is not None and _book.process == os.getpid() and _book.scale == stage.scale:
+        _note("stages", {stage.name: stage.key})
+
+
+# --- verifying ---------------------------------------------------------------------------------------------------
+
+
+def _verify(name: str, stored: dict, anew: dict) -> None:
+    """Compare a record with the same computed anew, within the tolerance that it states."""
+    if difference := differs(stored["result"], anew["result"], stored["tolerance"]):
+        raise BadRecord(
+            f"the record {stored['name']} does not verify: {difference} (tolerance {stored['tolerance']}; recorded on "
+            f"{stored['provenance']['processor']} in {stored['provenance']['precision']}, now on "
+            f"{anew['provenance']['processor']} in {anew['provenance']['precision']})"
+        )
+    print(f"verified {stored['name']}")
+
+
+def differs(stored, found, tolerance: float | str, where: str = "result") -> str:
+    """What differs by more than the tolerance, '' if nothing does."""
+    if type(stored) is not type(found) and not all(isinstance(x, int | float) for x in (stored, found)):
+        return f"{where} was {stored!r:.60} and is {found!r:.60}"
+    if isinstance(stored, dict):
+        if stored.keys() != found.keys():
+            return f"{where} has other keys"
+        parts = (differs(stored[key], found[key], tolerance, f"{where}.{key}") for key in stored)
+        return next(filter(None, parts), "")
+    if isinstance(stored, list):
+        numbers = all(isinstance(x, int | float) for x in (*stored, *found))
+        if tolerance != TIMING and numbers and len(stored) == len(found) >= MANY:
+            return differs(sum(stored) / len(stored), sum(found) / len(found), tolerance, f"the mean of {where}")
+        if len(stored) != len(found):
+            return "" if tolerance == TIMING else f"{where} had {len(stored)} entries and has {len(found)}"
+        parts = (differs(a, b, tolerance, f"{where}[{i}]") for i, (a, b) in enumerate(zip(stored, found, strict=True)))
+        return next(filter(None, parts), "")
+    if tolerance == TIMING or stored == found:
+        return ""
+    if isinstance(stored, int | float) and abs(stored - found) <= tolerance * max(1.0, abs(stored)):
+        return ""
+    return f"{where} was {stored!r:.60} and is {found!r:.60}"
+
+
+# --- keys --------------------------------------------------------------------------------------------------------
+
+
+def key_of(name: str, call: functools.partial) -> str:
+    """The key of an experiment: function, inputs, versions."""
+    if not isinstance(call, functools.partial) or call.args:
+        raise CourseError(f"the experiment {name!r} needs its inputs by name: partial(function, input=…)")
+    trace = Trace(name)
+    parts = {"function": trace.function(call.func)}
+    parts["inputs"] = {key: trace.value(value, f"its input {key!r}") for key, value in sorted(call.keywords.items())}
+    parts["versions"] = versions_of(*trace.modules)
+    return digest(parts)
+
+
+def _versions(call: functools.partial) -> dict[str, int]:
+    trace = Trace("")
+    trace.function(call.func)
+    for value in call.keywords.values():
+        trace.value(value, "")
+    return versions_of(*trace.modules)
+
+
+class Trace:
+    """What a function depends on, as JSON-able content, and the chapters that it uses."""
+
+    def __init__(self, name: str):
+        self.name, self.modules, self.seen = name, set(), {}
+
+    def function(self, fn) -> list:
+        """A function or class: a chapter's by its name, the notebook's own by its syntax and what it reads."""
+        fn = inspect.unwrap(fn)
+        if chapter := self._chapter(fn):
+            self.modules.add(chapter)
+            return ["chapter", chapter, fn.__qualname__]
+        if fn.__module__.partition(".")[0] in ("qwen_mini", "torch", "numpy") or fn.__module__ == "builtins":
+            return ["library", fn.__module__, fn.__qualname__]
+        if id(fn) in self.seen:
+            return ["again", self.seen[id(fn)]]
+        self.seen[id(fn)] = len(self.seen)
+        source = self._source(fn)
+        scope = fn.__globals__ if isinstance(fn, types.FunctionType) else vars(inspect.getmodule(fn))
+        found = {name: scope[name] for name in _globals_read(source) - {fn.__name__} if name in scope}
+        if getattr(fn, "__closure__", None):
+            cells = zip(fn.__code__.co_freevars, fn.__closure__, strict=True)
+            found |= {name: cell.cell_contents for name, cell in cells}
+        reads = {name: self._read(name, value) for name, value in sorted(found.items())}
+        return ["own", normalised(source), reads]
+
+    def _source(self, fn) -> str:
+        try:
+            source = textwrap.dedent(inspect.getsource(fn))
+            if fn.__name__ == "<lambda>":
+                raise ValueError
+            compile(source, "experiment", "exec")
+        except (OSError, TypeError, ValueError, SyntaxError):
+            raise CourseError(
+                f"the experiment {self.name!r} uses the function {getattr(fn, '__name__', fn)!r}, whose source is not at hand: "
+                "write it with def in a cell"
+            ) from None
+        return source
+
+    def _chapter(self, thing) -> str | None:
+        """The chapter that exports a function or class, also while its own notebook defines it."""
+        module = getattr(thing, "__module__", "") or ""
+        package, _, rest = module.partition(".")
+        if package == "qwen_mini" and rest in versions():
+            return rest
+        own = _book.module if _book else None
+        if own and package not in ("qwen_mini", "torch", "numpy") and own in versions():
+            if getattr(thing, "__name__", "") in _exported(own):
+                return own
+        return None
+
+    def _read(self, name: str, value):
+        """A global that a notebook's function reads."""
+        if isinstance(value, types.ModuleType):
+            package, _, rest = value.__name__.partition(".")
+            if package == "qwen_mini" and rest in versions():
+                self.modules.add(rest)
+            return ["module", value.__name__]
+        if isinstance(value, types.BuiltinFunctionType):
+            return ["library", value.__qualname__]
+        if isinstance(value, types.FunctionType | type):
+            return self.function(value)
+        if _is_precision(value):
+            return ["precision"]
+        if own := _exported_constant(name, value):
+            self.modules.add(own)
+            return ["chapter", own, name]
+        if _constant(value):
+            return ["constant", self.value(value, name)]
+        raise CourseError(
+            f"the experiment {self.name!r} reads `{name}`, which is neither a function nor a constant of the notebook: "
+            f"pass it as an input, {name}={name}"
+        )
+
+    def value(self, value, what: str):
+        """An input, as JSON-able content."""
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if _is_precision(value):
+            return ["precision"]
+        if isinstance(value, Stage):
+            self.modules.update(value.versions)
+            note_stage(value)
+            return ["stage", value.name, value.identity()]
+        if isinstance(value, Path):
+            if value.is_dir():
+                return ["weights", weights_hash(value)]
+            return ["file", hashlib.sha256(value.read_bytes()).hexdigest()[:16]]
+        if isinstance(value, ScaleConfig | Sections):
+            sections = value.sections if isinstance(value, Sections) else vars(value)
+            left = {"name", "run"} if isinstance(value, Sections) else {"name", "run", "measure"}
+            return ["scale", {k: dataclasses.asdict(v) for k, v in sections.items() if k not in left}]
+        if isinstance(value, types.FunctionType | type):
+            return self.function(value)
+        if isinstance(value, functools.partial):
+            return ["partial", self.function(value.func), [self.value(a, what) for a in value.args],
+                    {k: self.value(v, what) for k, v in sorted(value.keywords.items())}]
+        if dataclasses.is_dataclass(value):
+            if chapter := self._chapter(type(value)):
+                self.modules.add(chapter)
+            facts = {f.name: self.value(getattr(value, f.name), what) for f in dataclasses.fields(value)}
+            return [type(value).__qualname__, facts]
+        if isinstance(value, Mapping):
+            return ["map", [[self.value(k, what), self.value(v, what)] for k, v in value.items()]]
+        if isinstance(value, list | tuple):
+            return [self.value(item, what) for item in value]
+        if isinstance(value, set | frozenset):
+            return ["set", sorted(json.dumps(self.value(item, what)) for item in value)]
+        if isinstance(value, range):
+            return ["range", value.start, value.stop, value.step]
+        if hasattr(value, "tolist") and hasattr(value, "shape"):
+            data = value.detach().cpu().float().numpy() if hasattr(value, "detach") else value
+            return ["array", list(value.shape), hashlib.sha256(data.tobytes()).hexdigest()[:16]]
+        raise CourseError(
+            f"the experiment {self.name!r} cannot tell {what} by its content: pass data, a stage or a folder instead of a "
+            f"{type(value).__name__}"
+        )
+
+
+def _is_precision(value) -> bool:
+    """A dtype or a device: provenance, part of no key."""
+    return type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device")
+
+
+def _constant(value) -> bool:
+    """Plain data, whatever is nested in it."""
+    if value is None or isinstance(value, bool | int | float | str | range):
+        return True
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_constant, value))
+    return isinstance(value, dict) and all(_constant(k) and _constant(v) for k, v in value.items())
+
+
+def _exported(module: str) -> set[str]:
+    import importlib
+
+    return set(getattr(importlib.import_module(f"qwen_mini.{module}"), "__all__", ()))
+
+
+def _exported_constant(name: str, value) -> str | None:
+    """The chapter whose notebook is running, if it exports this name and it is not plain data."""
+    own = _book.module if _book else None
+    return own if own in versions() and name in _exported(own) and not _constant(value) else None
+
+
+def _globals_read(source: str) -> set[str]:
+    """Names that code takes from the module around it."""
+    names = set()
+
+    def look(table):
+        for symbol in table.get_symbols():
+            if symbol.is_global() and symbol.is_referenced():
+                names.add(symbol.get_name())
+        for child in table.get_children():
+            look(child)
+
+    top = symtable.symtable(source, "experiment", "exec")
+    for child in top.get_children():
+        look(child)
+    names |= {s.get_name() for s in top.get_symbols() if s.is_referenced() and not s.is_assigned()}  # decorators, defaults
+    return names

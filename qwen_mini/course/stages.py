@@ -1,0 +1,327 @@
+"""Stages: everything that trains, and what is sampled on the way. A stage is found by its key, or made; never mistaken.
+
+A key holds what decides the result: settings, seed, start and the versions of the chapters used. Precision, processor,
+torch and Python are provenance: they stand in the manifest and make nothing stale.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import artifacts, hardware
+from .errors import CourseError
+from .paths import shown
+from .provenance import provenance
+from .versions import versions_of
+
+SAVE_EVERY = 30.0  # seconds between training states
+MOST_METRICS = 200  # records of a shipped checkpoint
+
+# A step takes its number and returns its record; what it does depends on the number and the weights alone.
+Begin = Callable[[object], tuple]  # dtype -> (trainer, step, tokenizer)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A handle: making it computes nothing; `folder()` finds the result by its key, or makes it."""
+
+    config: object = field(repr=False, compare=False)
+    name: str
+    seed: int = field(repr=False)
+    inputs: dict = field(repr=False, compare=False)  # JSON-able: all that decides the result but seed and versions
+    versions: dict[str, int] = field(repr=False, compare=False)
+    work: Callable[["Stage", int | None], Path | None] = field(repr=False, compare=False)
+
+    @property
+    def key(self) -> str:
+        """Sixteen hex digits of inputs, seed and versions."""
+        return digest({"inputs": self.inputs, "seed": self.seed, "versions": self.versions})
+
+    @property
+    def scale(self) -> str:
+        return self.config.name
+
+    def find(self) -> Path | None:
+        """The folder in `runs/<scale>/`, else in `data/checkpoints/`, if its key is this one; else None."""
+        artifacts.settle(self.scale, self.name)
+        return artifacts.find_by_key(self.scale, self.name, self.key)
+
+    def identity(self) -> str:
+        """What depends on this stage holds: of a shipped one the hash of the weights that are found, else the key."""
+        shipped = artifacts.read_manifest(artifacts.shipped_dir(self.name)).get("key") == self.key
+        return weights_hash(self.find()) if shipped else self.key
+
+    def folder(self) -> Path:
+        """The finished folder, made now if nobody has made it; the running notebook notes that it used it."""
+        from . import records
+
+        records.note_stage(self)
+        return self.find() or self.make()
+
+    def make(self, stop_after: int | None = None) -> Path:
+        """Make it whatever is there already; the training state if `stop_after` ended it early.
+
+        One process at a time: another that wants the same stage waits, and then finds it. Under torchrun all ranks
+        take part, and the first one writes.
+        """
+        from qwen_mini.pretraining import is_first
+
+        artifacts.check_writable(self.scale)
+        if not is_first():
+            return self.work(self, stop_after)
+        before = self.find()
+        with artifacts.stage_lock(self.scale, self.name):
+            found = self.find()
+            if found and not before:  # somebody else has made it meanwhile
+                return found
+            return self.work(self, stop_after)
+
+
+def stage(config, name: str, modules: tuple[str, ...], seed: int, inputs: dict, begin: Begin) -> Stage:
+    """A stage that trains. `begin(dtype)` gives (trainer, step, tokenizer); `inputs` holds every number that is read.
+
+    An interrupted run goes on from its last state and reaches the same numbers. The final weights are stored in
+    bfloat16, as they are shipped: what starts from them starts from the same bits everywhere.
+    """
+    work = lambda self, stop_after: _train(self, begin, stop_after)  # noqa: E731
+    return Stage(config, name, seed, inputs, versions_of(*modules), work)
+
+
+def data_stage(
+    config, name: str, modules: tuple[str, ...], seed: int, inputs: dict, fill: Callable[[Path], None]
+) -> Stage:
+    """A stage of data, such as sampled pairs: `fill(folder)` writes it, in the first process alone."""
+    return Stage(config, name, seed, inputs, versions_of(*modules), lambda self, _: _fill(self, fill))
+
+
+def origin(start: "Path | Stage") -> str:
+    """What a stage was made from: the identity of a stage, or the hash of a checkpoint folder's weights."""
+    return start.identity() if isinstance(start, Stage) else weights_hash(start)
+
+
+def folder_of(start: "Path | Stage") -> Path:
+    """The folder of a stage or a path."""
+    return start.folder() if isinstance(start, Stage) else Path(start)
+
+
+def shipped(name: str) -> Path | None:
+    """A checkpoint that ships with the course, whatever scale made it; None where there is none."""
+    path = artifacts.shipped_dir(name)
+    return path if path.is_dir() else None
+
+
+def digest(content) -> str:
+    """Sixteen hex digits of JSON-able content."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_hashes: dict[tuple, str] = {}
+
+
+def weights_hash(folder: Path) -> str:
+    """Hash of a checkpoint's weights, rounded to bfloat16 as they are shipped."""
+    import torch
+    from safetensors import safe_open
+
+    total = hashlib.sha256()
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise CourseError(f"{shown(folder)} holds no weights: name the folder of a checkpoint")
+    marks = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    if marks not in _hashes:
+        for file in files:
+            with safe_open(file, "pt") as tensors:
+                for name in sorted(tensors.keys()):
+                    tensor = tensors.get_tensor(name).to(torch.bfloat16).contiguous()
+                    total.update(f"{name}{tuple(tensor.shape)}".encode())
+                    total.update(tensor.view(torch.int16).numpy().tobytes())
+        _hashes[marks] = total.hexdigest()[:16]
+    return _hashes[marks]
+
+
+# What `Trainer` reads of its settings; lengths, phases and sizes of measurements are none of it.
+OPTIMIZER = (
+    "optimizer learning_rate matrix_learning_rate min_lr_ratio warmup_steps schedule decay_fraction beta1 beta2 eps "
+    "weight_decay clip_norm grad_accumulation"
+).split()
+
+
+def optimizer_inputs(settings) -> dict:
+    """Every number of the settings that a `Trainer` reads, for the inputs of a stage."""
+    return {name: getattr(settings, name) for name in OPTIMIZER}
+
+
+def metrics(folder: Path) -> list[dict]:
+    """A finished stage's records, one per step; of a shipped one about every n-th."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        raise CourseError(f"{shown(path)} is missing: the folder holds no finished stage")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def thinned(records: list[dict], most: int = MOST_METRICS) -> list[dict]:
+    """Every n-th record, the first and the last, and those that hold more than numbers (evaluations, views)."""
+    every = max(1, math.ceil(len(records) / most))
+    special = lambda record: any(isinstance(value, dict) for value in record.values())  # noqa: E731
+    last = len(records) - 1
+    return [r for i, r in enumerate(records) if i % every == 0 or i == last or special(r)]
+
+
+def ship(made: Stage) -> Path:
+    """Copy a finished stage to `data/checkpoints/`, with thinned metrics."""
+    found, target = made.find(), artifacts.shipped_dir(made.name)
+    if found is None:
+        raise CourseError(f"the stage {made.name!r} is not made: `qwen-mini train {made.name} --scale {made.scale}`")
+    if found == target:
+        return target
+    aside = target.with_name(f".{target.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(found, aside)
+    if (aside / "metrics.jsonl").exists():
+        _write_metrics(aside, thinned(metrics(found)))
+    artifacts.count_files(aside)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    return target
+
+
+def state_path(made: Stage) -> Path:
+    """Where the state of an unfinished run lies."""
+    return artifacts.stage_dir(made.scale, "training_state") / f"{made.name}-{made.key}.safetensors"
+
+
+def _fill(made: Stage, fill: Callable[[Path], None]) -> Path:
+    from qwen_mini.pretraining import is_first
+
+    if is_first():
+        begun = time.monotonic()
+        with artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder:
+            fill(folder)
+            _add_provenance(folder, made, hardware.pick_dtype(made.config.run.dtype), begun)
+    _wait_for_all()
+    return _agreed(made)
+
+
+def _train(made: Stage, begin: Begin, stop_after: int | None) -> Path:
+    """The skeleton: begin, resume, step, save, write."""
+    import torch
+    from qwen_mini.pretraining import is_first, load_training_state, save_training_state
+
+    state, begun = state_path(made), time.monotonic()
+    artifacts.sweep(made.scale)
+    dtype = _precision(made, state)
+    torch.manual_seed(made.seed)
+    trainer, step, tokenizer = begin(dtype)
+    records = load_training_state(state, trainer) if state.exists() else []
+    _compare_ranks(made, trainer.step_count, dtype)
+    saved = time.monotonic()
+    while trainer.step_count < min(trainer.total_steps, stop_after or math.inf):
+        started = time.perf_counter()
+        record = step(trainer.step_count)
+        records.append({**record, "seconds": time.perf_counter() - started})
+        due = time.monotonic() - saved >= SAVE_EVERY or trainer.step_count == stop_after
+        if is_first() and due and trainer.step_count < trainer.total_steps:
+            save_training_state(state, trainer, records)
+            saved = time.monotonic()
+    if trainer.step_count < trainer.total_steps:
+        return state
+    if is_first():
+        try:
+            _write(made, trainer, tokenizer, records, dtype, begun)
+        except CourseError:  # a full disk, for instance: the work of the last seconds is not lost
+            save_training_state(state, trainer, records)
+            raise
+    _wait_for_all()
+    return _agreed(made)
+
+
+def _write(made: Stage, trainer, tokenizer, records: list[dict], dtype, begun: float) -> None:
+    import torch
+    from qwen_mini.pretraining import finished_model
+
+    with artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder:
+        padding = tokenizer.endoftext_id
+        chats = made.inputs.get("chat", False)
+        stops = [tokenizer.im_end_id, padding] if chats else padding
+        ends = {"eos_token_id": stops, "pad_token_id": padding}
+        finished_model(trainer).save_pretrained(folder, torch.bfloat16, generation_config=ends)
+        tokenizer.save_pretrained(folder)
+        _write_metrics(folder, records)
+        _add_provenance(folder, made, dtype, begun)
+
+
+def _facts(made: Stage) -> dict:
+    return {"key": made.key, "seed": made.seed, "versions": made.versions}
+
+
+def _add_provenance(folder: Path, made: Stage, dtype, begun: float) -> None:
+    """How it was made; the body's own manifest is completed by `write_stage`."""
+    facts = {"provenance": provenance(dtype) | {"seconds": round(time.monotonic() - begun)}}
+    (folder / "manifest.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _write_metrics(folder: Path, records: list[dict]) -> None:
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _precision(made: Stage, state: Path):
+    """The dtype of the run: the one it began with, else the scale's; the first process decides."""
+    import torch
+    import torch.distributed as dist
+    from qwen_mini.pretraining import training_header, world
+
+    dtype = hardware.pick_dtype(made.config.run.dtype)
+    if state.exists():
+        began = getattr(torch, training_header(state)["dtype"])
+        if began != dtype:
+            print(f"{made.name}: goes on in {began}, as it began, not in {dtype}")
+        dtype = began
+    if world()[1] > 1:
+        choice = [str(dtype)]
+        dist.broadcast_object_list(choice, 0)
+        dtype = getattr(torch, choice[0].removeprefix("torch."))
+    return dtype
+
+
+def _compare_ranks(made: Stage, step: int, dtype) -> None:
+    """Processes that do not see the same training state would wait for each other without end."""
+    import torch.distributed as dist
+    from qwen_mini.pretraining import world
+
+    if world()[1] > 1:
+        mine, all_of_them = (made.key, step, str(dtype)), [None] * world()[1]
+        dist.all_gather_object(all_of_them, mine)
+        if len(set(all_of_them)) > 1:
+            raise CourseError(
+                f"these processes do not see the same folder: {made.name} stands at the steps "
+                f"{sorted({step for _, step, _ in all_of_them})}; put QWEN_MINI_RUNS on a disk that all of them share"
+            )
+
+
+def _wait_for_all() -> None:
+    import torch.distributed as dist
+    from qwen_mini.pretraining import world
+
+    if world()[1] > 1:
+        dist.barrier()
+
+
+def _agreed(made: Stage) -> Path:
+    folder = made.find()
+    if folder is None:
+        where = shown(artifacts.stage_dir(made.scale, made.name))
+        raise CourseError(f"the stage {made.name!r} was made by another process, but is not in {where}")
+    return folder
+
+
+def as_inputs(settings) -> dict:
+    """A section of a scale as the inputs of a stage."""
+    return dataclasses.asdict(settings)
