@@ -148,17 +148,17 @@ def test_chat_completes_with_a_base_model(tiny_checkpoint, runs_folder, monkeypa
 def test_a_long_conversation_loses_its_oldest_turns_and_never_its_system_prompt():
     from qwen_mini.course import CourseError, chat
 
-    talker = chat.Talker("quick", "dpo", 0, 0.0, 16)
+    talker = chat.Talker("laptop", "dpo", 0, 0.0, 16)
     talker.messages = [{"role": "system", "content": "Be brief."}]
     for turn in range(60):
-        ids = talker.prompt(f"Reverse: lamp tree stone {turn} " * 3)
-        talker.messages.append({"role": "assistant", "content": "stone tree lamp"})
+        ids, messages = talker.prompt(f"Reverse: lamp tree stone {turn} " * 3)
+        talker.messages = [*messages, {"role": "assistant", "content": "stone tree lamp"}]
         assert len(ids) + talker.max_tokens <= talker.model.config.max_position_embeddings
         assert talker.messages[0]["content"] == "Be brief." and talker.messages[-2]["content"].startswith("Reverse")
     assert 2 < len(talker.messages) < 121
     with pytest.raises(CourseError, match="longer than the"):
         talker.prompt("tree " * 5_000)
-    assert talker.messages == [{"role": "system", "content": "Be brief."}]
+    assert talker.messages == messages + [{"role": "assistant", "content": "stone tree lamp"}]
 
 
 

@@ -1,5 +1,7 @@
 """`qwen-mini chat`: a conversation in the terminal, or a completion when the model has only been pre-trained."""
 
+import sys
+
 from . import artifacts
 from .errors import CourseError
 from .scales import load_scale
@@ -23,9 +25,16 @@ class Talker:
     def __init__(self, scale: str, stage: str | None, seed: int, temperature: float, max_tokens: int):
         import torch
 
+        from qwen_mini.generation import Sampling
         from qwen_mini.model import Qwen
         from qwen_mini.tokenizer import Tokenizer
 
+        if max_tokens < 1:
+            raise CourseError(f"an answer needs at least 1 token, got {max_tokens}: raise --max-tokens")
+        try:
+            Sampling(temperature=temperature)
+        except ValueError as error:
+            raise CourseError(str(error)) from error
         name = load_scale(scale).name
         self.stage = stage or newest_stage(name)
         folder = artifacts.find(name, self.stage)
@@ -41,38 +50,48 @@ class Talker:
         self.instructed = self.stage in INSTRUCTED
         self.messages: list[dict] = []
 
-    def prompt(self, text: str) -> list[int]:
-        """Token ids of the conversation with `text` added; the oldest turns are left out when it grows too long."""
+    def prompt(self, text: str) -> tuple[list[int], list[dict]]:
+        """Token ids of the conversation with `text` added, and its messages; the oldest turns go when it is too long.
+
+        `self.messages` stays as it is: a line that cannot be answered must leave no trace.
+        """
         room = self.model.config.max_position_embeddings - self.max_tokens
         if not self.instructed:
-            return self.tokenizer.encode(text)[-room:]
-        self.messages.append({"role": "user", "content": text})
+            return self.tokenizer.encode(text)[-room:], []
+        messages = [*self.messages, {"role": "user", "content": text}]
+        first = int(messages[0]["role"] == "system")  # the system prompt stays
         while True:
-            ids = self.tokenizer.encode_chat(self.messages, add_generation_prompt=True)
+            ids = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
             if len(ids) <= room:
-                return ids
-            first = int(self.messages[0]["role"] == "system")  # the system prompt stays
-            if len(self.messages) == first + 1:
-                self.messages.pop()
+                return ids, messages
+            if len(messages) == first + 1:
                 raise CourseError(f"that is longer than the {room} tokens this model can read")
-            del self.messages[first : first + 2]
+            del messages[first : first + 2]
 
     def answer(self, text: str) -> str:
-        """What the model says next."""
+        """What the model says next; whatever fails leaves conversation and random numbers as they were."""
         from qwen_mini.generation import generate
 
-        ids = self.prompt(text)
+        ids, messages = self.prompt(text)
         stops = [self.tokenizer.endoftext_id, self.tokenizer.im_end_id]
         settings = {"temperature": self.temperature, "vocab_size": self.tokenizer.vocab_size}
-        done = generate(self.model, [ids], self.max_tokens, stop_ids=stops, generator=self.generator, **settings)[0]
-        said = self.tokenizer.decode(done.tokens, skip_special_tokens=True)
+        drawn = self.generator.get_state()
+        try:
+            done = generate(self.model, [ids], self.max_tokens, stop_ids=stops, generator=self.generator, **settings)[0]
+            said = self.tokenizer.decode(done.tokens, skip_special_tokens=True)
+        except BaseException:  # Ctrl-C as well
+            self.generator.set_state(drawn)
+            raise
         if self.instructed:
-            self.messages.append({"role": "assistant", "content": said})
+            self.messages = [*messages, {"role": "assistant", "content": said}]
         return said
 
 
 def talk(scale: str, stage: str | None, seed: int, temperature: float, max_tokens: int) -> int:
     """Read lines until an empty one or the end of the input, and answer each."""
+    for stream in (sys.stdin, sys.stdout):  # what the terminal cannot spell is refused or shown as ?, never a crash
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
     talker = Talker(scale, stage, seed, temperature, max_tokens)
     what = "answers" if talker.instructed else "was only pre-trained: it completes what you type"
     print(f"the model of stage {talker.stage} {what}; an empty line ends it")
@@ -111,7 +130,7 @@ def chat_widget(scale: str, stage: str | None = None, seed: int = 0, temperature
         try:
             reply = talker.answer(text)
         except (CourseError, ValueError) as error:
-            reply = f"({error})"
+            reply, text = f"({error})", text.encode("utf-8", "replace").decode("utf-8")  # for the browser
         # what was typed and what the model wrote is text, never markup
         turns = [f"<b>{who}</b> {html.escape(what)}" for who, what in (("you", text), (talker.stage, reply))]
         said.value += "<br>" + "<br>".join(turn.replace("\n", "<br>") for turn in turns)
