@@ -22,6 +22,7 @@ from qwen_mini.sft import (
     Row,
     RowSampler,
     accuracy,
+    by_area,
     by_problem,
     chat_example,
     demonstrations,
@@ -34,14 +35,17 @@ from qwen_mini.sft import (
     mean_gain,
     pack_best_fit,
     pack_rows,
+    part_of,
     pass_any,
     rejection_sample,
     replay_rows,
     score_long,
+    share,
     slower,
     standard_error,
     to_batch,
     training_rows,
+    verdicts,
     with_system,
 )
 from qwen_mini.tasks import TASKS, TRAIN_LEVELS, split_of
@@ -357,6 +361,15 @@ def test_scores_count_what_they_say(tokenizer, monkeypatch):
     assert accuracy(one) == 1 and pass_any(one) == 1
     assert accuracy(four) == 0.5 and pass_any(four) == 1 and standard_error(four) == 0
     assert by_problem(four).tolist() == [0.5] * len(examples)
+    kept = json.loads(json.dumps(verdicts(four)))  # as a record keeps them
+    assert kept["task"] == ["story", "rules", "to_json"] and kept["correct"] == [[1, 0, 0, 1]] * 3
+    assert kept["finished"] == [[1, 0, 1, 1]] * 3 and kept["tokens"] == [[len(a.tokens) for a in g] for g in four]
+    for score in (accuracy, pass_any, by_area, standard_error, verdicts):
+        assert score(kept) == score(four)
+    kept["correct"][1] = [1, 1, 1, 1]
+    assert by_area(kept)[TASKS["rules"].area] == 1 and by_area(kept)[TASKS["story"].area] == 0.5
+    assert by_area(kept, pass_any)[TASKS["story"].area] == 1 and share(kept, "finished") == 0.75
+    assert by_problem(part_of(kept, ["rules", "story"])).tolist() == [0.5, 1]
     assert [a.finished for a in four[0]] == [True, False, True, True]
     kept = rejection_sample(None, tokenizer, examples, 4, most=2)
     assert kept == [(e, e.response) for e in examples]  # the same text counts once
