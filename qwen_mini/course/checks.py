@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .digits import typed_numbers
 from .nb import Notebook, notebooks, source
 from .paths import home
+from .stale import record_files, stale
+from .versions import imported_chapters
 
 MAX_NOTEBOOK_BYTES = 1_000_000
+MAX_RECORDS = 2_000_000
 MAX_COLUMNS = 88  # of code that is only read; exported cells follow the package's line length
 NAMED_FILE = re.compile(r"`((?:qwen_mini|notebooks|tests|docs|benchmarks|data)/[\w./-]+\.\w+)`")
 LINK = re.compile(r"\]\(\s*<?([^)>\s]+)>?(?:\s+\"[^\"]*\")?\s*\)|(?:src|href)=\"([^\"]+)\"")
@@ -63,30 +67,6 @@ def imports_point_backwards(root: Path) -> list[str]:
     return problems
 
 
-def imported_chapters(text: str, here: str = ".") -> set[str]:
-    """Names directly under `qwen_mini` that code imports; `here` is how the code spells the package relatively."""
-    names = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            names |= {_below("", alias.name) for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            relative = node.level == len(here)
-            if module == "qwen_mini" or (relative and node.module is None):
-                names |= {alias.name for alias in node.names}
-            else:
-                names.add(_below(here if relative else "", module))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            names |= {_below("", word.value) for word in node.args if isinstance(word, ast.Constant)}
-    return names - {""}
-
-
-def _below(here: str, module) -> str:
-    """`attention` from `qwen_mini.attention.x` (or `.attention.x` when `here` is `.`), else ''."""
-    prefix = here or "qwen_mini."
-    return module.removeprefix(prefix).split(".")[0] if str(module).startswith(prefix) else ""
-
-
 def _code_of(nb: Notebook) -> str:
     """All code cells as one text; magics and shell lines become `pass`."""
     lines = "\n".join(nb.code).splitlines()
@@ -109,19 +89,23 @@ def parameters_are_literal(root: Path) -> list[str]:
     return problems
 
 
-def outputs_are_current(root: Path) -> list[str]:
-    """Outputs are there, free of errors, and of the code that stands beside them."""
+def results_are_current(root: Path) -> list[str]:
+    """Outputs are there, free of errors, and of today's code, stages and records; these of today's versions."""
     problems = []
+    for thing in stale(root):
+        remedy = "`qwen-mini outputs --dry-run` tells what to do"
+        problems.append(f"{thing.what} is not current, because {thing.reason}: {remedy}")
     for nb in notebooks(root):
-        stored = nb.data["metadata"].get("qwen_mini", {}).get("code")
         outputs = [output for cell in nb.cells for output in cell.get("outputs", [])]
-        if stored is None or not outputs:
-            problems.append(f"{nb.path.name} has no committed outputs: run `make outputs`")
-        elif stored != nb.code_hash:
-            problems.append(f"{nb.path.name} has outputs of older code: run `make outputs`")
         if any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs):
             problems.append(f"{nb.path.name} has an error or a warning among its outputs")
     return problems
+
+
+def records_are_small(root: Path) -> list[str]:
+    """All shipped records together stay small: they hold numbers, not texts."""
+    total = sum(path.stat().st_size for path in record_files(root))
+    return [f"the records take {total:,} bytes, more than {MAX_RECORDS:,}"] if total > MAX_RECORDS else []
 
 
 def notebooks_are_tidy(root: Path) -> list[str]:
@@ -226,11 +210,13 @@ CHECKS = [
     modules_equal_notebooks,
     imports_point_backwards,
     parameters_are_literal,
-    outputs_are_current,
+    results_are_current,
+    records_are_small,
     notebooks_are_tidy,
     code_is_clean,
     links_exist,
     commands_exist,
+    typed_numbers,
 ]
 
 

@@ -1,7 +1,6 @@
-"""The command line: `qwen-mini run | outputs | check | chat | plan | train | export`."""
+"""The command line: `qwen-mini run | outputs | verify | check | chat | plan | train | export`."""
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -24,11 +23,19 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--seed", type=int, default=0)
         return sub
 
-    for sub in (add(run, "execute notebooks"), add(outputs, "execute notebooks and commit their outputs", "laptop")):
+    executing = (
+        add(run, "execute notebooks"),
+        add(outputs, "render notebooks at laptop and commit their outputs", None),
+    )
+    for sub in executing:
         sub.add_argument("notebooks", nargs="*", help="names, numbers, subjects or paths; all of them by default")
-        sub.add_argument("--force", action="store_true", help="execute what is up to date, too")
+        sub.add_argument("--fresh", action="store_true", help="compute anew what is recorded")
         sub.add_argument("--keep-going", action="store_true", help="go on after a notebook that failed")
         sub.add_argument("--timeout", type=float, default=3600, help="seconds that one cell may take (default 3600)")
+    executing[0].add_argument("--records-only", action="store_true", help="a result without a record is an error")
+    executing[1].add_argument("--dry-run", action="store_true", help="only say what is not current, and what it takes")
+    sub = add(verify, "compute records anew and compare", None)
+    sub.add_argument("records", nargs="*", help="names such as 14_sft/base, or how many in turn (1)")
     add(check, "check the project without executing it", None)
     sub = add(chat, "talk to the newest trained model", "laptop")
     sub.add_argument("--stage", help="a stage's name, instead of the newest")
@@ -36,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-tokens", type=int, default=128)
     sub = add(plan, "parameters, memory and FLOPs of a scale", "gpu")
     sub.add_argument("--gpus", type=int, default=1, help="devices that share the work")
-    add(train, "prepare the corpus and pre-train, also under torchrun")
+    sub = add(train, "train a stage, also under torchrun")
+    sub.add_argument("stage", nargs="?", default="pretraining", help="pretraining (default), long_context, sft, dpo, …")
+    sub.add_argument("--fresh", action="store_true", help="train it although it is there")
     sub = add(export, "copy a stage's Hugging Face checkpoint folder", "laptop")
     sub.add_argument("stage")
     sub.add_argument("folder", type=Path)
@@ -49,27 +58,39 @@ def run(options) -> int:
     from . import nb, runner
 
     books = runner.require_notebooks(nb.select(home(), options.notebooks))
-    settings = (options.scale, options.seed, options.force, options.keep_going, options.timeout)
-    results = runner.run(books, *settings)
+    flags = {"keep_going": options.keep_going, "timeout": options.timeout, "fresh": options.fresh}
+    results = runner.run(books, options.scale, options.seed, records_only=options.records_only, **flags)
     return 0 if all(result.ok for result in results) and len(results) == len(books) else 1
 
 
 def outputs(options) -> int:
-    """Execute what is not up to date, then copy the cleaned outputs into the notebooks whose run is of this code."""
+    """Render notebooks at laptop from stages and records, making what is missing; then ship outputs and records."""
     from . import nb, runner
-    from .outputs import copy_outputs
+    from .outputs import SCALE, copy_outputs, publish
+    from .progress import clock
+    from .stale import stale
 
-    code = run(options)
-    name = load_scale(options.scale).name
-    state = runner.State(name)
-    for book in nb.select(home(), options.notebooks):
-        if state.up_to_date(book, runner.fingerprint_of(book, options.scale, options.seed)):
-            print(f"{book.name}: outputs {'written' if copy_outputs(book, name) else 'unchanged'}")
-        else:
-            code = code or 1
-            reason = "it was not started, did not finish, or is made of what changed while it ran"
-            print(f"{book.name}: outputs left as they were, because {reason}: run it again", file=sys.stderr)
-    return code
+    if options.dry_run:
+        found = stale(home())
+        for thing in found:
+            print(f"{thing.what}: {thing.reason}" + (f"; about {clock(thing.seconds)}" if thing.seconds else ""))
+        print(f"in all about {clock(sum(thing.seconds for thing in found))}" if found else "everything is current")
+        return 0
+    books = runner.require_notebooks(nb.select(home(), options.notebooks))
+    flags = {"keep_going": options.keep_going, "timeout": options.timeout, "fresh": options.fresh}
+    results = runner.run(books, SCALE, **flags)
+    passed = [book for book, result in zip(books, results, strict=False) if result.ok]
+    for book in passed:
+        publish(book)
+        print(f"{book.name}: outputs {'written' if copy_outputs(book) else 'unchanged'}")
+    return 0 if len(passed) == len(books) else 1
+
+
+def verify(options) -> int:
+    """Compute some records anew in their notebooks and compare them within the tolerance that they state."""
+    from .verify import verify
+
+    return verify(home(), options.records)
 
 
 def check(options) -> int:
@@ -98,30 +119,17 @@ def plan(options) -> int:
 
 
 def train(options) -> int:
-    """Prepare the corpus and pre-train at a scale; under torchrun one process prepares while the others wait."""
+    """Train a stage after what it starts from; under torchrun one process prepares the corpus while others wait."""
     from .training import train
 
-    return train(load_scale(options.scale), options.seed)
+    return train(load_scale(options.scale), options.stage, options.seed, options.fresh)
 
 
 def export(options) -> int:
     """Copy a stage's Hugging Face checkpoint folder."""
-    from . import artifacts
+    from .export import export
 
-    config = load_scale(options.scale)
-    found = artifacts.find(config.name, options.stage)
-    if not (found / "config.json").exists():
-        raise CourseError(f"the stage {options.stage!r} holds no Hugging Face checkpoint: {found}")
-    if options.folder.exists():
-        raise CourseError(f"{options.folder} exists already: name a new folder")
-    shutil.copytree(found, options.folder, ignore=shutil.ignore_patterns("metrics.jsonl"))
-    if options.bfloat16:
-        import torch
-
-        from qwen_mini.model import Qwen
-
-        Qwen.from_pretrained(found).save_pretrained(options.folder, torch.bfloat16)
-    artifacts.count_files(options.folder)
+    export(load_scale(options.scale), options.stage, options.folder, options.bfloat16)
     print(f"copied {options.stage} to {options.folder}")
     return 0
 

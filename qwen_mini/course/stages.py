@@ -174,14 +174,10 @@ def thinned(records: list[dict], most: int = MOST_METRICS) -> list[dict]:
     return [r for i, r in enumerate(records) if i % every == 0 or i == last or special(r)]
 
 
-def ship(made: Stage) -> Path:
+def ship(found: Path, name: str) -> Path:
     """Copy a finished stage to `data/checkpoints/`, with thinned metrics."""
-    found, target = made.find(), artifacts.shipped_dir(made.name)
-    if found is None:
-        raise CourseError(f"the stage {made.name!r} is not made: `qwen-mini train {made.name} --scale {made.scale}`")
-    if found == target:
-        return target
-    aside = target.with_name(f".{target.name}.new")
+    target = artifacts.shipped_dir(name)
+    aside = target.with_name(f".{name}.shipping")
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(found, aside)
     if (aside / "metrics.jsonl").exists():
@@ -194,7 +190,7 @@ def ship(made: Stage) -> Path:
 
 def state_path(made: Stage) -> Path:
     """Where the state of an unfinished run lies."""
-    return artifacts.stage_dir(made.scale, "training_state") / f"{made.name}-{made.key}.safetensors"
+    return artifacts.state_file(made.scale, made.name, made.key)
 
 
 def _fill(made: Stage, fill: Callable[[Path], None]) -> Path:

@@ -1,41 +1,76 @@
-"""`qwen-mini train`: the corpus and the pre-training stage, in one process or under torchrun."""
+"""`qwen-mini train STAGE`: any stage of the course, in one process or under torchrun."""
 
 import datetime
+import importlib
 import os
 
 from . import hardware
+from .errors import CourseError
 from .paths import shown
+from .processes import die_with_parent
 from .scales import ScaleConfig
 
+# stage -> the function that gives its handle; what a stage starts from is made first
+STAGES = {
+    "pretraining": "pretraining.pretraining_stage",
+    "long_context": "long_context.extension_stage",
+    "sft": "sft.sft_stage",
+    "careless": "reward_model.careless_stage",
+    "pairs": "dpo.pairs_stage",
+    "dpo": "dpo.dpo_stage",
+    "grpo": "grpo.grpo_stage",
+}
+WITHOUT_TEXT = ("careless", "pairs", "dpo", "grpo")  # sampled problems are all that these train on
+COLLECTIVE = datetime.timedelta(minutes=30)  # the longest that one process may let the others wait
+PREPARATION = datetime.timedelta(days=1)  # the corpus is prepared by one process while the others wait
 
-def train(config: ScaleConfig, seed: int = 0) -> int:
-    """Prepare the corpus in the first process, pre-train in all of them."""
+
+def train(config: ScaleConfig, name: str = "pretraining", seed: int = 0, anew: bool = False) -> int:
+    """Train a stage, after what it starts from; `anew` trains it although it is there."""
     import torch
     import torch.distributed as dist
 
-    from qwen_mini.corpus import prepare_corpus
-    from qwen_mini.pretraining import pretrain
-
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    first = int(os.environ.get("RANK", "0")) == 0
+    if name not in STAGES:
+        raise CourseError(f"there is no stage {name!r} to train: use one of {', '.join(STAGES)}")
+    module, _, function = STAGES[name].partition(".")
+    processes, first = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")) == 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, hardware.threads(config) // here))
     if processes > 1:
-        gpu = hardware.device() == "cuda"
-        if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # the others wait for as long as the first process needs to prepare the corpus
-        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"  # losses and weights are summed on the CPU
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        die_with_parent()
+        _join()
     try:
-        if first:
-            prepare_corpus(config, seed)
-        if processes > 1:
-            dist.barrier()
-        folder = pretrain(config, seed=seed)
+        if name not in WITHOUT_TEXT or config.name not in ("quick", "laptop"):
+            _prepare(config, seed, first, processes)
+        stage = getattr(importlib.import_module(f"qwen_mini.{module}"), function)(config, seed)
+        folder = stage.make() if anew or stage.find() is None else stage.find()
     finally:
         if processes > 1:
             dist.destroy_process_group()
     if first:
-        print(f"checkpoint in {shown(folder)}")
+        print(f"{name} is in {shown(folder)}")
     return 0
+
+
+def _join() -> None:
+    import torch
+    import torch.distributed as dist
+
+    gpu = hardware.device() == "cuda"
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # losses and weights are summed on the CPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=COLLECTIVE)
+
+
+def _prepare(config: ScaleConfig, seed: int, first: bool, processes: int) -> None:
+    """The first process prepares the corpus; the others wait as long as that takes, and no longer than a day."""
+    import torch.distributed as dist
+
+    from qwen_mini.corpus import prepare_corpus
+
+    waiting = dist.new_group(backend="gloo", timeout=PREPARATION) if processes > 1 else None
+    if first:
+        prepare_corpus(config, seed)
+    if processes > 1:
+        dist.barrier(waiting)

@@ -1,0 +1,94 @@
+"""What has to be made anew, told without executing anything: from keys and versions, and with the time it will take."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .nb import Notebook, notebooks
+from .outputs import SCALE
+from .records import BadRecord, read
+from .versions import versions
+
+
+@dataclass(frozen=True)
+class Stale:
+    """One thing that is not of today's code, and the seconds that it took last time."""
+
+    what: str
+    reason: str
+    seconds: float = 0.0
+
+
+def stale(root: Path) -> list[Stale]:
+    """Stages, then records, then notebooks whose outputs are older than what they show."""
+    return stale_stages(root) + stale_records(root) + stale_outputs(root)
+
+
+def stale_stages(root: Path) -> list[Stale]:
+    """Shipped checkpoints made by another version of a chapter."""
+    found = []
+    for path in sorted((root / "data" / "checkpoints").glob("*/manifest.json")):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if reason := _other_versions(facts.get("versions", {})):
+            seconds = facts.get("provenance", {}).get("seconds", 0)
+            found.append(Stale(f"stage {path.parent.name}", reason, seconds))
+    return found
+
+
+def stale_records(root: Path) -> list[Stale]:
+    """Shipped records made by another version of a chapter, or not whole."""
+    found = []
+    for path in record_files(root):
+        try:
+            record = read(path)
+        except BadRecord as problem:
+            found.append(Stale(f"record {path.parent.name}/{path.stem}", str(problem)))
+            continue
+        if reason := _other_versions(record["versions"]):
+            found.append(Stale(f"record {record['name']}", reason, record["seconds"]))
+    return found
+
+
+def stale_outputs(root: Path) -> list[Stale]:
+    """Notebooks without outputs, with outputs of other code, or of other stages and records than are shipped."""
+    return [Stale(nb.name, reason) for nb in notebooks(root) if (reason := why_stale(root, nb))]
+
+
+def why_stale(root: Path, nb: Notebook) -> str:
+    """Why a notebook has to be rendered, '' if it need not."""
+    facts = nb.data["metadata"].get("qwen_mini", {})
+    if not any(cell.get("outputs") for cell in nb.cells):
+        return "it has no outputs"
+    if facts.get("scale") != SCALE:
+        return f"its outputs are of scale {facts.get('scale')}, not {SCALE}"
+    if facts.get("code") != nb.code_digest:
+        return "its outputs are of other code"
+    for kind, shipped in (("stages", _stage_keys(root)), ("records", _record_keys(root, nb.name))):
+        for name, key in facts.get(kind, {}).items():
+            if name in shipped and shipped[name] != key:
+                return f"the {kind[:-1]} {name} is newer"
+            if name not in shipped and kind == "records":
+                return f"the record {name} is missing"
+    return ""
+
+
+def record_files(root: Path) -> list[Path]:
+    """The shipped records."""
+    return sorted((root / "data" / "records" / SCALE).glob("*/*.json"))
+
+
+def _stage_keys(root: Path) -> dict[str, str]:
+    paths = (root / "data" / "checkpoints").glob("*/manifest.json")
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")).get("key", "") for path in paths}
+
+
+def _record_keys(root: Path, notebook: str) -> dict[str, str]:
+    paths = (root / "data" / "records" / SCALE / notebook).glob("*.json")
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return {record["name"].partition("/")[2]: record["key"] for record in found}
+
+
+def _other_versions(made_with: dict[str, int]) -> str:
+    """`sft 1 → 2`, the chapters whose version has changed since."""
+    now = versions()
+    return ", ".join(f"{name} {old} → {now.get(name)}" for name, old in made_with.items() if now.get(name) != old)
