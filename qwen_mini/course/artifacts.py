@@ -152,15 +152,13 @@ def write_stage(scale_name: str, stage: str, inputs: dict | None = None, **facts
             for file in [*folder.rglob("*"), folder]:
                 _fsync(file)
             os.chmod(folder, 0o755)
+            if "key" in facts:  # its own state goes last, so that whoever is killed here comes by again
+                _drop_states(scale_name, stage, but=facts["key"])
             folder.rename(_new(path))  # from here on this version counts, whatever happens
             _finish(path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        if "key" in facts:
-            states = re.compile(re.escape(stage) + r"-[0-9a-f]+\.safetensors")
-            for state in stage_dir(scale_name, "training_state").glob("*.safetensors"):
-                if states.fullmatch(state.name):
-                    state.unlink(missing_ok=True)
+        settle(scale_name, stage)
 
 
 def write_file(path: str | os.PathLike, content: bytes | str) -> Path:
@@ -235,6 +233,15 @@ def sweep(scale_name: str) -> None:
             elif _abandoned(Path(folder, name)):
                 _remove(Path(folder, name))
         names[:] = [name for name in names if not name.startswith(".") and not _complete(Path(folder, name))]
+
+
+def _drop_states(scale_name: str, stage: str, but: str) -> None:
+    """Remove the training states of a stage's other keys."""
+    states = re.compile(re.escape(stage) + r"-[0-9a-f]+\.safetensors")
+    kept = state_file(scale_name, stage, but)
+    for state in kept.parent.glob("*.safetensors"):
+        if states.fullmatch(state.name) and state != kept:
+            state.unlink(missing_ok=True)
 
 
 def count_files(folder: Path) -> None:
