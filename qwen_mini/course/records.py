@@ -28,7 +28,7 @@ from .provenance import provenance
 from .scales import ScaleConfig, Sections
 from .stages import Stage, digest, weights_hash
 from .syntax import normalised
-from .versions import versions, versions_of
+from .versions import imported_chapters, versions, versions_of
 
 TIMING = "timing"  # a tolerance: seconds and speeds are told, not compared
 MANY = 8  # lists of so many numbers are compared by their means
@@ -325,6 +325,7 @@ class Trace:
             return ["again", self.seen[id(fn)]]
         self.seen[id(fn)] = len(self.seen)
         source = self._source(fn)
+        self.modules |= imported_chapters(source) & set(versions())
         scope = fn.__globals__ if isinstance(fn, types.FunctionType) else vars(inspect.getmodule(fn))
         found = {name: scope[name] for name in _globals_read(source) - {fn.__name__} if name in scope}
         if getattr(fn, "__closure__", None):
