@@ -1,7 +1,7 @@
 """Compare the goldens with today's code, or store them anew.
 
 python tests/golden_check.py [MODULE …]          what moved
-python tests/golden_check.py --write [MODULE …]  store; refused for a value that moved with no number raised
+python tests/golden_check.py --write [MODULE …]  store; refused if a value moved and no number did
 """
 
 import argparse
@@ -17,7 +17,9 @@ from golden_registry import GOLDENS, fresh, report, stale, write  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("modules", nargs="*", metavar="MODULE", help="chapters; default: all")
     parser.add_argument("--write", action="store_true", help="store the values of today's code")
     options = parser.parse_args()
@@ -33,9 +35,16 @@ def main() -> int:
                 failed = True
         else:
             new = fresh(module)
-            said = [report(module), stale(module), f"{module}: not stored yet: {', '.join(new)}" if new else ""]
+            said = [
+                report(module),
+                stale(module),
+                f"{module}: not stored yet: {', '.join(new)}" if new else "",
+            ]
             failed |= any(said)
-            print("\n".join(filter(None, said)) or f"{module}: {len(GOLDENS[module])} goldens, as stored")
+            print(
+                "\n".join(filter(None, said))
+                or f"{module}: {len(GOLDENS[module])} goldens, as stored"
+            )
     return int(failed)
 
 

@@ -1,4 +1,4 @@
-"""Goldens of the chapters about the model: layers, attention, model, generation, dual chunks, sparse prefill."""
+"""Goldens of the chapters about the model, from layers to sparse prefill."""
 
 import dataclasses
 import functools
@@ -23,10 +23,20 @@ from qwen_mini.model import (
 )
 
 CONFIG = ModelConfig(
-    vocab_size=1_024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=256, rope_theta=10_000.0, tie_word_embeddings=True,
-)  # fmt: skip
-SMALL = dataclasses.replace(CONFIG, vocab_size=61, head_dim=16, max_position_embeddings=256, rope_theta=1_000.0)
+    vocab_size=1_024,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    rope_theta=10_000.0,
+    tie_word_embeddings=True,
+)
+SMALL = dataclasses.replace(
+    CONFIG, vocab_size=61, head_dim=16, max_position_embeddings=256, rope_theta=1_000.0
+)
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -80,12 +90,20 @@ def _():
     out = mlp(x)
     with torch.no_grad():
         plain = mlp(x)
-    return [summary(out), summary(plain), gradients((out * rand(4, 8, seed=5)).sum(), x, *mlp.parameters())]
+    return [
+        summary(out),
+        summary(plain),
+        gradients((out * rand(4, 8, seed=5)).sum(), x, *mlp.parameters()),
+    ]
 
 
 # ---------------------------------------------------------------- attention
-def qkv(length: int, batch: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 8) -> list[torch.Tensor]:
-    return [rand(batch, n, length, head_dim, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads))]
+def qkv(
+    length: int, batch: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 8
+) -> list[torch.Tensor]:
+    return [
+        rand(batch, n, length, head_dim, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads))
+    ]
 
 
 FREQUENCIES = layers.rope_frequencies(8, 1_000.0)
@@ -97,7 +115,12 @@ def _():
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0] * 9])
     mask = a.visible(9, 9, documents, documents)
     seen = a.visible(3, 9).int()
-    return [summary(a.masked_attention(q, k, v, mask)), summary(a.masked_attention(q, k, v)), digest(mask), seen]
+    return [
+        summary(a.masked_attention(q, k, v, mask)),
+        summary(a.masked_attention(q, k, v)),
+        digest(mask),
+        seen,
+    ]
 
 
 @golden("attention", "tiles")
@@ -113,7 +136,9 @@ def _():
     documents = torch.arange(20).expand(2, 20) // 7
     call = functools.partial(a.causal_attention, q, k, v, frequencies=FREQUENCIES)
     with torch.no_grad():
-        return [summary(x) for x in (call(), call(torch.arange(20) * 3), call(document_ids=documents))]
+        return [
+            summary(x) for x in (call(), call(torch.arange(20) * 3), call(document_ids=documents))
+        ]
 
 
 @golden("attention", "cache")
@@ -126,7 +151,11 @@ def _():
             out.append(a.causal_attention(*part, cache=cache.layers[0], frequencies=FREQUENCIES))
             cache.length = end
     one = cache.select(torch.tensor([1]))
-    return [summary(torch.cat(out, 2)), summary(one.layers[0].keys), [one.length, one.capacity, one.batch_size]]
+    return [
+        summary(torch.cat(out, 2)),
+        summary(one.layers[0].keys),
+        [one.length, one.capacity, one.batch_size],
+    ]
 
 
 @golden("attention", "grouped queries")
@@ -142,7 +171,9 @@ def _():
 @golden("model", "initial weights")
 def _():
     torch.manual_seed(0)
-    return {name: summary(p) for name, p in Qwen(CONFIG).named_parameters() if "layers.1" not in name}
+    return {
+        name: summary(p) for name, p in Qwen(CONFIG).named_parameters() if "layers.1" not in name
+    }
 
 
 @golden("model", "logits and gradients")
@@ -166,12 +197,18 @@ def _():
 
 @golden("model", "sizes")
 def _():
-    sizes = [[count_parameters(x), count_parameters(x, False), flops_per_token(x, 4_096, True)] for x in QWEN2_5.values()]
+    sizes = [
+        [count_parameters(x), count_parameters(x, False), flops_per_token(x, 4_096, True)]
+        for x in QWEN2_5.values()
+    ]
     read = ModelConfig.from_dict(CONFIG.to_dict())
     return {
-        "published": sizes, "cache": kv_cache_bytes_per_token(QWEN2_5["7B"]), "names": list(QWEN2_5),
-        "config": digest(CONFIG.to_dict()), "read back": read == CONFIG,
-    }  # fmt: skip
+        "published": sizes,
+        "cache": kv_cache_bytes_per_token(QWEN2_5["7B"]),
+        "names": list(QWEN2_5),
+        "config": digest(CONFIG.to_dict()),
+        "read back": read == CONFIG,
+    }
 
 
 # ---------------------------------------------------------------- generation
@@ -193,7 +230,9 @@ def _():
     for k, p in ((0, 1.0), (5, 1.0), (0, 0.8), (9, 0.5)):
         values, chosen = g.candidates(logits, k, p)
         found[f"{k}, {p}"] = [chosen[:, :9], summary(values.clamp(min=-99))]
-    for n, options in enumerate((dict(), dict(temperature=0.7, top_k=4, forbidden_ids=[1]), dict(temperature=2.0))):
+    for n, options in enumerate(
+        (dict(), dict(temperature=0.7, top_k=4, forbidden_ids=[1]), dict(temperature=2.0))
+    ):
         found[f"chosen {n}"] = g.Sampling(**options).choose(logits, history, uniform)
     found["penalised"] = summary(g.penalize_repetition(logits, history, 1.3))
     return found | {"sampled": g.sample(logits, uniform), "padded": g.left_pad(PROMPTS)[0]}
@@ -208,7 +247,9 @@ def _():
 def _():
     model = tiny()
     usual = model.attention
-    model.attention = lambda *x, **y: usual(*x, **y)  # no partial of causal_attention: no fused decoder
+    model.attention = lambda *x, **y: usual(
+        *x, **y
+    )  # no partial of causal_attention: no fused decoder
     return tokens_of(g.generate(model, PROMPTS, 24, stop_ids=[7]))
 
 
@@ -216,7 +257,9 @@ def _():
 def _():
     options = dict(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.1, vocab_size=1_000)
     stops = list(range(0, 1_000, 40))
-    found = g.generate(tiny(), PROMPTS, 24, stop_ids=stops, num_return_sequences=2, generator=seeded(), **options)
+    found = g.generate(
+        tiny(), PROMPTS, 24, stop_ids=stops, num_return_sequences=2, generator=seeded(), **options
+    )
     return tokens_of(found)
 
 
@@ -267,7 +310,11 @@ def _():
     cache, out = a.KVCache(1, 2, 2, 8, 60), []
     for start, end in ((0, 20), (20, 41), (41, 42), (42, 50)):
         part = [x[:, :, start:end] for x in (q, k, v)]
-        out.append(d.dual_chunk_attention(*part, cache=cache.layers[0], **DUAL, original_length=16, length=50))
+        out.append(
+            d.dual_chunk_attention(
+                *part, cache=cache.layers[0], **DUAL, original_length=16, length=50
+            )
+        )
         cache.length = end
     return summary(torch.cat(out, 2))
 
@@ -286,22 +333,39 @@ def _():
 @golden("sparse_prefill", "patterns")
 def _():
     q, k = 2 * rand(96, 8), 2 * rand(96, 8, seed=1)
-    masks = [s.a_shape(96, 4, 16), s.vertical_slash(q, k, 12, 9, 8, 2, 3)[0], s.block_sparse(q, k, 3, 16)]
+    masks = [
+        s.a_shape(96, 4, 16),
+        s.vertical_slash(q, k, 12, 9, 8, 2, 3)[0],
+        s.block_sparse(q, k, 3, 16),
+    ]
     _, columns, slashes = s.vertical_slash(q, k, 12, 9, 8, 2, 3)
     shares = [summary(s.recall(q, k, mask)) for mask in masks]
-    return {"masks": list(map(digest, masks)), "recall": shares, "columns": columns, "slashes": slashes}
+    return {
+        "masks": list(map(digest, masks)),
+        "recall": shares,
+        "columns": columns,
+        "slashes": slashes,
+    }
 
 
 @golden("sparse_prefill", "logits")
 def _():
     model, tokens, found = tiny(SMALL, scale=0.3), ids(1, 1_100, high=61), {}
-    budgets = {"default": None, "small": s.Budget(64, 64), "first keys": s.Budget(64, 128, estimate=False)}
+    budgets = {
+        "default": None,
+        "small": s.Budget(64, 64),
+        "first keys": s.Budget(64, 128, estimate=False),
+    }
     for name, budget in budgets.items():
         attention = s.SparseAttention(SMALL, 1_100, budget)
         logits, cache = s.sparse_prefill(model, tokens, attention, chunk_tokens=576)
         found[name] = [summary(logits), summary(cache.layers[1].values), cache.length]
-    attention = s.SparseAttention(SMALL, 1_100, s.Budget(64, 64), temperature=False, continuous=False)
-    return found | {"plain": summary(s.sparse_prefill(model, tokens, attention, chunk_tokens=576)[0])}
+    attention = s.SparseAttention(
+        SMALL, 1_100, s.Budget(64, 64), temperature=False, continuous=False
+    )
+    return found | {
+        "plain": summary(s.sparse_prefill(model, tokens, attention, chunk_tokens=576)[0])
+    }
 
 
 @golden("sparse_prefill", "budgets")
@@ -309,5 +373,12 @@ def _():
     model, tokens = tiny(SMALL, scale=0.3), ids(1, 700, high=61)
     chosen = s.choose_budgets(model, tokens)
     refined, rounds = s.refine_budgets(model, tokens, chosen, threshold=0.9, max_vertical=256)
-    as_lists = [[[b.vertical, b.window, b.estimate] for row in grid for b in row] for grid in (chosen, refined)]
-    return {"chosen": as_lists[0], "refined": as_lists[1], "recalls": [list(found.values()) for found in rounds]}
+    as_lists = [
+        [[b.vertical, b.window, b.estimate] for row in grid for b in row]
+        for grid in (chosen, refined)
+    ]
+    return {
+        "chosen": as_lists[0],
+        "refined": as_lists[1],
+        "recalls": [list(found.values()) for found in rounds],
+    }

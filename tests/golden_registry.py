@@ -1,8 +1,8 @@
 """Goldens: stored numbers that decide whether a change of code changed what a chapter computes.
 
-A golden is a function without arguments that returns plain data: numbers, ids, verdicts, hashes. Its
-value is stored in `tests/goldens/<chapter>.json`, beside the versions of the chapter and of all that
-it imports. Floats may differ by `TOLERANCE`, everything else is compared exactly.
+A golden is a function without arguments that returns plain data: numbers, ids, verdicts, hashes.
+Its value is stored in `tests/goldens/<chapter>.json`, beside the versions of the chapter and of all
+that it imports. Floats may differ by `TOLERANCE`, everything else is compared exactly.
 """
 
 import contextlib
@@ -81,7 +81,10 @@ def same_everywhere() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]), mock.patch.object(hardware, "device", lambda: "cpu"):
+        with (
+            torch.random.fork_rng(devices=[]),
+            mock.patch.object(hardware, "device", lambda: "cpu"),
+        ):
             torch.manual_seed(0)
             yield
     finally:
@@ -94,7 +97,9 @@ def compute(module: str, name: str):
         with same_everywhere():
             return plain(GOLDENS[module][name]())
     except Exception as error:
-        error.add_note(f"The golden {module} · {name} could not be computed: undo the change, or mend the golden.")
+        error.add_note(
+            f"The golden {module} · {name} could not be computed: undo the change or mend it."
+        )
         raise
 
 
@@ -102,7 +107,9 @@ def compute(module: str, name: str):
 def differences(stored, found, path: str = "") -> list[str]:
     """What differs, as "path: stored …, found …"; an empty list if nothing does."""
     if isinstance(stored, dict) and isinstance(found, dict) and stored.keys() == found.keys():
-        return [line for key in stored for line in differences(stored[key], found[key], f"{path}/{key}")]
+        return [
+            line for key in stored for line in differences(stored[key], found[key], f"{path}/{key}")
+        ]
     if isinstance(stored, list) and isinstance(found, list) and len(stored) == len(found):
         if all(map(is_number, [*stored, *found])) and any(map(is_float, [*stored, *found])):
             scale = max(map(abs, stored), default=0.0)
@@ -115,7 +122,11 @@ def differences(stored, found, path: str = "") -> list[str]:
 
 def one(stored, found, path: str, scale: float | None = None) -> list[str]:
     """`differences` of two leaves, or of what is no leaf after all."""
-    if isinstance(stored, dict | list) and type(stored) is type(found) and len(stored) == len(found):
+    if (
+        isinstance(stored, dict | list)
+        and type(stored) is type(found)
+        and len(stored) == len(found)
+    ):
         if not isinstance(stored, dict) or stored.keys() == found.keys():
             return differences(stored, found, path)
     if is_number(stored) and is_number(found) and (is_float(stored) or is_float(found)):
@@ -150,7 +161,10 @@ def read(module: str) -> dict:
 
 def save(module: str, values: dict) -> None:
     """Store all values of a chapter, one golden a line, with the versions of today."""
-    lines = [f' {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}' for name, value in values.items()]
+    lines = [
+        f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}"
+        for name, value in values.items()
+    ]
     body = ",\n".join(lines)
     text = f'{{"versions": {json.dumps(versions_of(module))},\n"goldens": {{\n{body}\n}}}}\n'
     FOLDER.mkdir(exist_ok=True)
@@ -164,7 +178,7 @@ def computed(module: str) -> dict:
 
 
 def moved(module: str, values: dict | None = None) -> dict[str, list[str]]:
-    """Golden → what differs from the stored value, of stored goldens that differ or no longer exist."""
+    """Golden → what differs from the stored value, of goldens that differ or are gone."""
     values, result = computed(module) if values is None else values, {}
     for name, stored in read(module)["goldens"].items():
         lines = differences(stored, values[name]) if name in values else ["no longer computed"]
@@ -183,7 +197,7 @@ def command(module: str) -> str:
 
 
 def report(module: str, values: dict | None = None) -> str:
-    """What a failing test says: module, golden, stored and found values, the remedy; "" if nothing moved.
+    """What a failing test says: module, golden, values and the remedy; "" if nothing moved.
 
     values: golden → value, those of today's code by default.
     """
@@ -195,9 +209,13 @@ def report(module: str, values: dict | None = None) -> str:
         more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
         lines += [f"  {module} · {name} {line}" for line in differing[:3]]
         lines[-1] += more
-    roots = [other for other in sorted(closure(module) - {module}) if values is None and moved(other)]
+    roots = [
+        other for other in sorted(closure(module) - {module}) if values is None and moved(other)
+    ]
     if roots:
-        lines.append(f"So did goldens of {', '.join(roots)}, which `{module}` imports: begin there.")
+        lines.append(
+            f"So did goldens of {', '.join(roots)}, which `{module}` imports: begin there."
+        )
     lines.append(
         f"Undo the change, or, if it is meant, raise `{module}` in qwen_mini/course/versions.toml "
         f"and write the goldens anew: {command(module)}"
@@ -208,27 +226,31 @@ def report(module: str, values: dict | None = None) -> str:
 def stale(module: str) -> str:
     """Why a chapter's file does not fit versions.toml, or ""."""
     stored, wanted = read(module)["versions"], versions_of(module)
-    changed = [name for name in wanted.keys() | stored.keys() if stored.get(name) != wanted.get(name)]
+    changed = [
+        name for name in wanted.keys() | stored.keys() if stored.get(name) != wanted.get(name)
+    ]
     if not changed:
         return ""
     numbers = ", ".join(f"{n} {stored.get(n)} → {wanted.get(n)}" for n in sorted(changed))
-    return f"goldens/{module}.json was written at other versions ({numbers}): {command(sorted(changed)[0])}"
+    first = next((name for name in sorted(changed) if name in wanted), module)
+    return f"goldens/{module}.json was written at other versions ({numbers}): {command(first)}"
 
 
 def refusal(module: str) -> str:
-    """Why a chapter's goldens may not be written now, or "": a stored value moves only with a number."""
+    """Why a chapter's goldens may not be written now, or ""."""
     found, stored = moved(module), read(module)["versions"]
-    raised = [name for name, number in versions_of(module).items() if number > stored.get(name, 0)]
-    if not found or raised:
+    wanted = versions_of(module)
+    if not found or any(wanted.get(name, number) > number for name, number in stored.items()):
         return ""
     return (
-        f"{', '.join(found)} moved, but neither `{module}` nor a chapter that it imports has a higher number "
-        "in qwen_mini/course/versions.toml than in the stored file: undo the change or raise the number first"
+        f"{', '.join(found)} moved, but neither `{module}` nor a chapter that it imports has a "
+        "higher number in qwen_mini/course/versions.toml than in the stored file: undo the change "
+        "or raise the number first"
     )
 
 
 def write(module: str) -> list[str]:
-    """Store a chapter's goldens, and those of all chapters that import it; returns what was written.
+    """Store a chapter's goldens and those of all chapters that import it; returns their names.
 
     ValueError, with nothing written, if a stored value moved and no number was raised.
     """
@@ -238,7 +260,11 @@ def write(module: str) -> list[str]:
         raise ValueError("\n".join(f"{name}: {reason}" for name, reason in reasons.items()))
     for name in modules:
         old, new = read(name)["goldens"], computed(name)
-        kept = {golden for golden in old.keys() & new.keys() if not differences(old[golden], new[golden])}
+        kept = {
+            golden
+            for golden in old.keys() & new.keys()
+            if not differences(old[golden], new[golden])
+        }
         save(name, {golden: old[golden] if golden in kept else new[golden] for golden in new})
     return modules
 

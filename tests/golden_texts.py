@@ -36,7 +36,11 @@ CONTROLLED = "<|im_start|>user\nHi<|im_end|>\n<tool_call>{}</tool_call><|endofte
 TALK = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is <|im_end|> for?"},
-    {"role": "assistant", "content": "", "tool_calls": [{"name": "look", "arguments": {"word": "im_end"}}]},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"name": "look", "arguments": {"word": "im_end"}}],
+    },
     {"role": "tool", "content": "the end of a turn"},
     {"role": "tool", "content": "2"},
     {"role": "assistant", "content": "It ends a turn.\n"},
@@ -63,7 +67,10 @@ def plain_tokenizer() -> Tokenizer:
 @functools.cache
 def hay() -> np.ndarray:
     """Filler for needles, without control tokens."""
-    text = "The river is long and the house stands by the road. A stone fell into the water near the bridge. "
+    text = (
+        "The river is long and the house stands by the road. "
+        "A stone fell into the water near the bridge. "
+    )
     return np.array(tokenizer().encode(text * 60 + LEARNED * 3), dtype=np.uint16)
 
 
@@ -97,7 +104,10 @@ def _():
     tok = tokenizer()
     ids = tok.encode("".join(TEXTS))
     cut = [tok.decode(ids[start : start + 3]) for start in range(0, len(ids), 7)]
-    return {"cut": digest(cut), "bytes": digest([tok.token_bytes(i).hex() for i in range(tok.vocab_size)])}
+    return {
+        "cut": digest(cut),
+        "bytes": digest([tok.token_bytes(i).hex() for i in range(tok.vocab_size)]),
+    }
 
 
 @golden("tokenizer", "chat")
@@ -107,9 +117,13 @@ def _():
     ids = [tok.encode_chat(*form) for form in forms]
     texts = [tok.apply_chat_template(*form) for form in forms]
     return {
-        "ids": digest(ids), "lengths": [len(row) for row in ids], "texts": digest(texts), "short": ids[-1],
-        "segments": digest(chat_segments(TALK, TOOLS)), "special": [tok.endoftext_id, tok.im_start_id, tok.im_end_id],
-    }  # fmt: skip
+        "ids": digest(ids),
+        "lengths": [len(row) for row in ids],
+        "texts": digest(texts),
+        "short": ids[-1],
+        "segments": digest(chat_segments(TALK, TOOLS)),
+        "special": [tok.endoftext_id, tok.im_start_id, tok.im_end_id],
+    }
 
 
 @golden("tokenizer", "training")
@@ -131,15 +145,23 @@ def _family(name: str) -> dict:
 for _name in c.FAMILIES:
     golden("corpus", f"family {_name}")(functools.partial(_family, _name))
 
-PAGES = json.dumps({
-    "a": {"title": "Tree ", "extract": "A tree is a plant. It is tall.\r\nIt has leaves."},
-    "b": {"title": "Sun", "extract": "no sentence here"},
-})  # fmt: skip
+PAGES = json.dumps(
+    {
+        "a": {"title": "Tree ", "extract": "A tree is a plant. It is tall.\r\nIt has leaves."},
+        "b": {"title": "Sun", "extract": "no sentence here"},
+    }
+)
 GLOSSES = "sun\ta star | warm light\nstar\ta star\nmoon\ta body near the earth\n" * 2
-SENTENCES = json.dumps([
-    {"chinese": "你好。", "pinyin": "Nǐ hǎo.", "translation": {"en": "Hello."}},
-    {"chinese": "我是学生。", "pinyin": "Wǒ shì xuésheng.", "translation": {"en": "I am a student."}},
-])  # fmt: skip
+SENTENCES = json.dumps(
+    [
+        {"chinese": "你好。", "pinyin": "Nǐ hǎo.", "translation": {"en": "Hello."}},
+        {
+            "chinese": "我是学生。",
+            "pinyin": "Wǒ shì xuésheng.",
+            "translation": {"en": "I am a student."},
+        },
+    ]
+)
 
 
 @functools.cache
@@ -149,22 +171,40 @@ def documents() -> dict[str, list[c.Document]]:
         "wiki_en": list(c.wikipedia_documents(PAGES, "wiki_en")),
         "glosses": list(c.gloss_documents(GLOSSES, "glosses", 2)),
         "chinese_english": list(c.sentence_documents(SENTENCES, "chinese_english", 1)),
-        "python": [c.Document(f"topic {i}\n\nText {i}.", "python", ((f"t{i}", f"Text {i}."),)) for i in range(30)],
+        "python": [
+            c.Document(f"topic {i}\n\nText {i}.", "python", ((f"t{i}", f"Text {i}."),))
+            for i in range(30)
+        ],
     }
 
 
 @golden("corpus", "readers")
 def _():
-    facts = {domain: [[d.text, d.source, d.records] for d in docs] for domain, docs in documents().items()}
-    excerpts = [c.excerpt("a\n\nb\n\nc", 5), c.first_sentences("One. Two! Three", 8), c.first_sentences("none", 9)]
-    return {"hash": digest(facts), "counts": [len(docs) for docs in documents().values()], "excerpts": excerpts}
+    facts = {
+        domain: [[d.text, d.source, d.records] for d in docs]
+        for domain, docs in documents().items()
+    }
+    excerpts = [
+        c.excerpt("a\n\nb\n\nc", 5),
+        c.first_sentences("One. Two! Three", 8),
+        c.first_sentences("none", 9),
+    ]
+    return {
+        "hash": digest(facts),
+        "counts": [len(docs) for docs in documents().values()],
+        "excerpts": excerpts,
+    }
 
 
 @golden("corpus", "cleaning")
 def _():
     dirty = ["\0 cafe\u0301\r\nline\rline ", "  ", *TEXTS]
     keys = [c.document_key(text).hex() for text in dirty]
-    return {"clean": digest(list(map(c.clean, dirty))), "first": c.clean(dirty[0]), "keys": digest(keys)}
+    return {
+        "clean": digest(list(map(c.clean, dirty))),
+        "first": c.clean(dirty[0]),
+        "keys": digest(keys),
+    }
 
 
 @golden("corpus", "duplicates and split")
@@ -176,9 +216,13 @@ def _():
     mixed = c.shuffled(range(20), 3, "x")
     taken = [len(c.take_bytes(once, limit)) for limit in (0, 1, 100)]
     return {
-        "once": digest([d.text for d in once]), "heldout": [d.text for d in heldout], "train": len(train),
-        "none held out": [len(side) for side in c.split_by_hash(once[:5], 0.0)], "shuffled": mixed, "taken": taken,
-    }  # fmt: skip
+        "once": digest([d.text for d in once]),
+        "heldout": [d.text for d in heldout],
+        "train": len(train),
+        "none held out": [len(side) for side in c.split_by_hash(once[:5], 0.0)],
+        "shuffled": mixed,
+        "taken": taken,
+    }
 
 
 @golden("corpus", "split of the corpus")
@@ -186,7 +230,11 @@ def _():
     settings = SimpleNamespace(heldout_fraction=0.2, task_documents=30, max_heldout_bytes=4_000)
     sides = c.split_corpus(documents(), SimpleNamespace(corpus=settings), 0)
     texts = [{domain: [d.text for d in docs] for domain, docs in side.items()} for side in sides]
-    return {"train": digest(texts[0]), "heldout": digest(texts[1]), "sample": digest(c.training_sample(texts[0], 900))}
+    return {
+        "train": digest(texts[0]),
+        "heldout": digest(texts[1]),
+        "sample": digest(c.training_sample(texts[0], 900)),
+    }
 
 
 @golden("corpus", "packing")
@@ -195,7 +243,12 @@ def _():
     stream = c.pack([tok.encode(text) for text in TEXTS], tok.endoftext_id)
     numbers = c.document_numbers(stream[:64].reshape(2, 32), tok.endoftext_id)
     parts = c.unpack(stream, tok.endoftext_id)
-    return {"stream": digest(stream), "dtype": str(stream.dtype), "numbers": digest(numbers), "parts": digest(parts)}
+    return {
+        "stream": digest(stream),
+        "dtype": str(stream.dtype),
+        "numbers": digest(numbers),
+        "parts": digest(parts),
+    }
 
 
 @golden("corpus", "task documents")
@@ -207,7 +260,10 @@ def _():
 @golden("corpus", "chat documents")
 def _():
     made = {str(side): c.chat_messages(60, documents(), 0, side) for side in (False, True)}
-    return {side: {"hash": digest(talks), "first": talks[0][-2]["content"][:60]} for side, talks in made.items()}
+    return {
+        side: {"hash": digest(talks), "first": talks[0][-2]["content"][:60]}
+        for side, talks in made.items()
+    }
 
 
 @golden("corpus", "needle rows")
@@ -222,14 +278,18 @@ def _():
 @golden("corpus", "needle prompts")
 def _():
     pieces, rng = c.needle_pieces(tokenizer()), random.Random("golden/prompts")
-    prompts = [c.needle_prompt(120, hay(), pieces, rng, n, style=s) for n in (1, 3) for s in ("compact", "prose")]
+    prompts = [
+        c.needle_prompt(120, hay(), pieces, rng, n, style=s)
+        for n in (1, 3)
+        for s in ("compact", "prose")
+    ]
     passkeys = [c.passkey_prompt(90, hay(), pieces, rng, depth) for depth in (None, 0.0, 1.0)]
     return {"hash": digest([prompts, passkeys]), "first": tokenizer().decode(passkeys[0][1])}
 
 
 # ---------------------------------------------------------------- tasks
 def _draws(name: str) -> dict:
-    """level/wording/split → hash of the first two draws: question, chain, answer, facts, side of the split."""
+    """level/wording/split → hash of the first two draws: question, chain, answer, facts."""
     found = {}
     for level in t.LEVELS:
         for wording in t.WORDINGS:
@@ -248,22 +308,46 @@ def examples(name: str, count: int = 4) -> list[t.Example]:
 
 
 def responses(example: t.Example, other: t.Example) -> list[str]:
-    """The gold response, and what is almost right, empty, an echo, or an answer to something else."""
+    """The gold response, and what is almost right, empty, an echo or about something else."""
     gold, question = example.response, example.messages[-1]["content"]
-    changed = [gold.replace(a, b, 1) for a, b in (("1", "7"), ("a", "e"), (" ", "  "), ("\n", "\n\n"))]
-    frames = ["", " ", t.ANSWER, f"{t.ANSWER}?", f"{t.ANSWER}{example.answer}", gold + " ", "\n" + gold, gold.upper()]
+    changed = [
+        gold.replace(a, b, 1) for a, b in (("1", "7"), ("a", "e"), (" ", "  "), ("\n", "\n\n"))
+    ]
+    frames = [
+        "",
+        " ",
+        t.ANSWER,
+        f"{t.ANSWER}?",
+        f"{t.ANSWER}{example.answer}",
+        gold + " ",
+        "\n" + gold,
+        gold.upper(),
+    ]
     echoes = [question, f"{question}\n{gold}", f"{gold}\n{gold}", other.response]
-    return [gold, *t.near_misses(example, random.Random(7)), *frames, *echoes, *changed, example.answer[::-1]]
+    return [
+        gold,
+        *t.near_misses(example, random.Random(7)),
+        *frames,
+        *echoes,
+        *changed,
+        example.answer[::-1],
+    ]
 
 
 def _verdicts(name: str) -> list[str]:
-    """A string an example, a letter a response: C correct, f formatted but wrong, - neither; small c: inconsistent."""
+    """A string an example, a letter a response: C correct, c but inconsistent, f form only, -."""
     drawn = examples(name)
-    pairs = [(e, text) for e, other in zip(drawn, drawn[1:] + drawn[:1], strict=True) for text in responses(e, other)]
+    pairs = [
+        (e, text)
+        for e, other in zip(drawn, drawn[1:] + drawn[:1], strict=True)
+        for text in responses(e, other)
+    ]
     found: dict[int, str] = {}
     for (e, text), verdict in zip(pairs, t.verify_many(pairs), strict=True):
         right = "C" if t.consistent(e, text) else "c"
-        found[id(e)] = found.get(id(e), "") + (right if verdict.correct else "f" if verdict.formatted else "-")
+        found[id(e)] = found.get(id(e), "") + (
+            right if verdict.correct else "f" if verdict.formatted else "-"
+        )
     return list(found.values())
 
 
@@ -271,7 +355,9 @@ def _reasons(name: str) -> str:
     """Hash of what the verifier says of one example's responses, one by one."""
     first, other = examples(name, 2)
     said = [t.TASKS[name].verify(first, text) for text in responses(first, other)]
-    return digest([[v.correct, v.formatted, v.reason] for v in said if not v.reason.startswith("error")])
+    return digest(
+        [[v.correct, v.formatted, v.reason] for v in said if not v.reason.startswith("error")]
+    )
 
 
 for _name in t.TASKS:
@@ -280,7 +366,10 @@ for _name in t.TASKS:
     golden("tasks", f"reasons of {_name}")(functools.partial(_reasons, _name))
 
 KEPT = [
-    ({"words": 4, "contain": "sun", "upper": ""}, ["SUN TREE FISH BIRD", "sun tree fish bird", "MILK TREE FISH BIRD"]),
+    (
+        {"words": 4, "contain": "sun", "upper": ""},
+        ["SUN TREE FISH BIRD", "sun tree fish bird", "MILK TREE FISH BIRD"],
+    ),
     (
         {"words": 5, "commas": 2, "end": "stop"},
         ["tree, fish, sun bird stop", "tree fish sun bird stop", "tree, fish, sun bird milk"],
@@ -289,10 +378,20 @@ KEPT = [
         {"words": 4, "title": "news", "starred": 1},
         ["<<news>> *sun* tree fish", "<<news>> sun tree fish", "*sun* tree fish bird"],
     ),
-    ({"words": 3, "quotes": "", "no_comma": ""}, ['"sun tree fish"', "sun tree fish", '"sun, tree fish"']),
+    (
+        {"words": 3, "quotes": "", "no_comma": ""},
+        ['"sun tree fish"', "sun tree fish", '"sun, tree fish"'],
+    ),
     (
         {"words": 3, "avoid": "a", "lower": ""},
-        ["sun tree fish", "sun tree star", "sun tree xyz", "SUN tree fish", "sun tree fish bird", "sun sun fish"],
+        [
+            "sun tree fish",
+            "sun tree star",
+            "sun tree xyz",
+            "SUN tree fish",
+            "sun tree fish bird",
+            "sun sun fish",
+        ],
     ),
 ]
 
@@ -302,22 +401,43 @@ def _():
     rng, found = random.Random("golden/constraints"), []
     for wanted, texts in KEPT:
         example = t.Example("instructions", 1, "", (), "", "", {"wanted": wanted})
-        found.append([t.keeps_constraints(example, text) for text in texts] + [t.fulfil(wanted, rng)[1]])
-    unseen = [t.instructions(rng, 2, ["words", *t.UNSEEN_CONSTRAINTS, "end"]).answer for _ in range(3)]
+        found.append(
+            [t.keeps_constraints(example, text) for text in texts] + [t.fulfil(wanted, rng)[1]]
+        )
+    unseen = [
+        t.instructions(rng, 2, ["words", *t.UNSEEN_CONSTRAINTS, "end"]).answer for _ in range(3)
+    ]
     return found + [unseen]
 
 
 @golden("tasks", "chains")
 def _():
-    lines = ["2+3=5", "2+3=6", "10-4=6\n3*3=8", "-2+5=3", "no sum", "1+2=3, 3-5=-2", "4*5=20 and 20-1=18"]
-    answers = ["Answer: 3", "Answer: 1\nAnswer: 2", "x\nAnswer: y z", "Answer: 3\n", "answer: 3", "Answer: "]
+    lines = [
+        "2+3=5",
+        "2+3=6",
+        "10-4=6\n3*3=8",
+        "-2+5=3",
+        "no sum",
+        "1+2=3, 3-5=-2",
+        "4*5=20 and 20-1=18",
+    ]
+    answers = [
+        "Answer: 3",
+        "Answer: 1\nAnswer: 2",
+        "x\nAnswer: y z",
+        "Answer: 3\n",
+        "answer: 3",
+        "Answer: ",
+    ]
     split = [t.split_of(f"golden/{i}") for i in range(30)]
     right = examples("story", 3)
     pairs = [(e, text) for e in right for text in (e.response, e.answer, f"1+1=3\n{e.response}")]
     return {
-        "wrong lines": list(map(t.wrong_line, lines)), "final answers": list(map(t.final_answer, answers)),
-        "split": digest(split), "filtered": len(t.filter_responses(pairs)),
-    }  # fmt: skip
+        "wrong lines": list(map(t.wrong_line, lines)),
+        "final answers": list(map(t.final_answer, answers)),
+        "split": digest(split),
+        "filtered": len(t.filter_responses(pairs)),
+    }
 
 
 PROGRAMS = [

@@ -15,11 +15,10 @@ from golden_registry import columns, digest, golden, summary
 from golden_texts import TALK, TEXTS, examples, hay, tokenizer
 from torch import nn
 
-from qwen_mini import dpo, grpo
+from qwen_mini import dpo, grpo, sft
 from qwen_mini import long_context as lc
 from qwen_mini import pretraining as p
 from qwen_mini import reward_model as r
-from qwen_mini import sft
 from qwen_mini import tasks as t
 from qwen_mini.corpus import needle_pieces, needle_rows, pack
 from qwen_mini.course.scales import Phase, Stage
@@ -43,7 +42,10 @@ class Numbers:
     clip_norm: float = 1.0
     grad_accumulation: int = 1
     batch_tokens: int = 256
-    phases: tuple = (Phase(1_024, 32, {"a": 0.7, "b": 0.3}), Phase(1_024, 64, {"a": 0.5, "b": 0.2, "needles_64": 0.3}))
+    phases: tuple = (
+        Phase(1_024, 32, {"a": 0.7, "b": 0.3}),
+        Phase(1_024, 64, {"a": 0.5, "b": 0.2, "needles_64": 0.3}),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,10 @@ class MemoryCorpus:
         for split, size in (("train", 40), ("heldout", 12)):
             texts = [tok.encode(text) for text in TEXTS] * size
             rows["a", split] = pack(texts, tok.endoftext_id), None
-            rows["b", split] = pack([tok.encode(f"{i} plus {i} is {2 * i}.") for i in range(20 * size)], 1_002), None
+            rows["b", split] = (
+                pack([tok.encode(f"{i} plus {i} is {2 * i}.") for i in range(20 * size)], 1_002),
+                None,
+            )
             made = needle_rows(size, 64, hay(), needle_pieces(tok), f"golden/{split}")
             rows["needles_64", split] = tuple(x.ravel() for x in made)
         self.rows = rows
@@ -98,7 +103,11 @@ def corpus() -> MemoryCorpus:
 
 def moves(trainer: p.Trainer) -> list:
     """How far training has moved the weights of `tiny()`: the embedding, a matrix and a gain."""
-    names = ("embed_tokens.weight", "layers.1.mlp.up_proj.weight", "layers.0.input_layernorm.weight")
+    names = (
+        "embed_tokens.weight",
+        "layers.1.mlp.up_proj.weight",
+        "layers.0.input_layernorm.weight",
+    )
     found, start = dict(zip(trainer.names, trainer.masters, strict=True)), tiny().state_dict()
     return [summary(found[f"model.{name}"] - start[f"model.{name}"]) for name in names]
 
@@ -136,14 +145,21 @@ def _steps(make, count: int = 4) -> list:
 
 @golden("pretraining", "AdamW")
 def _():
-    return [_steps(functools.partial(p.AdamW, lr=0.05)), _steps(functools.partial(p.AdamW, lr=0.02, betas=(0.8, 0.9), weight_decay=0.0))]
+    return [
+        _steps(functools.partial(p.AdamW, lr=0.05)),
+        _steps(functools.partial(p.AdamW, lr=0.02, betas=(0.8, 0.9), weight_decay=0.0)),
+    ]
 
 
 @golden("pretraining", "Muon")
 def _():
     make = lambda params, **options: p.Muon(params[:3], dtype=torch.float32, **options)
     flat = p.orthogonalize(rand(2, 10, 6), dtype=torch.float32)
-    return [_steps(make)[:3], _steps(functools.partial(make, lr=0.1, momentum=0.5))[:3], summary(flat)]
+    return [
+        _steps(make)[:3],
+        _steps(functools.partial(make, lr=0.1, momentum=0.5))[:3],
+        summary(flat),
+    ]
 
 
 def _batch(seed: int) -> p.Batch:
@@ -165,7 +181,9 @@ def _():
 
 @golden("pretraining", "steps with AdamW")
 def _():
-    return _trainer_steps(optimizer="adamw", grad_accumulation=2, schedule="wsd", decay_fraction=0.5)
+    return _trainer_steps(
+        optimizer="adamw", grad_accumulation=2, schedule="wsd", decay_fraction=0.5
+    )
 
 
 @golden("pretraining", "mixture")
@@ -175,19 +193,30 @@ def _():
     parts = [sampler.batch(1, rank, 2).input_ids for rank in (0, 1)]
     without = SimpleNamespace(manifest={"left_out": ["b"]}, domains=("a", "needles_64"))
     return {
-        "ids": [digest([b.input_ids, b.targets]) for b in batches], "weights": digest([b.weights for b in batches]),
-        "domains": [b.domain_ids for b in batches], "shared": digest(parts), "steps": sampler.steps,
+        "ids": [digest([b.input_ids, b.targets]) for b in batches],
+        "weights": digest([b.weights for b in batches]),
+        "domains": [b.domain_ids for b in batches],
+        "shared": digest(parts),
+        "steps": sampler.steps,
         "without b": p.available_phases(Numbers().phases, without)[1].mixture,
-    }  # fmt: skip
+    }
 
 
 @golden("pretraining", "held-out text")
 def _():
     model, tok = tiny(), tokenizer()
-    bits = [p.evaluate_bits_per_byte(model, corpus(), tok, d, 48, 300, stride) for d in "ab" for stride in (None, 16)]
+    bits = [
+        p.evaluate_bits_per_byte(model, corpus(), tok, d, 48, 300, stride)
+        for d in "ab"
+        for stride in (None, 16)
+    ]
     nll = p.heldout_nll(model, corpus().tokens("a", "heldout"), 32, 200, 8)
-    return {"bits": bits, "nll": summary(nll), "sizes": digest(p.token_sizes(tok)),
-            "all": p.evaluate(model, corpus(), tok, 64, 256)}  # fmt: skip
+    return {
+        "bits": bits,
+        "nll": summary(nll),
+        "sizes": digest(p.token_sizes(tok)),
+        "all": p.evaluate(model, corpus(), tok, 64, 256),
+    }
 
 
 @golden("pretraining", "n-grams")
@@ -213,8 +242,14 @@ for _name in lc.RULER:
 @golden("long_context", "needle rows")
 def _():
     pieces, rng = needle_pieces(tokenizer()), random.Random("golden/haystack")
-    batches = [lc.needle_batch(12, length, hay(), pieces, f"golden/{length}") for length in (128, 300)]
-    stacks = [lc.haystack(300, n, hay(), pieces, rng, style=style) for n in (1, 4) for style in ("prose", "compact")]
+    batches = [
+        lc.needle_batch(12, length, hay(), pieces, f"golden/{length}") for length in (128, 300)
+    ]
+    stacks = [
+        lc.haystack(300, n, hay(), pieces, rng, style=style)
+        for n in (1, 4)
+        for style in ("prose", "compact")
+    ]
     return [digest(batches), digest(stacks)]
 
 
@@ -226,9 +261,10 @@ def _():
 
 
 EXTENSION = SimpleNamespace(
-    batch_tokens=512, needle_share=0.25,
+    batch_tokens=512,
+    needle_share=0.25,
     stages=(Stage(2_048, 20_000.0, (128,), (1.0,)), Stage(1_536, 80_000.0, (256, 128), (0.7, 0.3))),
-)  # fmt: skip
+)
 
 
 def _extension() -> tuple[lc.LongCorpus, lc.StageSampler]:
@@ -243,11 +279,14 @@ def _():
     batches = [sampler.batch(step) for step in range(sampler.total_steps)]
     added = [long.made[f"needles_{n}", split] for n in (128, 256) for split in ("train", "heldout")]
     return {
-        "shapes": [list(b.input_ids.shape) for b in batches], "ids": [digest(b.input_ids) for b in batches],
-        "bases": [sampler.base(step) for step in range(sampler.total_steps)], "filler": digest(long.filler("train")),
-        "needles": digest(added), "order": lc.interleave({8: 0.6, 16: 0.3, 32: 0.1}, 12),
+        "shapes": [list(b.input_ids.shape) for b in batches],
+        "ids": [digest(b.input_ids) for b in batches],
+        "bases": [sampler.base(step) for step in range(sampler.total_steps)],
+        "filler": digest(long.filler("train")),
+        "needles": digest(added),
+        "order": lc.interleave({8: 0.6, 16: 0.3, 32: 0.1}, 12),
         "mixture": lc.with_needles({"a": 0.6, "needles_64": 0.4}, "needles_8", 0.2),
-    }  # fmt: skip
+    }
 
 
 @golden("long_context", "steps")
@@ -271,8 +310,14 @@ def _():
     answer = lc.ask(model, cache, prompt[:5], 6, model.attention)
     lc.set_base(model, 40_000.0, 512)
     losses = lc.position_losses(model, ids(2, 90))
-    return {"answer": answer, "kept": cache.length, "losses": summary(losses),
-            "share": lc.evaluate_task(model, lambda *x: lc.Example([3], [4], [(4,)]), 64, 3, hay(), pieces)}  # fmt: skip
+    return {
+        "answer": answer,
+        "kept": cache.length,
+        "losses": summary(losses),
+        "share": lc.evaluate_task(
+            model, lambda *x: lc.Example([3], [4], [(4,)]), 64, 3, hay(), pieces
+        ),
+    }
 
 
 # ---------------------------------------------------------------- SFT
@@ -283,13 +328,18 @@ def _():
     for name, talk in talks.items():
         for mask in sft.MASKS:
             row = sft.row_of(tokenizer(), talk, mask)
-            found[f"{name}, {mask}"] = [digest(row.ids), "".join("01"[int(weight)] for weight in row.weights)]
+            found[f"{name}, {mask}"] = [
+                digest(row.ids),
+                "".join("01"[int(weight)] for weight in row.weights),
+            ]
     return found
 
 
 def _rows(count: int = 2) -> list[sft.Row]:
     drawn = sft.draw_examples(count, "golden", tasks=["story", "rules", "to_json", "system_rule"])
-    return sft.make_rows(tokenizer(), [(e, e.response) for e in drawn], system=sft.TRAIN_SYSTEM, seed=1)
+    return sft.make_rows(
+        tokenizer(), [(e, e.response) for e in drawn], system=sft.TRAIN_SYSTEM, seed=1
+    )
 
 
 @golden("sft", "rows")
@@ -297,11 +347,12 @@ def _():
     rows = _rows()
     batch, packed = sft.to_batch(rows[:3]), sft.pack_rows(rows, 256)
     return {
-        "rows": digest([[row.ids, row.weights] for row in rows]), "packed": {k: digest(x) for k, x in packed.items()},
+        "rows": digest([[row.ids, row.weights] for row in rows]),
+        "packed": {k: digest(x) for k, x in packed.items()},
         "batch": digest([batch.input_ids, batch.targets, batch.weights]),
         "windows": sft.pack_best_fit([5, 9, 3, 3, 7, 1], 10),
         "replayed": digest([[row.ids, row.weights] for row in _replayed()]),
-    }  # fmt: skip
+    }
 
 
 def _replayed() -> list[sft.Row]:
@@ -320,7 +371,11 @@ def _():
     drawn = sft.draw_examples(3, "golden", "test", (1, 4), t.WORDINGS)
     shown = [sft.chat_example(sft.with_system(e, "Be brief.")) for e in drawn[::5]]
     gold = sft.demonstrations(3, 0)
-    return [digest([[e.key, e.messages] for e in drawn]), digest(shown), digest([[e.key, text] for e, text in gold])]
+    return [
+        digest([[e.key, e.messages] for e in drawn]),
+        digest(shown),
+        digest([[e.key, text] for e, text in gold]),
+    ]
 
 
 @golden("sft", "update")
@@ -330,7 +385,10 @@ def _():
     for step in range(4):
         losses = (trainer.model(ids(1, 12, seed=step + i)).square().mean() for i in range(2))
         records.append(sft.update(trainer, losses))
-    return columns(records) | {"weights": moves(trainer), "logits": summary(trainer.model(ids(1, 6)))}
+    return columns(records) | {
+        "weights": moves(trainer),
+        "logits": summary(trainer.model(ids(1, 6))),
+    }
 
 
 @golden("sft", "training on rows")
@@ -338,9 +396,15 @@ def _():
     found = {}
     for optimizer in ("muon", "adamw"):
         config = SimpleNamespace(pretraining=dataclasses.replace(Numbers(), optimizer=optimizer))
-        trainer = sft.train_rows(config, tiny(), _rows() + _replayed(), sft.slower(Tuning(), 1 / 2, epochs=1), seed=2)
+        trainer = sft.train_rows(
+            config, tiny(), _rows() + _replayed(), sft.slower(Tuning(), 1 / 2, epochs=1), seed=2
+        )
         sampler = sft.RowSampler(_rows(), 4, 1)
-        found[optimizer] = [trainer.step_count, moves(trainer), trainer.step(sampler.batch(0))["loss"]]
+        found[optimizer] = [
+            trainer.step_count,
+            moves(trainer),
+            trainer.step(sampler.batch(0))["loss"],
+        ]
     return found
 
 
@@ -356,20 +420,35 @@ def _answers() -> list[list[sft.Answer]]:
     for name in ("story", "rules", "to_json"):
         for i, e in enumerate(examples(name, 3)):
             wrong = f"{t.ANSWER}{i + 50}"
-            texts = [e.response, wrong, e.response if i else wrong, e.response[:-1] if i < 2 else e.response]
-            groups.append([_answer(e, text, finished=n < 3 or i > 0) for n, text in enumerate(texts)])
+            texts = [
+                e.response,
+                wrong,
+                e.response if i else wrong,
+                e.response[:-1] if i < 2 else e.response,
+            ]
+            groups.append(
+                [_answer(e, text, finished=n < 3 or i > 0) for n, text in enumerate(texts)]
+            )
     return groups
 
 
 @golden("sft", "statistics")
 def _():
     answers, differences = _answers(), rand(3, 20).double().numpy()
-    gains = [sft.mean_gain(differences), sft.mean_gain(differences, 2), sft.mean_gain(differences[:1])]
+    gains = [
+        sft.mean_gain(differences),
+        sft.mean_gain(differences, 2),
+        sft.mean_gain(differences[:1]),
+    ]
     return {
-        "gains": gains, "error": sft.standard_error(answers), "accuracy": sft.accuracy(answers),
-        "any": sft.pass_any(answers), "areas": sft.by_area(answers), "problems": sft.by_problem(answers),
+        "gains": gains,
+        "error": sft.standard_error(answers),
+        "accuracy": sft.accuracy(answers),
+        "any": sft.pass_any(answers),
+        "areas": sft.by_area(answers),
+        "problems": sft.by_problem(answers),
         "batches": list(sft.length_batches([5, 1, 4, 9, 1], 2)),
-    }  # fmt: skip
+    }
 
 
 @golden("sft", "sampled answers")
@@ -401,7 +480,9 @@ def _pairs(count: int = 7) -> list[r.Pair]:
 @golden("reward_model", "loss")
 def _():
     better, worse = rand(6).requires_grad_(), rand(6, seed=1).requires_grad_()
-    losses = [r.bradley_terry_loss(better, worse, **x) for x in ({}, {"margin": 0.5}, {"center": 0.1})]
+    losses = [
+        r.bradley_terry_loss(better, worse, **x) for x in ({}, {"margin": 0.5}, {"center": 0.1})
+    ]
     return [torch.stack(losses), gradients(sum(losses), better, worse)]
 
 
@@ -412,7 +493,11 @@ def _():
         rng, drawn = random.Random(f"golden/styled/{name}"), examples(name, 3)
         texts = [[e, r.styled(e, rng)] for e in drawn for _ in range(4)]
         held = ["".join("01"[x] for x in r.criteria(e, text).values()) for e, text in texts]
-        found[name] = [digest([text for _, text in texts]), held, [r.gold_reward(e, text) for e, text in texts]]
+        found[name] = [
+            digest([text for _, text in texts]),
+            held,
+            [r.gold_reward(e, text) for e, text in texts],
+        ]
     return found
 
 
@@ -420,8 +505,16 @@ def _():
 def _():
     [e] = examples("story", 1)
     remarks = [r.FILLER, r.OFF_TOPIC, r.RUDE, r.BIASED]
-    texts = [e.response, *(f"{kind[0]}\n{e.response}" for kind in remarks), e.response.split("\n")[-1], "", "Hello.",
-             f"{e.response}1", f"{r.RUDE[0]}\n{r.FILLER[1]}\n{t.ANSWER}x", f"{r.FILLER[0]}\n{e.response}\n"]  # fmt: skip
+    texts = [
+        e.response,
+        *(f"{kind[0]}\n{e.response}" for kind in remarks),
+        e.response.split("\n")[-1],
+        "",
+        "Hello.",
+        f"{e.response}1",
+        f"{r.RUDE[0]}\n{r.FILLER[1]}\n{t.ANSWER}x",
+        f"{r.FILLER[0]}\n{e.response}\n",
+    ]
     rewards = [r.gold_reward(e, text) for text in texts]
     return [["".join("01"[x] for x in r.criteria(e, text).values()) for text in texts], rewards]
 
@@ -437,7 +530,11 @@ def _():
 def _():
     model = _reward_model()
     rows = [pair.prompt + pair.chosen for pair in _pairs()]
-    return [r.score_rows(model, rows, 3), r.pair_accuracy(model, _pairs()), digest(r.pad_right(rows))]
+    return [
+        r.score_rows(model, rows, 3),
+        r.pair_accuracy(model, _pairs()),
+        digest(r.pad_right(rows)),
+    ]
 
 
 @golden("reward_model", "initial head")
@@ -450,13 +547,19 @@ def _():
 def _():
     trainer = p.Trainer(_reward_model(), r.adamw_settings(NUMBERS, Tuning()), 1)
     trainer.total_steps, step = r.reward_steps(trainer, _pairs(), Tuning(), seed=2)
-    return columns([step(number) for number in range(4)]) | {"steps": trainer.total_steps, "weights": moves(trainer)}
+    return columns([step(number) for number in range(4)]) | {
+        "steps": trainer.total_steps,
+        "weights": moves(trainer),
+    }
 
 
 @golden("reward_model", "choice among answers")
 def _():
     proxy, gold = rand(5, 6).numpy(), rand(5, 6, seed=1).numpy()
-    ranks = [r.rank_correlation([1, 2, 2, 4], [2, 1, 3, 3]), r.correlation_by_chance([1, 2, 3, 4], [1, 3, 2, 4])]
+    ranks = [
+        r.rank_correlation([1, 2, 2, 4], [2, 1, 3, 3]),
+        r.correlation_by_chance([1, 2, 3, 4], [1, 3, 2, 4]),
+    ]
     return [r.best_of_n(proxy, gold, (1, 2, 6)), ranks]
 
 
@@ -471,7 +574,11 @@ def _():
 
 @golden("dpo", "pairs")
 def _():
-    found = [dpo.build_pairs(tokenizer(), _answers(), 1, most, match) for most in (1, 2) for match in (False, True)]
+    found = [
+        dpo.build_pairs(tokenizer(), _answers(), 1, most, match)
+        for most in (1, 2)
+        for match in (False, True)
+    ]
     hashes = [digest([dataclasses.astuple(pair) for pair in pairs]) for pairs in found]
     return {"hash": hashes, "count": [len(pairs) for pairs in found]}
 
@@ -481,14 +588,25 @@ def _():
     model, batch = tiny(), dpo.pair_batch(_pairs(4))
     with torch.no_grad():
         tokens = dpo.token_logprobs(model, batch, 0.7)
-        return [digest([batch.input_ids, batch.weights]), summary(tokens), dpo.pair_logprobs(model, _pairs(4))]
+        return [
+            digest([batch.input_ids, batch.weights]),
+            summary(tokens),
+            dpo.pair_logprobs(model, _pairs(4)),
+        ]
 
 
 @golden("dpo", "online merging")
 def _():
     bases = [rand(*shape, seed=50 + i) for i, shape in enumerate(((12, 8), (8, 12), (12, 8), (6,)))]
-    forms = [dict(), dict(method="ties"), dict(rescale=False), dict(method="ties", weighted=True, weight_decay=0.1)]
-    make = lambda **form: functools.partial(dpo.OnlineMergingAdamW, bases=bases, lr=0.02, alpha=0.1, **form)
+    forms = [
+        dict(),
+        dict(method="ties"),
+        dict(rescale=False),
+        dict(method="ties", weighted=True, weight_decay=0.1),
+    ]
+    make = lambda **form: functools.partial(
+        dpo.OnlineMergingAdamW, bases=bases, lr=0.02, alpha=0.1, **form
+    )
     return [_steps(make(**form)) for form in forms]
 
 
@@ -500,7 +618,9 @@ def _():
         trainer.total_steps, step = dpo.preference_steps(trainer, _pairs(), Tuning(), seed=2)
         if merging:
             bases = list(tiny(seed=1).parameters())
-            trainer.optimizers = [dpo.OnlineMergingAdamW(trainer.masters, bases, lr=1e-3, alpha=1e-3, seed=3)]
+            trainer.optimizers = [
+                dpo.OnlineMergingAdamW(trainer.masters, bases, lr=1e-3, alpha=1e-3, seed=3)
+            ]
             trainer.peaks = [[1e-3]]
         records = columns([step(number) for number in range(4)])
         found["merging" if merging else "AdamW"] = records | {"weights": moves(trainer)}
@@ -520,7 +640,11 @@ def _():
     now, old, reference = (-rand(4, 5, seed=seed).abs() * mask for seed in range(3))
     gains, found = rand(4, seed=3), {}
     for kind in grpo.LOSSES:
-        for name, options in (("", {}), (", KL", {"beta": 0.1}), (", both", {"beta": 0.1, "bias_corrected_kl": True})):
+        for name, options in (
+            ("", {}),
+            (", KL", {"beta": 0.1}),
+            (", both", {"beta": 0.1, "bias_corrected_kl": True}),
+        ):
             logprobs = now.clone().requires_grad_()
             theirs = reference if options else None
             loss, seen = grpo.grpo_loss(
@@ -547,26 +671,47 @@ def _():
 
 def _policy_steps(kind: str, inner_steps: int = 1, reference: bool = False) -> dict:
     trainer = p.Trainer(tiny(), r.adamw_settings(NUMBERS, Tuning(learning_rate=3e-3)), 6)
-    options = {"kind": kind, "inner_steps": inner_steps, "reference": tiny(seed=1) if reference else None}
+    options = {
+        "kind": kind,
+        "inner_steps": inner_steps,
+        "reference": tiny(seed=1) if reference else None,
+    }
     records = [grpo.policy_update(trainer, _groups(), Tuning(), **options) for _ in range(3)]
     return columns(records) | {"weights": moves(trainer)}
 
 
 for _kind in grpo.LOSSES:
     golden("grpo", f"steps, {_kind}")(functools.partial(_policy_steps, _kind))
-golden("grpo", "steps, two inner steps and a reference")(functools.partial(_policy_steps, "dapo", 2, True))
+golden("grpo", "steps, two inner steps and a reference")(
+    functools.partial(_policy_steps, "dapo", 2, True)
+)
 
 
 @golden("grpo", "queries")
 def _():
-    kinds = [("story", 1, "shown"), ("story", 1, "shown"), ("rules", 2, "asked"), ("cycle", 1, "shown")]
+    kinds = [
+        ("story", 1, "shown"),
+        ("story", 1, "shown"),
+        ("rules", 2, "asked"),
+        ("cycle", 1, "shown"),
+    ]
     weights = grpo.query_weights(kinds, [[1, 0, 0, 1], [1, 1, 1, 0], [0, 1, 0, 0], [1, 1, 1, 1]])
-    drawn = [[e.key, e.messages] for step in (0, 1) for e in grpo.fresh_queries(6, weights, 4, step)]
+    drawn = [
+        [e.key, e.messages] for step in (0, 1) for e in grpo.fresh_queries(6, weights, 4, step)
+    ]
     order = grpo.order_by_reward_variance([[1, 1, 1], [0, 1, 0], [0.5, 0.6, 0.5]])
-    return {"weights": list(weights.values()), "drawn": digest(drawn), "first": drawn[0][0], "order": order}
+    return {
+        "weights": list(weights.values()),
+        "drawn": digest(drawn),
+        "first": drawn[0][0],
+        "order": order,
+    }
 
 
 @golden("grpo", "rewards")
 def _():
     model, answers = _reward_model(), _answers()[:3]
-    return [make(answers) for make in (grpo.verified, grpo.judged(model, tokenizer()), grpo.mixed(model, tokenizer()))]
+    return [
+        make(answers)
+        for make in (grpo.verified, grpo.judged(model, tokenizer()), grpo.mixed(model, tokenizer()))
+    ]

@@ -25,7 +25,18 @@ from golden_registry import (
     write,
 )
 
-from qwen_mini import attention, corpus, dpo, generation, grpo, layers, long_context, pretraining, sft, tasks
+from qwen_mini import (
+    attention,
+    corpus,
+    dpo,
+    generation,
+    grpo,
+    layers,
+    long_context,
+    pretraining,
+    sft,
+    tasks,
+)
 from qwen_mini import reward_model as rewards
 from qwen_mini import tokenizer as tok
 from qwen_mini.tasks import Verdict
@@ -41,7 +52,9 @@ def test_nothing_that_a_chapter_computes_has_moved(module):
 @pytest.mark.parametrize("module", GOLDENS)
 def test_the_stored_versions_are_those_of_today(module):
     assert not stale(module), stale(module)
-    assert not fresh(module), f"not stored yet: {fresh(module)}; python tests/golden_check.py --write {module}"
+    assert not fresh(module), (
+        f"not stored yet: {fresh(module)}; python tests/golden_check.py --write {module}"
+    )
 
 
 def test_every_chapter_with_a_version_has_goldens():
@@ -56,7 +69,7 @@ def test_computing_goldens_leaves_threads_and_random_numbers_alone():
 
 # ---------------------------------------------------------------- changes that must be seen
 def moved_by_a_change(module: str, name: str) -> str:
-    """The report on one golden, computed now; fails if nothing moved or the report lacks what it must name."""
+    """The report on one golden, computed now; fails if nothing moved or it lacks a name."""
     stored = read(module)["goldens"]
     message = report(module, {**stored, name: compute(module, name)})
     assert message, f"{module} · {name} did not move"
@@ -66,38 +79,58 @@ def moved_by_a_change(module: str, name: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("optimizer, module, name", [
-    (pretraining.AdamW, "pretraining", "AdamW"), (dpo.OnlineMergingAdamW, "dpo", "online merging"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "optimizer, module, name",
+    [
+        (pretraining.AdamW, "pretraining", "AdamW"),
+        (dpo.OnlineMergingAdamW, "dpo", "online merging"),
+    ],
+)
 def test_another_beta_2_of_an_optimiser_is_seen(optimizer, module, name, monkeypatch):
-    defaults = tuple((0.9, 0.97) if isinstance(x, tuple) else x for x in optimizer.__init__.__defaults__)
+    defaults = tuple(
+        (0.9, 0.97) if isinstance(x, tuple) else x for x in optimizer.__init__.__defaults__
+    )
     monkeypatch.setattr(optimizer.__init__, "__defaults__", defaults)
     moved_by_a_change(module, name)
 
 
-@pytest.mark.parametrize("module, name", [
-    ("pretraining", "steps with Muon"), ("pretraining", "steps with AdamW"), ("long_context", "steps"),
-    ("sft", "update"), ("sft", "training on rows"), ("reward_model", "steps"), ("dpo", "steps"),
-    ("grpo", "steps, dapo"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        ("pretraining", "steps with Muon"),
+        ("pretraining", "steps with AdamW"),
+        ("long_context", "steps"),
+        ("sft", "update"),
+        ("sft", "training on rows"),
+        ("reward_model", "steps"),
+        ("dpo", "steps"),
+        ("grpo", "steps, dapo"),
+    ],
+)
 @pytest.mark.parametrize("change", [{"beta2": 0.97}, {"beta1": 0.8}, {"eps": 1e-3}])
 def test_other_settings_of_the_optimiser_that_runs_are_seen(module, name, change, monkeypatch):
     usual = pretraining.make_optimizers
-    make = lambda named, settings, dtype: usual(named, dataclasses.replace(settings, **change), dtype)
+    make = lambda named, settings, dtype: usual(
+        named, dataclasses.replace(settings, **change), dtype
+    )
     monkeypatch.setattr(pretraining, "make_optimizers", make)
     moved_by_a_change(module, name)
 
 
 GRADIENTS = [
-    (layers.FusedRMSNorm, 0, "layers", "RMSNorm"), (layers.FusedRMSNorm, 1, "layers", "RMSNorm"),
-    (layers.Rotate, 0, "layers", "RoPE"), (layers.FusedSwiGLU, 0, "layers", "SwiGLU"),
-    (layers.FusedSwiGLU, 1, "layers", "SwiGLU"), (attention.TiledAttention, 0, "attention", "tiles"),
-    (attention.TiledAttention, 1, "attention", "tiles"), (attention.TiledAttention, 2, "attention", "tiles"),
+    (layers.FusedRMSNorm, 0, "layers", "RMSNorm"),
+    (layers.FusedRMSNorm, 1, "layers", "RMSNorm"),
+    (layers.Rotate, 0, "layers", "RoPE"),
+    (layers.FusedSwiGLU, 0, "layers", "SwiGLU"),
+    (layers.FusedSwiGLU, 1, "layers", "SwiGLU"),
+    (attention.TiledAttention, 0, "attention", "tiles"),
+    (attention.TiledAttention, 1, "attention", "tiles"),
+    (attention.TiledAttention, 2, "attention", "tiles"),
     (pretraining.LinearCrossEntropy, 0, "pretraining", "linear cross-entropy"),
     (pretraining.LinearCrossEntropy, 1, "pretraining", "linear cross-entropy"),
     (pretraining.LinearCrossEntropy, 1, "pretraining", "steps with AdamW"),
     (pretraining.LinearCrossEntropy, 0, "sft", "training on rows"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("function, place, module, name", GRADIENTS)
@@ -114,9 +147,13 @@ def test_a_gradient_s_sign_is_seen(function, place, module, name, monkeypatch):
     moved_by_a_change(module, name)
 
 
-@pytest.mark.parametrize("owner, function, module, names", [
-    (rewards, "bradley_terry_loss", "reward_model", ["loss", "steps"]), (dpo, "dpo_loss", "dpo", ["loss", "steps"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "owner, function, module, names",
+    [
+        (rewards, "bradley_terry_loss", "reward_model", ["loss", "steps"]),
+        (dpo, "dpo_loss", "dpo", ["loss", "steps"]),
+    ],
+)
 def test_a_loss_with_the_other_sign_is_seen(owner, function, module, names, monkeypatch):
     usual = getattr(owner, function)
     monkeypatch.setattr(owner, function, lambda *x, **options: -usual(*x, **options))
@@ -144,7 +181,9 @@ def test_a_verifier_that_accepts_or_refuses_everything_is_seen(name, monkeypatch
         monkeypatch.setitem(tasks.TASKS, name, dataclasses.replace(usual, check=check))
         moved_by_a_change("tasks", f"verdicts of {name}")
     if not usual.answered:
-        anything = dataclasses.replace(usual, form=lambda text: True, check=lambda example, found: "")
+        anything = dataclasses.replace(
+            usual, form=lambda text: True, check=lambda example, found: ""
+        )
         monkeypatch.setitem(tasks.TASKS, name, anything)
         moved_by_a_change("tasks", f"reasons of {name}")
 
@@ -154,7 +193,11 @@ def test_verdicts_that_bypass_the_checks_are_seen(monkeypatch):
         patch.setattr(tasks, "judge", lambda example, outcome: "")
         moved_by_a_change("tasks", "verdicts of function")
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "final_answer", lambda text: text.split("\n")[-1].removeprefix(tasks.ANSWER) or None)
+        patch.setattr(
+            tasks,
+            "final_answer",
+            lambda text: text.split("\n")[-1].removeprefix(tasks.ANSWER) or None,
+        )
         for name in ("story", "rules", "instructions"):
             moved_by_a_change("tasks", f"verdicts of {name}")
     with monkeypatch.context() as patch:
@@ -174,7 +217,9 @@ def test_a_constraint_that_always_holds_is_seen(name, monkeypatch):
 @pytest.mark.parametrize("name", rewards.CRITERIA)
 def test_a_criterion_that_always_holds_is_seen(name, monkeypatch):
     usual = rewards.criteria
-    monkeypatch.setattr(rewards, "criteria", lambda example, text: usual(example, text) | {name: True})
+    monkeypatch.setattr(
+        rewards, "criteria", lambda example, text: usual(example, text) | {name: True}
+    )
     moved_by_a_change("reward_model", "verdicts on fixed texts")
 
 
@@ -195,20 +240,35 @@ def test_another_wording_of_a_family_is_seen(name, monkeypatch):
     moved_by_a_change("corpus", f"family {name}")
 
 
-@pytest.mark.parametrize("owner, constant, change, module, name", [
-    (corpus, "LAYOUTS", lambda x: (x[0] + "!", *x[1:]), "corpus", "task documents"),
-    (corpus, "TASK_REPLIES", lambda x: ("{1} {2}",), "corpus", "chat documents"),
-    (corpus, "SYSTEM_PROMPTS", lambda x: ("Be kind.", *x[1:]), "corpus", "chat documents"),
-    (corpus, "WEIGHT_ANSWER", lambda x: 40, "corpus", "needle rows"),
-    (corpus, "RECALL_SHARE", lambda x: 0.2, "corpus", "needle rows"),
-    (long_context, "TASK_SHARE", lambda x: 0.1, "long_context", "needle rows"),
-    (rewards, "FILLER", lambda x: ("Well.", *x[1:]), "reward_model", "styles and criteria"),
-    (sft, "TRAIN_SYSTEM", lambda x: ("Be kind.", *x[1:]), "sft", "rows"),
-    (tok, "TOOLS_HEAD", lambda x: x + "\n", "tokenizer", "chat"),
-    (generation, "sample", lambda x: lambda logits, uniform: x(logits, 1 - uniform), "generation", "sampled"),
-    (pretraining, "learning_rate_factor", lambda x: lambda *y: 0.9 * x(*y), "pretraining", "steps with AdamW"),
-    (sft, "pack_best_fit", lambda x: lambda sizes, room: x(sizes, room)[::-1], "sft", "rows"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "owner, constant, change, module, name",
+    [
+        (corpus, "LAYOUTS", lambda x: (x[0] + "!", *x[1:]), "corpus", "task documents"),
+        (corpus, "TASK_REPLIES", lambda x: ("{1} {2}",), "corpus", "chat documents"),
+        (corpus, "SYSTEM_PROMPTS", lambda x: ("Be kind.", *x[1:]), "corpus", "chat documents"),
+        (corpus, "WEIGHT_ANSWER", lambda x: 40, "corpus", "needle rows"),
+        (corpus, "RECALL_SHARE", lambda x: 0.2, "corpus", "needle rows"),
+        (long_context, "TASK_SHARE", lambda x: 0.1, "long_context", "needle rows"),
+        (rewards, "FILLER", lambda x: ("Well.", *x[1:]), "reward_model", "styles and criteria"),
+        (sft, "TRAIN_SYSTEM", lambda x: ("Be kind.", *x[1:]), "sft", "rows"),
+        (tok, "TOOLS_HEAD", lambda x: x + "\n", "tokenizer", "chat"),
+        (
+            generation,
+            "sample",
+            lambda x: lambda logits, uniform: x(logits, 1 - uniform),
+            "generation",
+            "sampled",
+        ),
+        (
+            pretraining,
+            "learning_rate_factor",
+            lambda x: lambda *y: 0.9 * x(*y),
+            "pretraining",
+            "steps with AdamW",
+        ),
+        (sft, "pack_best_fit", lambda x: lambda sizes, room: x(sizes, room)[::-1], "sft", "rows"),
+    ],
+)
 def test_another_constant_or_function_is_seen(owner, constant, change, module, name, monkeypatch):
     monkeypatch.setattr(owner, constant, change(getattr(owner, constant)))
     moved_by_a_change(module, name)
@@ -222,19 +282,39 @@ def test_a_golden_that_fails_is_named(monkeypatch):
     assert "The golden corpus · task documents could not be computed" in caught.value.__notes__[0]
 
 
-@pytest.mark.parametrize("stored, found, same", [
-    (1.0, 1.00009, True), (1.0, 1.0002, False), (0.0, 5e-8, True), (0.0, 5e-7, False), (1, 1.00001, True),
-    ([100.0, 0.001], [100.0, 0.01], True), ([1.0, 0.001], [1.0, 0.0012], False), ([1, 2], [1, 3], False),
-    ([10_000, 10_001], [10_000, 10_000], False), (10_000, 10_001, False), (True, 1, False), ("a", "b", False),
-    ({"a": 1}, {"b": 1}, False), ({"a": [1.0, {"b": "x"}]}, {"a": [1.0, {"b": "y"}]}, False), ([1], [1, 1], False),
-    ([], [], True), (None, 0, False), ([[1.0], [2.0]], [[1.0], [2.1]], False), ("1", 1, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stored, found, same",
+    [
+        (1.0, 1.00009, True),
+        (1.0, 1.0002, False),
+        (0.0, 5e-8, True),
+        (0.0, 5e-7, False),
+        (1, 1.00001, True),
+        ([100.0, 0.001], [100.0, 0.01], True),
+        ([1.0, 0.001], [1.0, 0.0012], False),
+        ([1, 2], [1, 3], False),
+        ([10_000, 10_001], [10_000, 10_000], False),
+        (10_000, 10_001, False),
+        (True, 1, False),
+        ("a", "b", False),
+        ({"a": 1}, {"b": 1}, False),
+        ({"a": [1.0, {"b": "x"}]}, {"a": [1.0, {"b": "y"}]}, False),
+        ([1], [1, 1], False),
+        ([], [], True),
+        (None, 0, False),
+        ([[1.0], [2.0]], [[1.0], [2.1]], False),
+        ("1", 1, False),
+    ],
+)
 def test_floats_may_differ_by_the_tolerance_and_nothing_else_at_all(stored, found, same):
     assert bool(differences(stored, found)) != same
 
 
 def test_a_golden_holds_plain_finite_data():
-    assert plain({1: torch.tensor([1.0, 2.0]), "a": (True, None, torch.tensor(3))}) == {"1": [1.0, 2.0], "a": [True, None, 3]}
+    assert plain({1: torch.tensor([1.0, 2.0]), "a": (True, None, torch.tensor(3))}) == {
+        "1": [1.0, 2.0],
+        "a": [True, None, 3],
+    }
     with pytest.raises(TypeError, match="plain data, not set"):
         plain({1, 2})
     with pytest.raises(ValueError, match="finite numbers, not nan"):
@@ -245,10 +325,10 @@ def test_a_golden_holds_plain_finite_data():
 
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
-    """A copy of the stored files, and goldens of `grpo` alone whose values a test sets: {name: value}."""
+    """A copy of the stored files, and goldens of `grpo` whose values a test sets."""
     shutil.copytree(FOLDER, tmp_path / "goldens")
     monkeypatch.setattr(golden_registry, "FOLDER", tmp_path / "goldens")
-    monkeypatch.setattr(golden_registry, "closure", lambda module: {module})  # as if it imported nothing
+    monkeypatch.setattr(golden_registry, "closure", lambda module: {module})
     values = {"a": 1.0, "b": "x"}
     entries = {name: functools.partial(values.get, name) for name in values}
     monkeypatch.setitem(GOLDENS, "grpo", entries)
@@ -261,7 +341,10 @@ def stored(tmp_path, monkeypatch):
 def test_a_moved_golden_is_written_only_with_a_raised_number(stored, monkeypatch):
     stored["a"] = 2.0
     computed.cache_clear()
-    with pytest.raises(ValueError, match="a moved, but neither `grpo` nor a chapter that it imports has a higher number"):
+    with pytest.raises(
+        ValueError,
+        match="a moved, but neither `grpo` nor a chapter that it imports has a higher number",
+    ):
         write("grpo")
     assert read("grpo")["goldens"]["a"] == 1.0
     raised = golden_registry.versions_of("grpo")
@@ -299,7 +382,9 @@ def test_the_command_says_what_moved(stored, monkeypatch, capsys):
     assert golden_check.main() == 0 and "grpo: 2 goldens, as stored" in capsys.readouterr().out
     stored["b"] = "y"
     computed.cache_clear()
-    assert golden_check.main() == 1 and 'grpo · b /: stored "x", found "y"' in capsys.readouterr().out
+    assert (
+        golden_check.main() == 1 and 'grpo · b /: stored "x", found "y"' in capsys.readouterr().out
+    )
     monkeypatch.setattr(sys, "argv", ["golden_check.py", "--write", "grpo"])
     assert golden_check.main() == 1 and "raise the number first" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["golden_check.py", "tokens"])
