@@ -329,12 +329,37 @@ def test_a_lock_ends_with_its_process_and_a_fork_does_not_hold_it(runs_folder):
         holder.kill()
         holder.wait()
         with artifacts.stage_lock("quick", "toy", wait=False):
-            assert names(runs_folder / "quick") == [".toy.lock"]
+            assert names(runs_folder / "quick") == [".toy.writer"]
         assert names(runs_folder / "quick") == []
     finally:
         os.killpg(holder.pid, signal.SIGKILL)  # the fork
         holder.stdin.close()
         holder.stdout.close()
+
+
+def test_locks_of_others_are_left_alone(runs_folder):
+    (runs_folder / "quick").mkdir(parents=True)
+    (runs_folder / "quick" / ".run.lock").touch()  # the runner's
+    make("one")
+    artifacts.sweep("quick")
+    assert (runs_folder / "quick" / ".run.lock").exists()
+
+
+@pytest.mark.parametrize("missing", ["module", "on this disk"])
+def test_where_there_are_no_locks_only_writers_clean_up(runs_folder, monkeypatch, missing):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    if missing == "module":
+        monkeypatch.setattr(artifacts, "fcntl", None)
+    else:
+        monkeypatch.setattr(artifacts.fcntl, "lockf", refuse)
+    make("one")
+    (runs_folder / "quick" / "toy").rename(runs_folder / "quick" / ".toy.new")  # as between a swap's two renames
+    assert read() == "one" and artifacts.find("quick", "toy").name == ".toy.new"
+    with pytest.raises(ZeroDivisionError), artifacts.write_stage("quick", "toy"):
+        1 / 0  # noqa: B018
+    assert read() == "one" and names(runs_folder / "quick")[0] == "toy"
 
 
 def test_threads_take_turns(runs_folder):

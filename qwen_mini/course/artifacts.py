@@ -2,7 +2,7 @@
 
 Beside the stages a scale's folder may hold, hidden: `.<name>.partial-<writer>-…`, which is being written or removed and
 is worth nothing once its writer is dead; `.<stage>.new`, a whole version on its way to the stage's place;
-`.<stage>.lock`, held by the one process that may write the stage.
+`.<stage>.writer`, locked by the one process that may write the stage.
 """
 
 import contextlib
@@ -227,7 +227,7 @@ def sweep(scale_name: str) -> None:
     """Remove what dead writers have left anywhere in a scale's folder but inside its stages."""
     for folder, names, files in os.walk(runs() / scale_name):
         for name in [*names, *files]:
-            if name.startswith(".") and name.endswith((".new", ".lock")):
+            if name.startswith(".") and name.endswith((".new", ".writer")):
                 with _alone(Path(folder, name[1:].rpartition(".")[0])):
                     pass
             elif _abandoned(Path(folder, name)):
@@ -347,7 +347,7 @@ def _alone(path: Path) -> Iterator[bool]:
     """Clean up around a stage if nobody is writing it; tells whether that is so, and keeps it so inside."""
     lock = _locks.setdefault(path, _Lock(path))
     try:
-        alone = fcntl is not None and lock.take(wait=False, tries=1)
+        alone = lock.take(wait=False, tries=1)
     except OSError:  # a folder that may only be read stays as it is
         alone = False
     try:
@@ -439,19 +439,19 @@ class _Lock:
     """
 
     def __init__(self, path: Path):
-        self.path = path.with_name(f".{path.name}.lock")
+        self.path = path.with_name(f".{path.name}.writer")
         self.stage, self.threads, self.depth, self.file = shown(path), threading.RLock(), 0, None
         self.holder = "another process"
 
     def take(self, wait: bool, tries: int = 10) -> bool:
-        """Whether it is held now. Somebody who only cleans up holds it for an instant: hence the tries."""
+        """Whether it is held now. Whoever only cleans up tries once, and holds it for an instant: hence a writer's tries."""
         if not self.threads.acquire(blocking=wait):
             return False
-        held = self.depth > 0 or fcntl is None
+        held = self.depth > 0
         try:
             if not held:
-                self.file = self._file(wait, tries)
-                held = self.file is not None
+                self.file = self._file(wait, tries) if fcntl else None
+                held = self.file is not None or not fcntl and tries > 1
         finally:
             if not held:
                 self.threads.release()
@@ -496,7 +496,7 @@ class _Lock:
                 return True
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks
-                    return True
+                    return tries > 1  # whoever writes goes on; whoever only cleans up must not meet them
             time.sleep(0.02 if attempt + 1 < tries else 0)
         file.seek(0)
         self.holder = file.read().decode(errors="replace") or "another process"
