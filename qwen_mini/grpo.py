@@ -2,35 +2,49 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'Reward', 'Kind', 'Weights', 'ATTEMPTS', 'group_advantages', 'grpo_loss', 'shared_prompt_attention',
-           'shared_prompt_bias', 'Group', 'group_logprobs', 'verified', 'roll_out', 'NoVariance', 'query_weights',
-           'of_kinds', 'fresh_queries', 'summed', 'policy_update', 'optimize_policy', 'probe', 'new_trainer',
-           'order_by_reward_variance', 'eight_answers', 'grpo_stage', 'most_varied', 'viewing', 'optimize', 'judged',
-           'mixed']
+           'shared_prompt_bias', 'Group', 'group_logprobs', 'verified', 'roll_out', 'dpo_checkpoint', 'NoVariance',
+           'query_weights', 'of_kinds', 'fresh_queries', 'summed', 'policy_update', 'optimize_policy', 'probe_groups',
+           'probe', 'probe_stage', 'read_probe', 'new_trainer', 'order_by_reward_variance', 'eight_answers',
+           'grpo_stage', 'most_varied', 'viewing', 'optimize', 'token_passes', 'gentle_settings', 'demonstrated_rows',
+           'demonstrated_inputs', 'more_sft_stage', 'steps_within', 'right_answers_stage', 'imitation_stages',
+           'imitation_round', 'judged', 'mixed']
 
 # %% ../notebooks/17_grpo.ipynb #9e0e322e
 import dataclasses
 import functools
+import json
 import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .course import CourseError, hardware, stages
+from .course.stages import Stage
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .course import CourseError, hardware, stages
-from .course.stages import Stage
 from .attention import TiledAttention, causal_bias
+from .corpus import corpus_inputs, prepare_corpus
 from .dpo import WORDINGS_ASKED, dpo_stage, target_logprobs
 from .layers import apply_rope
+from .long_context import open_long_corpus
 from .model import Qwen
 from .pretraining import Trainer, world
 from .reward_model import RewardModel, adamw_settings, pad_right, score_rows
 from qwen_mini.sft import (
     Answer,
+    Row,
+    RowSampler,
     evaluate_tasks,
+    make_rows,
+    optimizer_settings,
+    rejection_sample,
+    rows_stage,
+    slower,
+    training_rows,
     update,
 )
 from .tasks import TASKS, Example
@@ -266,6 +280,12 @@ def roll_out(
     ]
     return answers, groups
 
+
+def dpo_checkpoint(config, settings, seed: int = 0) -> Path | Stage:
+    """Where GRPO begins: the DPO checkpoint that ships with the course, or the scale's own."""
+    ready = stages.shipped("dpo") if settings.start == "shipped" else None
+    return ready or dpo_stage(config, seed)
+
 # %% ../notebooks/17_grpo.ipynb #5fe0770f
 Kind = tuple[str, int, str]  # task, level, wording: shown or asked
 Weights = dict[Kind, float]
@@ -426,8 +446,10 @@ def optimize_policy(
     return step
 
 
-def probe(model: Qwen, tokenizer: Tokenizer, settings, seed: int = 0) -> Weights:
-    """`query_weights` from `settings.probe` problems of every kind, with the verifiers' rewards."""
+def probe_groups(
+    model: Qwen, tokenizer: Tokenizer, settings, seed: int = 0
+) -> tuple[list[Kind], list[Group]]:
+    """`settings.probe` problems of every kind, answered, with the verifiers' rewards."""
     rng = random.Random(f"{seed}/probe")
     kinds = [
         (name, level, wording)
@@ -437,7 +459,39 @@ def probe(model: Qwen, tokenizer: Tokenizer, settings, seed: int = 0) -> Weights
         for _ in range(settings.probe)
     ]
     _, groups = roll_out(model, tokenizer, of_kinds(kinds, rng), settings, seed)
+    return kinds, groups
+
+
+def probe(model: Qwen, tokenizer: Tokenizer, settings, seed: int = 0) -> Weights:
+    """`query_weights` from `probe_groups`."""
+    kinds, groups = probe_groups(model, tokenizer, settings, seed)
     return query_weights(kinds, [g.rewards for g in groups])
+
+
+def probe_stage(config, seed: int = 0, settings=None) -> Stage:
+    """The `probe` of GRPO's start as the stage `probe` (`probe.json`): weights, and its tokens."""
+    settings = settings or config.grpo
+    start = dpo_checkpoint(config, settings, seed)
+    asked = ("group_size", "levels", "probe", "max_new_tokens")
+    inputs = {name: getattr(settings, name) for name in asked} | {"start": stages.origin(start)}
+
+    def fill(folder):
+        source, dtype = stages.folder_of(start), hardware.pick_dtype(config.run.dtype)
+        policy = Qwen.from_pretrained(source, dtype).to(hardware.device()).eval()
+        policy.requires_grad_(False)
+        kinds, groups = probe_groups(policy, Tokenizer.from_pretrained(source), settings, seed)
+        weights = query_weights(kinds, [g.rewards for g in groups])
+        tokens = sum(len(g.prompt) + sum(map(len, g.responses)) for g in groups)
+        found = {"weights": [[*kind, weight] for kind, weight in weights.items()], "tokens": tokens}
+        (folder / "probe.json").write_text(json.dumps(found), encoding="utf-8")
+
+    return stages.data_stage(config, "probe", ("grpo",), seed, inputs, fill)
+
+
+def read_probe(folder: Path) -> tuple[Weights, int]:
+    """Weights and tokens of the stage `probe`."""
+    found = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
+    return {tuple(kind): weight for *kind, weight in found["weights"]}, found["tokens"]
 
 
 def new_trainer(
@@ -479,8 +533,7 @@ def grpo_stage(config, seed: int = 0, stage: str = "grpo", settings=None, probe_
     is named in the notebook.
     """
     settings = settings or config.grpo
-    ready = stages.shipped("dpo") if settings.start == "shipped" else None
-    start = ready or dpo_stage(config, probe_seed)
+    start, asked = dpo_checkpoint(config, settings, probe_seed), probe_stage(config, probe_seed, settings)
     sampled = (
         "steps queries group_size micro_groups levels probe max_new_tokens epsilon epsilon_high beta".split()
     )
@@ -497,7 +550,7 @@ def grpo_stage(config, seed: int = 0, stage: str = "grpo", settings=None, probe_
         tokenizer = Tokenizer.from_pretrained(folder)
         policy = Qwen.from_pretrained(folder, dtype).to(hardware.device()).eval()
         policy.requires_grad_(False)
-        weights = probe(policy, tokenizer, settings, probe_seed)
+        weights, _ = read_probe(asked.folder())
         trainer = new_trainer(config, folder, settings, dtype)
         options = {"reference": policy} if settings.beta else {}
         update_policy = optimize_policy(trainer, tokenizer, settings, weights, seed, **options)
@@ -537,6 +590,153 @@ def optimize(
     """The folder of `grpo_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
     made = grpo_stage(config, seed, stage, settings, probe_seed)
     return made.make(stop_after) if stop_after else made.folder()
+
+# %% ../notebooks/17_grpo.ipynb #877cd750
+def token_passes(run: Path, probed: Path, settings, seed: int = 0) -> int:
+    """What a finished GRPO run has computed, in tokens: each counts once, and three times more for a gradient.
+
+    A prompt counts once a group, and the probe is counted, too. Groups with a gradient count as
+    the mean of all groups of their step; a batch that was drawn again counts once.
+    """
+    tokenizer, (weights, tokens) = Tokenizer.from_pretrained(run), read_probe(probed)
+    of_steps = []
+    for record in stages.metrics(run):
+        asked = fresh_queries(settings.queries, weights, seed, record["step"] - 1)
+        prompts = [tokenizer.encode_chat(e.messages, add_generation_prompt=True) for e in asked]
+        answers = settings.queries * settings.group_size * record["length"]
+        computed = sum(map(len, prompts)) + answers
+        of_steps.append(computed * (1 + 3 * record["groups"]))
+    return round(tokens + settings.steps * sum(of_steps) / len(of_steps))
+
+
+def gentle_settings(config):
+    """Chapter 14's at an eighth of the rate, because this is not the first fine-tuning, and in larger batches.
+
+    A row costs less in them, and there are steps enough.
+    """
+    return slower(config.sft, batch_rows=2 * config.sft.batch_rows)
+
+
+def demonstrated_rows(config, folder: Path, seed: int = 0) -> list[Row]:
+    """Chapter 14's rows in random order, for the model in `folder`."""
+    prepare_corpus(config, seed)
+    rows = training_rows(config, config.sft, *open_long_corpus(config, folder), seed)
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def demonstrated_inputs(config, seed: int = 0) -> dict:
+    """All that `demonstrated_rows` depends on, for the inputs of a stage."""
+    return {
+        "demonstrations": config.sft.demonstrations,
+        "replay": [config.sft.replay, config.sft.replay_weight],
+        "mixture": dict(config.pretraining.phases[-1].mixture),
+        "corpus": corpus_inputs(config, seed),
+    }
+
+
+def more_sft_stage(config, seed: int = 0) -> Stage:
+    """GRPO's start fine-tuned further, for the `token_passes` of GRPO's first run, as the stage `more_sft`."""
+    settings, gentle = config.grpo, gentle_settings(config)
+    start, numbers = dpo_checkpoint(config, settings, seed), optimizer_settings(config, gentle)
+    run, probed = grpo_stage(config, seed, probe_seed=seed), probe_stage(config, seed)
+    inputs = {
+        **demonstrated_inputs(config, seed),
+        "batch_rows": gentle.batch_rows,
+        "optimizer": stages.optimizer_inputs(numbers),
+        "as long as": stages.origin(run),
+        "start": stages.origin(start),
+        "chat": True,
+    }
+
+    def begin(dtype):
+        passes = token_passes(run.folder(), probed.folder(), settings, seed)
+        folder = stages.folder_of(start)
+        rows = demonstrated_rows(config, folder, seed)
+        sampler = RowSampler(rows, gentle.batch_rows, gentle.epochs, seed)
+        steps = steps_within(passes, sampler)
+        trainer = Trainer(Qwen.from_pretrained(folder).to(hardware.device()), numbers, steps, dtype)
+        an_epoch = len(rows) / gentle.batch_rows
+
+        def step(number):
+            batch = sampler.batch(number % sampler.total_steps, *world())
+            return trainer.step(batch) | {"epochs": (number + 1) / an_epoch}
+
+        return trainer, step, Tokenizer.from_pretrained(folder)
+
+    return stages.stage(config, "more_sft", ("grpo",), seed, inputs, begin)
+
+
+def steps_within(passes: int, sampler: RowSampler) -> int:
+    """How many batches make as many passes, three for every token; one at least."""
+    of_batches = [3 * sum(len(sampler.rows[i].ids) for i in batch) for batch in sampler.plan]
+    whole, rest = divmod(passes, sum(of_batches))
+    steps = whole * len(of_batches)
+    for tokens in of_batches:
+        if rest < tokens:
+            break
+        steps, rest = steps + 1, rest - tokens
+    return max(1, steps)
+
+# %% ../notebooks/17_grpo.ipynb #b28edc00
+def right_answers_stage(
+    config, policy: Path | Stage, count: int, stage: str, seed: int = 0, number: int = 0
+) -> Stage:
+    """Rows of right answers to `count` fresh problems of GRPO's kinds, at most two a problem.
+
+    number: which round of expert iteration; each has problems of its own.
+    """
+    settings, probed = config.grpo, probe_stage(config, seed)
+    sampled = [count, number, settings.group_size, settings.max_new_tokens]
+    inputs = {"policy": stages.origin(policy), "probe": probed.key, "sampled": sampled}
+
+    def fill(folder):
+        source, dtype = stages.folder_of(policy), hardware.pick_dtype(config.run.dtype)
+        model = Qwen.from_pretrained(source, dtype).to(hardware.device()).eval()
+        model.requires_grad_(False)
+        tokenizer, (weights, _) = Tokenizer.from_pretrained(source), read_probe(probed.folder())
+        asked = fresh_queries(count, weights, f"{seed}/imitate", number)
+        right = rejection_sample(
+            model, tokenizer, asked, settings.group_size, 2, seed + number,
+            max_new_tokens=settings.max_new_tokens,
+        )  # fmt: skip
+        rows = make_rows(tokenizer, right, seed=seed)
+        lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
+        (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    return stages.data_stage(config, stage, ("grpo",), seed, inputs, fill)
+
+
+def imitation_stages(config, rounds: int, stage: str, seed: int = 0) -> list[Stage]:
+    """Rejection sampling (one round) or expert iteration: for each round its answers and its model.
+
+    A round samples from the model of the one before, and trains it on a quarter of chapter 14's
+    rows and on all right answers so far: for one epoch, or for two if there is a single round.
+    """
+    policy, parts = dpo_checkpoint(config, config.grpo, seed), []
+    count = config.grpo.steps * config.grpo.queries // rounds
+    for number in range(rounds):
+        name = f"{stage}_{number + 1}"
+        parts.append(right_answers_stage(config, policy, count, f"{name}_answers", seed, number))
+        policy = imitation_round(config, policy, parts[::2], name, 1 if rounds > 1 else 2, seed)
+        parts.append(policy)
+    return parts
+
+
+def imitation_round(
+    config, policy: Path | Stage, answers: Sequence[Stage], stage: str, epochs: int, seed: int
+) -> Stage:
+    """`policy` trained on a quarter of chapter 14's rows and on the rows of the stages `answers`."""
+    settings = dataclasses.replace(gentle_settings(config), epochs=epochs)
+    inputs = demonstrated_inputs(config, seed) | {"answers": [part.key for part in answers]}
+
+    def rows(folder):
+        shown = demonstrated_rows(config, folder, seed)
+        files = [part.folder() / "rows.jsonl" for part in answers]
+        lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        return shown[: len(shown) // 4] + [Row(**json.loads(line)) for line in lines]
+
+    return rows_stage(config, stage, ("grpo",), seed, policy, settings, inputs, rows)
 
 # %% ../notebooks/17_grpo.ipynb #a9f251c4
 def judged(model: RewardModel, tokenizer: Tokenizer) -> Reward:
