@@ -249,7 +249,11 @@ def test_folders_count_by_their_weights(tmp_path):
         ([0, 1] * 8, [1, 0] * 8, 0.05, True),  # many verdicts: their mean
         ([0] * 16, [1] * 16, 0.05, False),
         ([1.0, 2.0], [1.0], 0.05, False),
-        ("x", "y", 0.05, False),
+        ([[0, 1], [1, 1]] * 4, [[1, 1], [0, 1]] * 4, 0.05, True),  # problems and samples, too
+        ([[0, 1], [1, 1]] * 4, [[0, 1], [0, 0]] * 4, 0.05, False),
+        ([0, 1] * 8, [1, 0] * 8, 0.0, False),  # no tolerance: one by one
+        ("x", "y", 0.0, False),
+        ("x", "y", 0.05, True),  # another processor may sample other words
         (3.0, 30.0, "timing", True),
         ({"a": 3.0}, {"b": 3.0}, "timing", False),
         (None, 1.0, 0.05, False),

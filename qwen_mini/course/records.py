@@ -15,7 +15,7 @@ import symtable
 import textwrap
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -262,7 +262,11 @@ def _verify(name: str, stored: dict, anew: dict) -> None:
 
 
 def differs(stored, found, tolerance: float | str, where: str = "result") -> str:
-    """What differs by more than the tolerance, '' if nothing does."""
+    """What differs by more than the tolerance, '' if nothing does.
+
+    With a tolerance, many numbers are compared by their mean, also where they stand in lists of lists (problems and
+    samples), and texts, which a model may word in another way on another processor, are not compared.
+    """
     if type(stored) is not type(found) and not all(isinstance(x, int | float) for x in (stored, found)):
         return f"{where} was {stored!r:.60} and is {found!r:.60}"
     if isinstance(stored, dict):
@@ -271,18 +275,28 @@ def differs(stored, found, tolerance: float | str, where: str = "result") -> str
         parts = (differs(stored[key], found[key], tolerance, f"{where}.{key}") for key in stored)
         return next(filter(None, parts), "")
     if isinstance(stored, list):
-        numbers = all(isinstance(x, int | float) for x in (*stored, *found))
-        if tolerance != TIMING and numbers and len(stored) == len(found) >= MANY:
-            return differs(sum(stored) / len(stored), sum(found) / len(found), tolerance, f"the mean of {where}")
+        before, now = list(_leaves(stored)), list(_leaves(found))
+        numbers = all(isinstance(x, int | float) for x in (*before, *now))
+        if tolerance not in (TIMING, 0) and numbers and len(before) == len(now) >= MANY:
+            return differs(sum(before) / len(before), sum(now) / len(now), tolerance, f"the mean of {where}")
         if len(stored) != len(found):
             return "" if tolerance == TIMING else f"{where} had {len(stored)} entries and has {len(found)}"
         parts = (differs(a, b, tolerance, f"{where}[{i}]") for i, (a, b) in enumerate(zip(stored, found, strict=True)))
         return next(filter(None, parts), "")
-    if tolerance == TIMING or stored == found:
+    if tolerance == TIMING or stored == found or (tolerance and isinstance(stored, str)):
         return ""
     if isinstance(stored, int | float) and abs(stored - found) <= tolerance * max(1.0, abs(stored)):
         return ""
     return f"{where} was {stored!r:.60} and is {found!r:.60}"
+
+
+def _leaves(value) -> Iterator:
+    """What stands in a list, and in the lists in it."""
+    for item in value:
+        if isinstance(item, list):
+            yield from _leaves(item)
+        else:
+            yield item
 
 
 # --- keys --------------------------------------------------------------------------------------------------------
