@@ -31,7 +31,7 @@ def write(root, name, *cells, prose="# Title", parameters='scale = "laptop"\nsee
 
 def stamp(path):
     """Note that the outputs belong to the code as it is."""
-    edit(path, lambda data: data["metadata"].update(qwen_mini={"code": nb.Notebook(path).code_hash}))
+    edit(path, lambda data: data["metadata"].update(qwen_mini={"code": nb.Notebook(path).code_digest}))
 
 
 def edit(path, change):

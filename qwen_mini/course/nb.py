@@ -56,11 +56,6 @@ class Notebook:
         texts = [text for text in map(_normalised_cell, self.code) if text]
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
-    @property
-    def code_hash(self) -> str:
-        """The digest, by the name that its last callers still use."""
-        return self.code_digest
-
     def parameter_cells(self) -> list[dict]:
         return [cell for cell in self.cells if "parameters" in cell["metadata"].get("tags", [])]
 
