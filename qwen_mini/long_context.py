@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['RULER', 'LONG_RECALL_SHARE', 'TASK_SHARE', 'TASK_WEIGHTS', 'long_documents', 'long_rows', 'position_losses',
-           'starting_point', 'LongCorpus', 'same_ids', 'recode', 'open_long_corpus', 'Example', 'passkey', 'one_of',
-           'single', 'multi_key', 'only_needles', 'hidden', 'multi_value', 'multi_query', 'variable_tracking',
-           'word_list', 'common_words', 'frequent_words', 'score', 'wilson_interval', 'evaluate_task', 'haystack',
-           'ask', 'ask_all', 'task_row', 'needle_batch', 'add_needles', 'interleave', 'StageSampler', 'with_needles',
-           'set_base', 'ExtensionTrainer', 'extension_optimizer', 'make_extension', 'extension_stage', 'extend_context',
-           'extended_checkpoint']
+           'starting_point', 'LongCorpus', 'same_ids', 'recode', 'open_long_corpus', 'frozen_model', 'open_hay',
+           'Example', 'passkey', 'one_of', 'single', 'multi_key', 'only_needles', 'hidden', 'multi_value',
+           'multi_query', 'variable_tracking', 'word_list', 'common_words', 'frequent_words', 'score',
+           'wilson_interval', 'task_scores', 'evaluate_task', 'haystack', 'ask', 'ask_all', 'task_row', 'needle_batch',
+           'add_needles', 'interleave', 'StageSampler', 'with_needles', 'set_base', 'ExtensionTrainer',
+           'extension_optimizer', 'make_extension', 'extension_stage', 'extend_context', 'extended_checkpoint']
 
 # %% ../notebooks/10_long_context.ipynb #adf4e13c
 import dataclasses
@@ -43,6 +43,7 @@ from qwen_mini.corpus import (
     open_prepared,
     pack,
     passkey_prompt,
+    prepare_corpus,
     recall_row,
     unpack,
 )
@@ -135,28 +136,31 @@ class LongCorpus:
         recode_tokens: int = 200_000,
     ):
         self.corpus, self.tokenizer, self.made = corpus, tokenizer, {}
-        text = {
+        self.domains = {
             name: facts
             for name, facts in corpus.domains.items()
             if not facts.get("row_tokens")
         }
-        self.domains = dict(text)
         self.manifest = {**corpus.manifest, "domains": self.domains}
-        if corpus_tokenizer is not None and same_ids(tokenizer, corpus_tokenizer):
-            corpus_tokenizer = None
-        for name, split in (
-            itertools.product(text, ("train", "heldout")) if corpus_tokenizer else ()
-        ):
-            tokens = corpus.tokens(name, split)[:recode_tokens]
-            self.made[name, split] = recode(tokens, corpus_tokenizer, tokenizer), None
+        self.recode_tokens = recode_tokens
+        known = corpus_tokenizer is None or same_ids(tokenizer, corpus_tokenizer)
+        self.other = None if known else corpus_tokenizer  # whose ids the corpus has
+
+    def side(self, domain: str, split: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ids and loss weights of one side of a domain; encoded anew when they are first asked for."""
+        if (domain, split) in self.made:
+            return self.made[domain, split]
+        tokens = self.corpus.tokens(domain, split)
+        if self.other is None:
+            return tokens, self.corpus.weights(domain, split)
+        made = recode(tokens[: self.recode_tokens], self.other, self.tokenizer), None
+        return self.made.setdefault((domain, split), made)
 
     def tokens(self, domain: str, split: str = "train") -> np.ndarray:
-        made = self.made.get((domain, split))
-        return made[0] if made else self.corpus.tokens(domain, split)
+        return self.side(domain, split)[0]
 
     def weights(self, domain: str, split: str = "train") -> np.ndarray | None:
-        made = self.made.get((domain, split))
-        return made[1] if made else self.corpus.weights(domain, split)
+        return self.side(domain, split)[1]
 
     def text_domains(self) -> list[str]:
         return [
@@ -203,6 +207,23 @@ def open_long_corpus(config, folder: Path) -> tuple[LongCorpus, Tokenizer]:
     tokenizer = Tokenizer.from_pretrained(folder)
     corpus, own = open_prepared(config)
     return LongCorpus(corpus, tokenizer, own), tokenizer
+
+
+def frozen_model(checkpoint: Path | Stage, config) -> Qwen:
+    """A checkpoint to measure: in the scale's precision, on this machine's device, without gradients."""
+    dtype = hardware.pick_dtype(config.run.dtype)
+    model = Qwen.from_pretrained(stages.folder_of(checkpoint), dtype)
+    return model.eval().requires_grad_(False).to(hardware.device())
+
+
+def open_hay(checkpoint: Path | Stage, config, seed: int = 0):
+    """What a needle measurement needs beside a model: the pieces that needles are made of, and held-out text.
+
+    The corpus is prepared if it is not there; `config` needs the sections "corpus" and "tokenizer".
+    """
+    prepare_corpus(config, seed)
+    corpus, tokenizer = open_long_corpus(config, stages.folder_of(checkpoint))
+    return needle_pieces(tokenizer), corpus.filler("heldout")
 
 # %% ../notebooks/10_long_context.ipynb #c6b10bd9
 @dataclass(frozen=True)
@@ -428,6 +449,34 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def task_scores(
+    model: Qwen,
+    task,
+    length: int,
+    tries: int,
+    filler: np.ndarray,
+    pieces: NeedlePieces,
+    seed: int = 0,
+    batch_tokens: int = 16_384,
+) -> list[float]:
+    """Scores of `tries` prompts that fill `length` tokens with their answers; the same prompts for every model.
+
+    `task`: a function of `RULER` or of its form. The model's attention function decides how far it reaches.
+    """
+    rng = random.Random(f"{seed}/{getattr(task, '__name__', 'task')}/{length}")
+    examples = [task(length, filler, pieces, rng) for _ in range(tries)]
+    rows, scores = max(1, batch_tokens // length), []
+    for group in (examples[i : i + rows] for i in range(0, tries, rows)):
+        longest = max(len(example.answer) for example in group)
+        done = generate(
+            model, [e.prompt for e in group], longest, context=length + longest
+        )
+        scores += [
+            score(one.tokens, e.references) for one, e in zip(done, group, strict=True)
+        ]
+    return scores
+
+
 def evaluate_task(
     model: Qwen,
     task,
@@ -438,22 +487,9 @@ def evaluate_task(
     seed: int = 0,
     batch_tokens: int = 16_384,
 ) -> float:
-    """Mean score of `tries` prompts that fill `length` tokens with their answers; the same prompts for every model.
-
-    `task`: a function of `RULER` or of its form. The model's attention function decides how far it reaches.
-    """
-    rng = random.Random(f"{seed}/{getattr(task, '__name__', 'task')}/{length}")
-    examples = [task(length, filler, pieces, rng) for _ in range(tries)]
-    rows, total = max(1, batch_tokens // length), 0.0
-    for group in (examples[i : i + rows] for i in range(0, tries, rows)):
-        longest = max(len(example.answer) for example in group)
-        done = generate(
-            model, [e.prompt for e in group], longest, context=length + longest
-        )
-        total += sum(
-            score(one.tokens, e.references) for one, e in zip(done, group, strict=True)
-        )
-    return total / tries
+    """Mean of `task_scores`."""
+    scores = task_scores(model, task, length, tries, filler, pieces, seed, batch_tokens)
+    return sum(scores) / tries
 
 # %% ../notebooks/10_long_context.ipynb #3ec6320f
 def haystack(
@@ -715,6 +751,7 @@ def extension_stage(config, seed: int = 0, stage: str = "long_context", settings
 
     def begin(dtype):
         folder = stages.folder_of(start)
+        prepare_corpus(config, seed)
         corpus, tokenizer = open_long_corpus(config, folder)
         trainer = make_extension(config, folder, corpus, seed, dtype, settings)
         sampler = trainer.sampler
