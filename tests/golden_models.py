@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import json
+import tempfile
+from pathlib import Path
 
 import torch
 from golden_registry import digest, golden, summary
@@ -209,6 +212,21 @@ def _():
         "config": digest(CONFIG.to_dict()),
         "read back": read == CONFIG,
     }
+
+
+@golden("model", "checkpoint")
+@torch.no_grad()
+def _():
+    found = []
+    for tied, dtype in ((True, None), (False, torch.bfloat16)):
+        model = tiny(dataclasses.replace(CONFIG, tie_word_embeddings=tied))
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, dtype, {"eos_token_id": 3})
+            names = ("config.json", "generation_config.json")
+            texts = [json.loads((Path(folder) / name).read_text()) for name in names]
+            again = Qwen.from_pretrained(folder)
+        found.append([digest(texts), summary(again(ids(1, 9))), str(again.lm_head.weight.dtype)])
+    return found
 
 
 # ---------------------------------------------------------------- generation

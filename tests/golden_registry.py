@@ -53,6 +53,14 @@ def summary(x: torch.Tensor) -> dict[str, list[float]]:
     return {"whole": [flat.norm(), projection], "some": flat[places]}
 
 
+def files(folder: Path) -> dict[str, str]:
+    """Path → hash of every file below a folder."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in found]
+    names = [path.relative_to(folder).as_posix() for path in found]
+    return dict(zip(names, hashes, strict=True))
+
+
 def columns(records: list[dict]) -> dict[str, list]:
     """Records of steps, name → its values step by step, so that one scale serves all of them."""
     return {name: [record[name] for record in records] for name in records[0]}

@@ -1,12 +1,15 @@
 """Goldens of the chapters that handle text: tokenizer, corpus, tasks."""
 
+import base64
 import functools
 import json
 import random
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from golden_registry import digest, golden
+from golden_registry import digest, files, golden
 
 from qwen_mini import corpus as c
 from qwen_mini import tasks as t
@@ -133,6 +136,20 @@ def _():
     ids = {str(fast): digest(list(map(tok.encode, TEXTS))) for fast, tok in trained.items()}
     sizes = [padded_vocab_size(n) for n in (1, 128, 151_665)]
     return {"merges": digest(merges), "first": merges[:4], "ids": ids, "padded": sizes}
+
+
+@golden("tokenizer", "files")
+def _():
+    tok = tokenizer()
+    tokens = [tok.token_bytes(i) for i in range(tok.vocab_size - len(tok.control_tokens))]
+    lines = [b"%s %d" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
+    official = Tokenizer.from_tiktoken(b"\n".join(lines))
+    with tempfile.TemporaryDirectory() as folder:
+        tok.save_pretrained(folder, "<|im_end|>")
+        again = Tokenizer.from_pretrained(folder)
+        config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    ids = [digest(list(map(one.encode, TEXTS))) for one in (tok, again, official)]
+    return {"ids": ids, "config": digest(config)}
 
 
 # ---------------------------------------------------------------- corpus
@@ -285,6 +302,22 @@ def _():
     ]
     passkeys = [c.passkey_prompt(90, hay(), pieces, rng, depth) for depth in (None, 0.0, 1.0)]
     return {"hash": digest([prompts, passkeys]), "first": tokenizer().decode(passkeys[0][1])}
+
+
+@golden("corpus", "files")
+def _():
+    settings = SimpleNamespace(heldout_fraction=0.2, task_documents=30, max_heldout_bytes=4_000)
+    settings.chat_documents, settings.needle_rows, settings.needle_lengths = 20, 12, (48,)
+    config, endoftext = SimpleNamespace(corpus=settings), tokenizer().endoftext_id
+    sides = dict(zip(("train", "heldout"), c.split_corpus(documents(), config, 0), strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        writer = c.CorpusWriter(Path(folder), tokenizer())
+        for split, side in sides.items():
+            c.write_documents(writer, split, side)
+        c.write_chat(writer, config, *sides.values(), 0)
+        filler = {split: [np.append(hay(), endoftext)] for split in sides}
+        c.write_needles(writer, config, filler, 0)
+        return {"files": files(Path(folder)), "facts": digest(writer.domains)}
 
 
 # ---------------------------------------------------------------- tasks

@@ -6,13 +6,16 @@ The settings are written here, so that a changed scale file moves nothing.
 import dataclasses
 import functools
 import random
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
 from golden_models import CONFIG, gradients, ids, rand, tiny
 from golden_registry import columns, digest, golden, summary
-from golden_texts import TALK, TEXTS, examples, hay, tokenizer
+from golden_texts import LEARNED, TALK, TEXTS, examples, hay, tokenizer
 from torch import nn
 
 from qwen_mini import dpo, grpo, sft
@@ -22,6 +25,7 @@ from qwen_mini import reward_model as r
 from qwen_mini import tasks as t
 from qwen_mini.corpus import needle_pieces, needle_rows, pack
 from qwen_mini.course.scales import Phase, Stage
+from qwen_mini.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +69,16 @@ class Tuning:
     epsilon_high: float = 0.28
     micro_groups: int = 2
     max_new_tokens: int = 16
+    demonstrations: int = 1
+    replay: float = 0.2
+    replay_weight: float = 0.3
+    problems: int = 1
+    samples: int = 2
+    pairs_per_problem: int = 1
+    queries: int = 3
+    group_size: int = 3
+    levels: tuple = (1, 2)
+    probe: int = 1
 
 
 NUMBERS = SimpleNamespace(pretraining=Numbers(), sft=Tuning())
@@ -186,6 +200,20 @@ def _():
     )
 
 
+@golden("pretraining", "a resumed run")
+def _():
+    losses, found = [], []
+    for optimizer in ("muon", "adamw"):
+        numbers = dataclasses.replace(Numbers(), optimizer=optimizer)
+        first, second = (p.Trainer(tiny(seed=seed), numbers, 8) for seed in (0, 1))
+        losses += [first.step(_batch(0))["loss"] for _ in range(2)]
+        with tempfile.TemporaryDirectory() as folder:
+            p.save_training_state(Path(folder) / "state", first, [{"loss": 1.0}])
+            found.append(p.load_training_state(Path(folder) / "state", second))
+        losses += [trainer.step(_batch(1))["loss"] for trainer in (first, second)]
+    return {"losses": losses, "metrics": found}
+
+
 @golden("pretraining", "mixture")
 def _():
     sampler = p.MixtureSampler(corpus(), Numbers().phases, 256, seed=3)
@@ -300,6 +328,27 @@ def _():
     return columns(records) | {"config": sizes, "weights": moves(trainer)}
 
 
+@golden("long_context", "settings")
+def _():
+    settings = dataclasses.replace(Tuning(), learning_rate=2e-3)
+    found = lc.extension_optimizer(NUMBERS, SimpleNamespace(**vars(settings), batch_tokens=512))
+    return rates(found)
+
+
+def rates(numbers: Numbers) -> dict:
+    """What an optimiser runs with, without the phases."""
+    return {name: value for name, value in vars(numbers).items() if name != "phases"}
+
+
+@golden("long_context", "other ids")
+def _():
+    other = Tokenizer.train([LEARNED], 380)
+    long = lc.LongCorpus(corpus(), other, tokenizer(), 500)
+    same = [lc.same_ids(tokenizer(), one) for one in (other, tokenizer())]
+    ids = [digest(long.tokens(name, split)) for name in "ab" for split in ("heldout", "train")]
+    return {"same": same, "ids": ids}
+
+
 @golden("long_context", "measures")
 def _():
     model, pieces, rng = tiny(), needle_pieces(tokenizer()), random.Random("golden/ask")
@@ -376,6 +425,19 @@ def _():
         digest(shown),
         digest([[e.key, text] for e, text in gold]),
     ]
+
+
+@golden("sft", "training rows")
+def _():
+    long = lc.LongCorpus(corpus(), tokenizer())
+    rows = sft.training_rows(NUMBERS, Tuning(), long, tokenizer(), 3)
+    return [len(rows), digest([[row.ids, row.weights] for row in rows])]
+
+
+@golden("sft", "settings")
+def _():
+    found = sft.optimizer_settings(NUMBERS, sft.slower(Tuning(), epochs=5))
+    return rates(found) | {"epochs": sft.slower(Tuning(), epochs=5).epochs}
 
 
 @golden("sft", "update")
@@ -457,6 +519,13 @@ def _():
     drawn = sft.draw_examples(1, "golden", tasks=["story", "purchase"])
     answers = sft.evaluate_tasks(model, tokenizer(), drawn, 1.0, 2, 12, seed=4)
     return [[a.tokens, a.finished, a.verdict.correct] for group in answers for a in group]
+
+
+@golden("sft", "kept answers")
+def _():
+    with mock.patch.object(sft, "evaluate_tasks", lambda *x, **options: _answers()):
+        kept = [sft.rejection_sample(None, tokenizer(), [], most=most) for most in (1, 3)]
+    return [digest([[e.key, text] for e, text in pairs]) for pairs in kept] + [len(kept[0])]
 
 
 @golden("sft", "long instructions")
@@ -543,6 +612,23 @@ def _():
     return summary(r.RewardModel(CONFIG).score.weight)
 
 
+@golden("reward_model", "from a policy")
+def _():
+    with tempfile.TemporaryDirectory() as folder:
+        tiny().save_pretrained(folder)
+        models = [
+            r.RewardModel.from_policy(folder, 3),
+            r.RewardModel.from_policy(folder, 3, layers=1),
+        ]
+    rows = [pair.prompt + pair.chosen for pair in _pairs()]
+    return [[r.score_rows(model, rows), model.config.num_hidden_layers] for model in models]
+
+
+@golden("reward_model", "settings")
+def _():
+    return rates(r.adamw_settings(NUMBERS, Tuning(learning_rate=5e-4, warmup_steps=3)))
+
+
 @golden("reward_model", "steps")
 def _():
     trainer = p.Trainer(_reward_model(), r.adamw_settings(NUMBERS, Tuning()), 1)
@@ -581,6 +667,19 @@ def _():
     ]
     hashes = [digest([dataclasses.astuple(pair) for pair in pairs]) for pairs in found]
     return {"hash": hashes, "count": [len(pairs) for pairs in found]}
+
+
+@golden("dpo", "fresh pairs")
+def _():
+    asked = []
+
+    def answers(model, tok, problems, *options):
+        asked.append([[[e.key, e.messages] for e in problems], options])
+        return _answers()
+
+    with mock.patch.object(dpo, "evaluate_tasks", answers):
+        pairs = dpo.fresh_pairs(None, tokenizer(), Tuning(), 2)
+    return [digest(asked), digest([dataclasses.astuple(pair) for pair in pairs])]
 
 
 @golden("dpo", "log-probabilities")
@@ -715,3 +814,32 @@ def _():
         make(answers)
         for make in (grpo.verified, grpo.judged(model, tokenizer()), grpo.mixed(model, tokenizer()))
     ]
+
+
+def _even(answers) -> list[list[float]]:
+    """A reward that even a random model earns: the share of even ids."""
+    share = lambda tokens: sum(token % 2 == 0 for token in tokens) / len(tokens)
+    return [[share(a.tokens) for a in group] for group in answers]
+
+
+@golden("grpo", "a run")
+def _():
+    model = tiny(dataclasses.replace(CONFIG, max_position_embeddings=512))
+    trainer = p.Trainer(model, r.adamw_settings(NUMBERS, Tuning()), 6)
+    asked = {("story", 1, "shown"): 0.5, ("system_rule", 1, "asked"): 0.5}
+    step = grpo.optimize_policy(trainer, tokenizer(), Tuning(), asked, 1, _even)
+    return columns([step(number) for number in range(3)]) | {"weights": moves(trainer)}
+
+
+@golden("grpo", "probe")
+def _():
+    asked = []
+
+    def groups(model, tok, problems, settings, seed):
+        asked.extend([e.key, e.messages] for e in problems)
+        rewards = [[1.0, 0.0, float(len(e.key) % 2)] for e in problems]
+        return [], [grpo.Group([], [], earned) for earned in rewards]
+
+    with mock.patch.object(grpo, "roll_out", groups):
+        grpo.probe(None, tokenizer(), Tuning(), 1)
+    return {"asked": digest(asked), "count": len(asked)}
