@@ -290,13 +290,49 @@ def _train_with(former: str) -> None:
     artifacts.write_file(artifacts.state_file(SCALE, "toy", "0c"), "x")
 
 
+def _train_a_model() -> None:
+    """The course's own skeleton and trainer on a model of two layers, its state saved after every step."""
+    import torch
+    from conftest import small_config
+
+    from qwen_mini.course import load_scale, stages
+    from qwen_mini.model import Qwen
+    from qwen_mini.pretraining import Batch, Trainer
+    from qwen_mini.tokenizer import Tokenizer
+
+    stages.SAVE_EVERY = 0.0
+    config = load_scale(SCALE)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dtype="bfloat16"))
+
+    def begin(dtype) -> tuple:
+        trainer = Trainer(Qwen(small_config()), config.pretraining, 4, dtype)
+
+        def step(number: int) -> dict:
+            ids = torch.randint(30, 900, (4, 17), generator=torch.Generator().manual_seed(number))
+            return trainer.step(Batch(ids[:, :-1], ids[:, 1:], torch.ones(4, 16), None, ()))
+
+        return trainer, step, Tokenizer.from_pretrained(artifacts.shipped_dir("long_context"))
+
+    stages.stage(config, "toy", ("pretraining",), 0, {}, begin).folder()
+
+
+def _load_stages() -> None:
+    """Run it once, so that the forks find everything loaded."""
+    load_torch()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["QWEN_MINI_RUNS"] = folder
+        _train_a_model()
+
+
 CASES = [
     Case("file", _write_state),
     Case("stage", functools.partial(_write_toy, "2"), functools.partial(_write_toy, "1"), ("toy",)),
     Case("pair", functools.partial(_write_pair, "2"), functools.partial(_write_pair, "1"), ("first", "second")),
     Case("training", functools.partial(_train, "0a"), functools.partial(_train_with, "0b"), ("toy",), load=load_torch),
 ]
-REAL: list[Case] = []  # stages of the course, which take seconds a run: with --all only
+REAL = [  # the course's own code: with --all only
+    Case("model", _train_a_model, lambda: _write_toy("1"), ("toy",), load=_load_stages),
+]
 
 
 def main(words: list[str] | None = None) -> int:

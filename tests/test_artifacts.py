@@ -129,7 +129,7 @@ def test_a_missing_stage_names_the_command(runs_folder):
         ("quick", "corpus"): "qwen-mini run corpus --scale quick",
         ("quick", "tokenizer"): "qwen-mini run corpus --scale quick",
         ("laptop", "toy"): "qwen-mini run toy --scale laptop",
-        ("gpu", "reward_model_careless"): "qwen-mini train reward_model_careless --scale gpu",
+        ("gpu", "reward_model_careless"): "qwen-mini run reward_model --scale gpu",
         ("quick", "pairs"): "qwen-mini train pairs --scale quick",
         ("my", "sft"): "qwen-mini train sft --scale my.toml",
     }

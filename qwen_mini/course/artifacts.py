@@ -31,8 +31,7 @@ try:
 except ImportError:  # Windows: nothing keeps two writers apart there
     fcntl = None
 
-TRAINED = re.compile("pretraining|long_context|sft|careless|reward_model.*|pairs|dpo|grpo")
-MAKERS = {"tokenizer": "corpus", "reward_scores": "reward_model"}  # chapters that make stages of other names
+MAKERS = {"tokenizer": "corpus", "answers": "reward_model", "probe": "grpo", "more_sft": "grpo"}  # by which chapter
 PARTIAL = re.compile(r"\..+\.partial-(?:([0-9a-f]{8})-(\d+)-(\d+)-)?")
 FOREIGN_SECONDS = 3 * 24 * 3600.0  # of silence, after which a writer on another machine counts as dead
 
@@ -124,10 +123,13 @@ def read_manifest(folder: Path) -> dict:
 
 
 def _command(scale_name: str, stage: str) -> str:
+    from .training import STAGES  # here: only a failure needs it
+
     scale = scale_name if scale_name in scale_names() else f"{scale_name}.toml"
-    if TRAINED.fullmatch(stage):
+    if stage in STAGES:
         return f"`qwen-mini train {stage} --scale {scale}`"
-    return f"`qwen-mini run {MAKERS.get(stage, stage)} --scale {scale}`"
+    chapter = "reward_model" if stage.startswith("reward_model") else MAKERS.get(stage, stage)
+    return f"`qwen-mini run {chapter} --scale {scale}`"
 
 
 # ---------------------------------------------------------------- writing
