@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qwen_mini import course
 from qwen_mini.corpus import prepare_corpus
-from qwen_mini.course import CourseError, artifacts
+from qwen_mini.course import CourseError, artifacts, stages
 from qwen_mini.long_context import open_long_corpus
 from qwen_mini.model import Qwen
 from qwen_mini.sft import (
@@ -40,6 +40,7 @@ from qwen_mini.sft import (
     rejection_sample,
     replay_rows,
     score_long,
+    sft_stage,
     share,
     slower,
     standard_error,
@@ -267,19 +268,61 @@ def test_replay_is_pre_training_text_with_its_weight(small):
     assert len(replayed) == round(small.sft.replay * 3 * len(TASKS))
 
 
-def test_what_a_run_was_made_from_is_all_of_it(small, monkeypatch):
-    """Another wording, another rate: another run, although seed and counts are the same."""
-    from qwen_mini import sft
+def changed(config, section, field):
+    """The config with one number of a section changed a little."""
+    settings = getattr(config, section)
+    value = getattr(settings, field)
+    if field == "phases":
+        *before, last = value
+        one, two = list(last.mixture)[:2]
+        half = last.mixture[one] / 2
+        other = (*before, dataclasses.replace(last, mixture=last.mixture | {one: half, two: last.mixture[two] + half}))
+    elif field == "optimizer":
+        other = {"muon": "adamw", "adamw": "muon"}[value]
+    else:
+        other = value + 1 if isinstance(value, int) else value / 2
+    return dataclasses.replace(config, **{section: dataclasses.replace(settings, **{field: other})})
 
-    folder = finetune(small, stage="inputs")
-    first = (folder / "manifest.json").read_text()
-    task = dataclasses.replace(TASKS["story"], shown=("{name} {start} {thing} {events}?",))
-    monkeypatch.setitem(sft.TASKS, "story", task)
-    assert (finetune(small, stage="inputs") / "manifest.json").read_text() != first
-    monkeypatch.undo()
-    slower = dataclasses.replace(small, pretraining=dataclasses.replace(small.pretraining, weight_decay=0.5))
-    second = (finetune(slower, stage="inputs") / "manifest.json").read_text()
-    assert second != first
+
+def watched(settings, reads):
+    """Settings that note which of their numbers are read."""
+
+    def look(self, name):
+        reads.add(name)
+        return super(type(settings), self).__getattribute__(name)
+
+    kind = type(type(settings).__name__, (type(settings),), {"__getattribute__": look})
+    return kind(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)})
+
+
+def test_the_key_holds_every_number_that_the_training_reads(small):
+    reads = {"sft": set(), "pretraining": set()}
+    spied = {name: watched(getattr(small, name), seen) for name, seen in reads.items()}
+    made = sft_stage(dataclasses.replace(small, **spied), stage="watched")
+    for seen in reads.values():
+        seen.clear()  # what was read for the handle does not count
+    made.make()
+    own, of_optimizer = ({f.name for f in dataclasses.fields(spied[name])} & seen for name, seen in reads.items())
+    fixed = {"schedule", "decay_fraction", "grad_accumulation"}  # by this chapter's code, whatever a scale says
+    own |= of_optimizer & {field.name for field in dataclasses.fields(small.sft)}
+    assert {"demonstrations", "replay_weight", "epochs", "learning_rate"} <= own and "phases" in of_optimizer
+    keys = {made.key}
+    for section, fields in (("sft", own), ("pretraining", of_optimizer - own - fixed)):
+        for field in fields:
+            keys.add(sft_stage(changed(small, section, field), stage="watched").key)
+    assert len(keys) == 1 + len(own) + len(of_optimizer - own - fixed)
+
+
+def test_the_key_holds_seed_corpus_and_versions_but_no_measurement(small, monkeypatch):
+    from qwen_mini.course import versions
+
+    key = sft_stage(small).key
+    assert sft_stage(small, seed=1).key != key != sft_stage(changed(small, "corpus", "max_bytes_per_source")).key
+    assert sft_stage(changed(small, "measure", "sft_problems")).key == key
+    assert sft_stage(changed(small, "pretraining", "learning_rate")).key == key  # the stage has its own
+    raised = versions.versions() | {"tasks": 99}
+    monkeypatch.setattr(versions, "versions", lambda: raised)
+    assert sft_stage(small).key != key  # other wordings, other verifiers
 
 
 def test_an_interrupted_run_reaches_the_same_weights(small):
@@ -289,7 +332,7 @@ def test_an_interrupted_run_reaches_the_same_weights(small):
     cut = finetune(small, stage="cut")
     assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
     assert not state.exists()
-    steps = [json.loads(line)["step"] for line in (cut / "metrics.jsonl").open()]
+    steps = [record["step"] for record in stages.metrics(cut)]
     assert steps == list(range(1, len(steps) + 1))
 
 
@@ -298,7 +341,7 @@ def test_a_killed_run_goes_on_from_its_last_save_and_short_runs_are_saved_too(sm
 
     whole = finetune(small, stage="whole")
     clock = iter(range(0, 10_000, 20))  # every look at the clock is 20 s later: a save is due every second step
-    monkeypatch.setattr(sft.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(stages.time, "monotonic", lambda: next(clock))
     step = sft.Trainer.step
 
     def dies(trainer, batch):
@@ -316,10 +359,10 @@ def test_a_killed_run_goes_on_from_its_last_save_and_short_runs_are_saved_too(sm
     assert seen[0] == 4 and (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
 
 
-def test_a_finished_run_is_not_repeated_unless_something_changed(small, capsys):
+def test_a_finished_run_is_not_repeated_unless_something_changed(small):
     folder = finetune(small, stage="again")
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    assert finetune(small, stage="again") == folder and "already made" in capsys.readouterr().out
+    assert finetune(small, stage="again") == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     finetune(small, seed=1, stage="again")
     assert (folder / "model.safetensors").stat().st_mtime_ns != before
