@@ -33,7 +33,7 @@ def claim(text: str, holds: bool, value=None, report: str | None = None) -> None
     print(f"{'claim holds' if holds else 'CLAIM FAILS'} · {text}{place}")
     if _current["notebook"] is not None:
         _made.append({**_current, "claim": text, "holds": holds, "value": _plain(value), "report": report})
-        # all of this session's, not one line more: the same notebook may be open elsewhere, and mixed they are nobody's
+        # whole, not one line more: if the notebook is open twice, the claims of one session stay together
         content = "".join(_line(record) for record in _made)
         write_file(claims_file(_current["scale"], _current["notebook"]), content)
 
@@ -45,7 +45,8 @@ def claims_file(scale: str, notebook: str) -> Path:
 
 def read_claims(scale: str, notebook: str | None = None) -> list[dict]:
     """Recorded claims of a scale, by notebook and in order; of one notebook if given."""
-    paths = [claims_file(scale, notebook)] if notebook else sorted((runs() / scale / "claims").glob("*.jsonl"))
+    folder = runs() / scale / "claims"
+    paths = [claims_file(scale, notebook)] if notebook else sorted(folder.glob("*.jsonl"))
     texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
     return [json.loads(line) for text in texts for line in text.splitlines()]
 

@@ -1,4 +1,4 @@
-"""Environment variables: those that must be there before torch is loaded, and all that a kernel sees."""
+"""Environment variables: what must be set before torch is loaded, and all that a kernel sees."""
 
 import functools
 import os
@@ -9,13 +9,14 @@ from pathlib import Path
 from . import hardware
 from .paths import PACKAGE, home, runs
 
-# How long a thread that has nothing to do spins before it sleeps: GNU's runtime counts rounds, LLVM's and Intel's, which
-# torch uses on macOS and Windows, milliseconds. By default they spin so long that with another program on one of two
-# cores two threads are slower than one, up to forty times: the one that works waits for a core on which the other spins.
+# How long a thread that has nothing to do spins before it sleeps: GNU's runtime counts rounds, LLVM's
+# and Intel's, which torch uses on macOS and Windows, milliseconds. By default they spin for so long
+# that with another program on one of two cores two threads are slower than one, up to forty times:
+# the thread that has work waits for a core on which the other one spins.
 WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 
-# Whatever else of Python's own variables a caller has set may skip assertions, run code at the start, turn warnings into
-# errors; these only say where the interpreter finds its files.
+# Python's own variables may skip assertions, run code at the start, turn warnings into errors; these
+# only say where the interpreter finds its files.
 PYTHON_FILES = {
     "PYTHONHOME",
     "PYTHONPLATLIBDIR",
@@ -31,21 +32,21 @@ FOREIGN = [
     *("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_WAIT_POLICY"),
     *("OMP_DYNAMIC", "MKL_DYNAMIC", "OMP_THREAD_LIMIT"),
     # torchrun's and SLURM's: a notebook is one process
-    *("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
 ]
 
 
 def calm_threads() -> None:
-    """Let threads that wait sleep, unless the user has said how; has no effect on a torch that is loaded already."""
+    """Let threads that wait sleep, unless the user has said how; without effect once torch is loaded."""
     for name, value in WAITING.items():
         os.environ.setdefault(name, value)
 
 
 def kernel_environment(config, records_only: bool = False, fresh: bool = False) -> dict[str, str | None]:
-    """What a notebook's kernel must not take over from its caller: variables and their values, None for none at all.
+    """What a kernel does not take over from its caller: variables and their values, None for none.
 
-    `records_only` refuses to compute what is not recorded, `fresh` computes everything anew; without either the
-    caller's own wish holds.
+    `records_only` refuses to compute what is not recorded, `fresh` computes everything anew; without
+    either the caller's own wish holds.
     """
     own, threads = _own_folder(), str(hardware.threads(config))
     search = [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]
@@ -97,7 +98,7 @@ def kernel_manager(environment: dict[str, str]) -> type:
 
 
 def _own_folder() -> Path:
-    """Where IPython and matplotlib look for a user's settings and find none; goes with this process."""
+    """Where IPython and matplotlib find no settings of a user; goes with this process."""
     return Path(_temporary_folder().name)
 
 

@@ -6,14 +6,14 @@ from .errors import CourseError
 
 
 def cores() -> int:
-    """Cores that this process may use, which can be fewer than the machine has: taskset, SLURM, a container."""
+    """Cores that this process may use: with taskset, SLURM or a container fewer than there are."""
     if hasattr(os, "process_cpu_count"):  # Python 3.13 and later
         return os.process_cpu_count() or 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads(config) -> int:
-    """Threads to compute with: OMP_NUM_THREADS if it is a number, else the scale's, at most one a core, else all cores."""
+    """Threads to compute with: OMP_NUM_THREADS if it is a number, else the scale's, at most one a core."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
@@ -30,8 +30,8 @@ def device() -> str:
 def pick_dtype(preference: str = "auto"):
     """The dtype to compute in: QWEN_MINI_DTYPE if it is set, else `preference`, the scale's.
 
-    "auto" is bfloat16 on a GPU that has it, else float32. Nothing is measured: a stopwatch would choose differently
-    from day to day, and with it the numbers.
+    "auto" is bfloat16 on a GPU that has it, else float32. Nothing is measured: a stopwatch would
+    choose differently from day to day, and with it the numbers.
     """
     import torch
 
@@ -40,5 +40,6 @@ def pick_dtype(preference: str = "auto"):
     if asked and asked not in known:
         raise CourseError(f"QWEN_MINI_DTYPE must be float32 or bfloat16, not {asked!r}")
     if not asked and preference == "auto":
-        asked = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+        able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        asked = "bfloat16" if able else "float32"
     return known[asked or preference]

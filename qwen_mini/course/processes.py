@@ -23,14 +23,15 @@ def side_by_side(
     calls: Mapping[Hashable, Callable[[], object]],
     on_done: Callable[[Hashable, float], None] | None = None,
 ) -> dict:
-    """What independent calls return, by their names: each in a fork with one thread, as many at once as torch has threads.
+    """What independent calls return, by their names: each in a fork with one thread.
 
-    A small model cannot keep two threads busy: two trainings with a thread each take less time than one after the other
-    with both. And a call's numbers do not depend on the calls beside it: all begin with the same generators, and with
-    one thread, also where a fork cannot compute (with a GPU, under torchrun, outside Linux) and they run here, one after
-    the other. `on_done` is told each name and its seconds when it ends. Results come through a pipe: return numbers,
-    arrays, answers or paths, neither models nor tensors. What a fork prints is dropped: it would stand there in an order
-    by chance.
+    There are as many forks at once as torch has threads: a small model cannot keep two threads busy,
+    and two trainings with a thread each take less time than one after the other with both. A call's
+    numbers do not depend on the calls beside it: all begin with the same state of the random
+    generators and have one thread, also where a fork cannot compute (with a GPU, under torchrun,
+    outside Linux) and they run here, one after the other. `on_done` is told the name and seconds of
+    each call that ends. Results come through a pipe: return numbers, arrays, answers or paths,
+    neither models nor tensors. What a fork prints is dropped: its place would be chance.
     """
     if "WORLD_SIZE" in os.environ or hardware.device() != "cpu" or sys.platform != "linux":
         return _one_after_the_other(calls, on_done)
@@ -38,9 +39,9 @@ def side_by_side(
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have this process get a SIGTERM when its parent ends, however that ends: no one would want its result.
+    """Send this process a SIGTERM when its parent ends: nobody waits for its result then.
 
-    `parent` is its parent's id, if known: the parent may have ended before this call. Does nothing outside Linux.
+    `parent` is the parent's id, if known: it may have ended before this call. On Linux only.
     """
     if sys.platform != "linux":
         return
@@ -69,7 +70,7 @@ def _one_after_the_other(calls, on_done) -> dict:
 
 @contextlib.contextmanager
 def _generators_kept() -> Iterator[None]:
-    """Afterwards every random generator goes on as if the block had drawn nothing, as it does where the block is a fork."""
+    """Random generators go on as if the block had drawn nothing, as they do when it is a fork."""
     import numpy as np
     import torch
 
@@ -122,7 +123,7 @@ def _compute(call: Callable[[], object], sender, parent: int, generator: tuple) 
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the sandbox leaves nothing behind
     die_with_parent(parent)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not there either, and it would wait for them
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it would wait for threads that are not there
     torch.set_num_threads(1)
     random.setstate(generator)  # Python seeds its own generator anew in every fork, from nowhere
     try:
@@ -144,8 +145,8 @@ def _received(receiver, process) -> object:
     except (EOFError, OSError):
         process.join()
         raise CourseError(
-            f"a run beside this one ended with exit code {process.exitcode} before its result was there: if that is -9, "
-            "memory was short; set OMP_NUM_THREADS=1 to run one after the other"
+            f"a run beside this one ended with exit code {process.exitcode} before its result was there: "
+            "if that is -9, memory was short; set OMP_NUM_THREADS=1 to run one after the other"
         ) from None
     process.join()
     if error:

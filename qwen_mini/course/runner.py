@@ -16,7 +16,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from .. import __version__
-from .artifacts import write_file
+from .artifacts import check_writable, write_file
 from .claims import forget, read_claims
 from .environment import applied, kernel_environment, kernel_manager
 from .errors import CourseError
@@ -56,19 +56,21 @@ def run(
     records_only=False,
     fresh=False,
 ) -> list[Result]:
-    """Execute `books` at a scale, print progress and a table, write the reports; returns what each did.
+    """Execute `books` at a scale, print progress and a table, write reports; returns what each did.
 
-    After a failure the rest is left out unless `keep_going`. `timeout` is in seconds per cell. `records_only` makes
-    a result that is not recorded an error, `fresh` computes everything anew.
+    After a failure the rest is left out unless `keep_going`. `timeout` is in seconds per cell.
+    `records_only` makes a result that is not recorded an error, `fresh` computes everything anew.
     """
     if records_only and fresh:
         raise CourseError("a run from records alone cannot compute anew: ask for one of the two")
     config = load_scale(scale)
+    check_writable(config.name)
     environment = applied(kernel_environment(config, records_only, fresh))
     results = []
     with _only_runner(config.name), _orderly_end():
         for number, nb in enumerate(books, start=1):
-            with Watch(f"[{number}/{len(books)}] {nb.name}", last_seconds(config.name).get(nb.name)) as watch:
+            expected = last_seconds(config.name).get(nb.name)
+            with Watch(f"[{number}/{len(books)}] {nb.name}", expected) as watch:
                 problem = execute(nb, scale, config, seed, timeout, environment)
             results.append(_judge(nb, config.name, problem, watch))
             watch.finish(results[-1])
@@ -85,7 +87,7 @@ def run(
 
 @contextlib.contextmanager
 def _only_runner(scale_name: str) -> Iterator[None]:
-    """One run per scale at a time: two would take each other's claims and executed notebooks for their own.
+    """One run per scale at a time: two would take each other's claims and notebooks for their own.
 
     Systems without file locks (Windows) have no such protection.
     """
@@ -94,17 +96,15 @@ def _only_runner(scale_name: str) -> Iterator[None]:
     except ImportError:
         yield
         return
-    path = runs() / scale_name / ".run.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:  # the lock goes with the process, however it ends
+    with (runs() / scale_name / ".run.lock").open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
         except BlockingIOError:
             file.seek(0)
             holder = file.read()
-            raise CourseError(
-                f"a run of scale {scale_name} is under way ({holder}): wait for it or stop it"
-            ) from None
+            raise CourseError(f"a run of scale {scale_name} is under way ({holder}): wait for it or stop it") from None
+        except OSError:  # a file system without locks
+            pass
         file.truncate(0)
         file.write(f"process {os.getpid()}, since {time.strftime('%H:%M')}")
         file.flush()
@@ -113,7 +113,7 @@ def _only_runner(scale_name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _orderly_end() -> Iterator[None]:
-    """In the block SIGTERM and SIGHUP (a closed terminal, a lost connection) do what Ctrl-C does: the kernel ends, too."""
+    """SIGTERM and SIGHUP (a closed terminal, a lost connection) do what Ctrl-C does: the kernel ends."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
