@@ -14,7 +14,6 @@ import hashlib
 import json
 import lzma
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +44,14 @@ def cross_entropy(hidden, weight, targets, weights=None) -> torch.Tensor:
         F.linear(hidden, weight).float(), targets, reduction="none"
     )
     return (
-        losses.mean() if weights is None else (losses * weights).sum() / weights.sum()
+        losses.mean() if weights is None else (losses * weights).sum() / _total(weights)
     )
+
+
+def _total(weights: torch.Tensor) -> torch.Tensor:
+    """The sum of the weights, 1 where it is 0: a part in which nothing is trained has the loss 0."""
+    total = weights.sum()
+    return torch.where(total == 0, torch.ones_like(total), total)
 
 # %% ../notebooks/08_pretraining.ipynb #965cf5d4
 class LinearCrossEntropy(torch.autograd.Function):
@@ -85,7 +90,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_hidden *= weights.to(hidden.dtype)[:, None]
             losses *= weights
         total = (
-            losses.new_tensor(float(len(targets))) if weights is None else weights.sum()
+            losses.new_tensor(float(len(targets)))
+            if weights is None
+            else _total(weights)
         )
         ctx.save_for_backward(grad_hidden, grad_weight, total)
         return losses.sum() / total
@@ -433,6 +440,19 @@ def is_first() -> bool:
     return world()[0] == 0
 
 
+def _check_finite(step: int, loss: float, grad_norm: float) -> None:
+    """FloatingPointError that names the cause: the weights are untouched then, and so is the last training state."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss at step {step} is {loss}: the weights or the data are broken, or an earlier step was too large; "
+            "go back to the last training state and lower the learning rate"
+        )
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(
+            f"the gradient at step {step} is {grad_norm} though the loss is {loss:.4g}: lower the learning rate"
+        )
+
+
 class Trainer:
     """Model, optimisers and step counter of one run.
 
@@ -479,6 +499,10 @@ class Trainer:
         total = batch.weights.sum().double()
         if distributed:
             dist.all_reduce(total)
+        if total == 0:
+            raise CourseError(
+                "this batch trains no token, because every weight is 0: look at the rows' masks and at replay_weight"
+            )
         loss_sum = torch.zeros((), dtype=torch.float64)
         parts = self.settings.grad_accumulation
         for ids, targets, weights in zip(
@@ -507,11 +531,7 @@ class Trainer:
         grad_norm = nn.utils.clip_grad_norm_(
             self.masters, self.settings.clip_norm
         ).item()
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"the gradient at step {self.step_count} is {grad_norm}: lower the learning rate or the "
-                "clip norm; the last checkpoint is unharmed"
-            )
+        _check_finite(self.step_count, loss_sum.item(), grad_norm)
         factor = self._set_learning_rate()
         for optimizer in self.optimizers:
             optimizer.step()

@@ -35,9 +35,10 @@ class Talker:
             Sampling(temperature=temperature)
         except ValueError as error:
             raise CourseError(str(error)) from error
-        name = load_scale(scale).name
+        config = load_scale(scale)
+        name = config.name
         self.stage = stage or newest_stage(name)
-        folder = artifacts.find(name, self.stage)
+        folder = artifacts.find(name, self.stage, config.digest)
         if not (folder / "config.json").exists():
             raise CourseError(f"the stage {self.stage!r} holds no model: {folder}")
         try:

@@ -19,7 +19,7 @@ def export(config, stage: str, folder: str | os.PathLike, bfloat16: bool) -> Pat
 
     The copy is made beside `folder` and renamed: a failure leaves nothing, and the next try is free.
     """
-    found, folder = artifacts.find(config.name, stage), Path(folder)
+    found, folder = artifacts.find(config.name, stage, config.digest), Path(folder)
     if not (found / "config.json").exists():
         raise CourseError(f"the stage {stage!r} holds no Hugging Face checkpoint: {shown(found)}")
     if os.path.lexists(folder):

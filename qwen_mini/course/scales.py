@@ -1,6 +1,8 @@
 """Scales: one TOML file each, read into frozen dataclasses that accept no unknown, missing or impossible value."""
 
 import dataclasses
+import hashlib
+import json
 import tomllib
 import typing
 from dataclasses import dataclass
@@ -415,6 +417,12 @@ class ScaleConfig:
         )
 
 
+    @property
+    def digest(self) -> str:
+        """Of the model and the tokenizer: two scale files of one name with other models are told apart by it."""
+        text = json.dumps([dataclasses.asdict(self.model), dataclasses.asdict(self.tokenizer)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def only(self, *sections: str) -> "Sections":
         """These sections alone, as the input of an experiment: reading another one is an error."""
         return Sections(self, sections)
@@ -452,8 +460,10 @@ def scale_file(scale: str | Path) -> Path:
         return path
     own = Path(scale)
     if own.suffix == ".toml" and own.is_file():
-        if own.stem in scale_names():
-            raise ScaleError(f"{own} has the name of the course's own scale {own.stem!r}: call the file something else")
+        if own.stem in scale_names() and own.resolve().parent != FOLDER:
+            raise ScaleError(
+                f"{own} has the name of a scale of the course, and both would share runs/{own.stem}: rename the file"
+            )
         return own.resolve()
     known = ", ".join(scale_names())
     raise ScaleError(f"there is no scale {str(scale)!r}: use one of {known}, or the path of a .toml file")

@@ -4,6 +4,7 @@ A key holds what decides the result: settings, seed, start and the versions of t
 torch and Python are provenance: they stand in the manifest and make nothing stale.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -73,13 +74,12 @@ class Stage:
         from qwen_mini.pretraining import is_first
 
         artifacts.check_writable(self.scale)
-        if not is_first():
-            return self.work(self, stop_after)
         before = self.find()
-        with artifacts.stage_lock(self.scale, self.name):
-            found = self.find()
-            if found and not before:  # somebody else has made it meanwhile
-                return found
+        lock = artifacts.stage_lock(self.scale, self.name) if is_first() else contextlib.nullcontext()
+        with lock:
+            # whoever had to wait may find it made; under torchrun all ranks do as the first one found
+            if found := _as_the_first(self.find() if not before else None):
+                return Path(found)
             return self.work(self, stop_after)
 
 
@@ -232,7 +232,8 @@ def _train(made: Stage, begin: Begin, stop_after: int | None) -> Path:
         try:
             _write(made, trainer, tokenizer, records, dtype, begun)
         except CourseError:  # a full disk, for instance: the work of the last seconds is not lost
-            save_training_state(state, trainer, records)
+            with contextlib.suppress(CourseError):
+                save_training_state(state, trainer, records)
             raise
     _wait_for_all()
     return _agreed(made)
@@ -254,7 +255,7 @@ def _write(made: Stage, trainer, tokenizer, records: list[dict], dtype, begun: f
 
 
 def _facts(made: Stage) -> dict:
-    return {"key": made.key, "seed": made.seed, "versions": made.versions}
+    return {"key": made.key, "seed": made.seed, "versions": made.versions, "scale_digest": made.config.digest}
 
 
 def _add_provenance(folder: Path, made: Stage, dtype, begun: float) -> None:
@@ -268,10 +269,21 @@ def _write_metrics(folder: Path, records: list[dict]) -> None:
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
+def _as_the_first(value):
+    """The first process's value in every process."""
+    import torch.distributed as dist
+    from qwen_mini.pretraining import world
+
+    if world()[1] == 1:
+        return value
+    choice = [str(value) if value is not None else None]
+    dist.broadcast_object_list(choice, 0)
+    return choice[0]
+
+
 def _precision(made: Stage, state: Path):
     """The dtype of the run: the one it began with, else the scale's; the first process decides."""
     import torch
-    import torch.distributed as dist
     from qwen_mini.pretraining import training_header, world
 
     dtype = hardware.pick_dtype(made.config.run.dtype)
@@ -281,9 +293,7 @@ def _precision(made: Stage, state: Path):
             print(f"{made.name}: goes on in {began}, as it began, not in {dtype}")
         dtype = began
     if world()[1] > 1:
-        choice = [str(dtype)]
-        dist.broadcast_object_list(choice, 0)
-        dtype = getattr(torch, choice[0].removeprefix("torch."))
+        dtype = getattr(torch, _as_the_first(str(dtype)).removeprefix("torch."))
     return dtype
 
 
