@@ -14,7 +14,6 @@ import itertools
 import math
 import random
 import re
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,6 @@ from .model import Qwen
 from qwen_mini.pretraining import (
     Batch,
     Trainer,
-    finished_model,
     world,
 )
 from qwen_mini.tasks import (
