@@ -1,16 +1,37 @@
-"""Run every benchmark beside this file, one process each; every line that they print is one JSON object."""
+"""Run every benchmark beside this file, one process each; every line that they print is one JSON object.
 
+With `--store` they also go into docs/bench.json, with processor, threads, versions and date, from which
+`qwen-mini measurements` writes docs/measurements.md.
+"""
+
+import datetime
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
+
 
 def main() -> int:
-    codes = [
-        subprocess.run([sys.executable, path]).returncode
-        for path in sorted(Path(__file__).parent.glob("bench_*.py"))
-    ]
+    codes, lines = [], []
+    for path in sorted(HERE.glob("bench_*.py")):
+        with subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line)
+        codes.append(process.returncode)
+    if "--store" in sys.argv[1:] and not any(codes):
+        store([json.loads(line) for line in lines if line.startswith("{")])
     return max(codes, default=0)
+
+
+def store(lines: list[dict]) -> None:
+    from qwen_mini.course.measurements import store_benchmarks
+    from qwen_mini.course.provenance import provenance
+
+    machine = {**provenance(), "date": datetime.date.today().isoformat(), "lines": lines}
+    print(f"stored in {store_benchmarks(HERE.parent, machine)}: `qwen-mini measurements` writes the page")
 
 
 if __name__ == "__main__":
