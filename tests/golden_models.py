@@ -161,6 +161,20 @@ def _():
     ]
 
 
+@golden("attention", "cache with documents")
+@torch.no_grad()
+def _():
+    cache, out = a.KVCache(1, 2, 2, 8, 16), []
+    q, k, v = qkv(12)
+    documents = torch.tensor([[1] * 4 + [0] * 8, [0] * 12])  # padding on the left of the first row
+    for start, end in ((0, 7), (7, 8), (8, 12)):
+        part = [x[:, :, start:end] for x in (q, k, v)]
+        cache.remember(documents[:, start:end], end - start)
+        out.append(a.causal_attention(*part, cache=cache.layers[0], frequencies=FREQUENCIES))
+        cache.length = end
+    return [summary(torch.cat(out, 2)), cache.select(torch.tensor([0])).document_ids]
+
+
 @golden("attention", "grouped queries")
 def _():
     layer, x = a.GroupedQueryAttention(16, 4, 2, 8), rand(2, 11, 16).requires_grad_()
@@ -301,6 +315,13 @@ def _():
     found["qwen"] = summary(d.yarn_frequencies(128, 1e6, 4.0, 32_768))
     found |= {"ntk": d.ntk_frequencies(16, 1_000.0, 4.0), "range": d.yarn_range(128, 1e6, 32_768)}
     return found | {"temperature": [d.yarn_temperature(f) for f in (0.5, 1.0, 4.0, 40.0)]}
+
+
+@golden("dual_chunk", "temperatures")
+def _():
+    pairs = ((100, None), (100, 64), (64, 64), (9_000, 64))
+    gentle = [d.yarn_temperature(factor) for factor in (1.01, 1.5, 2.0)]
+    return {"yarn": gentle, "of a length": [d.temperature_of(*pair) for pair in pairs]}
 
 
 @golden("dual_chunk", "positions")
