@@ -9,7 +9,7 @@ import torch
 from conftest import run_two_processes, tiny_model
 
 from qwen_mini import course
-from qwen_mini.course import CourseError, artifacts
+from qwen_mini.course import CourseError, artifacts, stages
 from qwen_mini.dpo import response_row, token_logprobs
 from qwen_mini.grpo import (
     LOSSES,
@@ -19,20 +19,27 @@ from qwen_mini.grpo import (
     group_advantages,
     group_logprobs,
     grpo_loss,
+    grpo_stage,
+    imitation_stages,
     judged,
     mixed,
+    more_sft_stage,
     new_trainer,
     optimize,
     optimize_policy,
     order_by_reward_variance,
     policy_update,
     probe,
+    probe_stage,
     query_weights,
+    read_probe,
+    steps_within,
+    token_passes,
     verified,
 )
 from qwen_mini.model import Qwen
 from qwen_mini.reward_model import RewardModel
-from qwen_mini.sft import Answer, draw_examples, to_batch
+from qwen_mini.sft import Answer, Row, RowSampler, draw_examples, to_batch
 from qwen_mini.tasks import TASKS, Verdict, split_of
 
 FOLDER = artifacts.shipped_dir("long_context")
@@ -406,31 +413,104 @@ def test_rewards_from_verifier_and_model_are_mixed_as_in_the_paper(tokenizer):
     assert both == pytest.approx(wanted) and both[0] > 0 > both[1]
 
 
-def test_an_interrupted_run_reaches_the_same_weights(config, tmp_path, monkeypatch):
-    """A reward that even an untrained answer can get: the length of what was sampled."""
+@pytest.fixture
+def rewarded(config, tmp_path, monkeypatch):
+    """GRPO from the base model, with a reward that even an untrained answer can get: its first token."""
     from qwen_mini import grpo
 
     monkeypatch.setenv("QWEN_MINI_RUNS", str(tmp_path))
-    monkeypatch.setattr(grpo, "start_checkpoint", lambda *_: FOLDER)
-    weights = {("story", 1, "shown"): 1.0, ("rules", 1, "shown"): 1.0}
-    monkeypatch.setattr(grpo, "probe", lambda *_: weights)
+    monkeypatch.setattr(grpo, "dpo_checkpoint", lambda *_: FOLDER)
+    kinds = [("story", 1, "shown"), ("rules", 1, "shown")]
+    groups = [Group([1, 2, 3], [[4], [5, 6]], [1.0, 0.0]) for _ in kinds]
+    monkeypatch.setattr(grpo, "probe_groups", lambda *_: (kinds, groups))
     spread = lambda answers: [[float(a.tokens[0] % 5) for a in group] for group in answers]
     original = grpo.optimize_policy
 
-    def rewarded(trainer, tokenizer, settings, weights, seed, **options):
+    def by_first_token(trainer, tokenizer, settings, weights, seed, **options):
         return original(trainer, tokenizer, settings, weights, seed, spread, **options)
 
-    monkeypatch.setattr(grpo, "optimize_policy", rewarded)
-    config = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, beta=0.01))
+    monkeypatch.setattr(grpo, "optimize_policy", by_first_token)
+    return dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, beta=0.01))
+
+
+def test_an_interrupted_run_reaches_the_same_weights(rewarded):
+    config = rewarded
     whole = optimize(config, stage="whole")
     state = optimize(config, stage="cut", stop_after=2)
     assert state.suffix == ".safetensors"
     cut = optimize(config, stage="cut")
     assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
-    records = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
+    records = stages.metrics(whole)
     assert [r["step"] for r in records] == [1, 2, 3, 4] and all(r["grad_norm"] > 0 for r in records)
     assert records[0]["kl"] == 0 < records[-1]["kl"]  # measured against the start
     assert len(records[0]["view"]["answers"]) == len(records[3]["end"]["answers"]) == config.grpo.group_size
+
+
+def test_the_probe_is_kept_with_the_tokens_that_it_took(rewarded):
+    weights, tokens = read_probe(probe_stage(rewarded).folder())
+    assert weights == {("story", 1, "shown"): 0.5, ("rules", 1, "shown"): 0.5}
+    assert tokens == 2 * (3 + 1 + 2)
+
+
+def test_passes_count_reading_sampling_and_three_more_for_what_is_trained(tmp_path, tokenizer):
+    settings = course.load_scale("quick").grpo
+    settings = dataclasses.replace(settings, steps=2, queries=3, group_size=4)
+    weights = {("story", 1, "shown"): 1.0}
+    (tmp_path / "probe.json").write_text(json.dumps({"weights": [["story", 1, "shown", 1.0]], "tokens": 1000}))
+    tokenizer.save_pretrained(tmp_path)
+    records = [{"step": 1, "length": 10.0, "groups": 0.0}, {"step": 2, "length": 20.0, "groups": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    prompts = [
+        sum(len(tokenizer.encode_chat(e.messages, add_generation_prompt=True)) for e in fresh_queries(3, weights, 5, step))
+        for step in (0, 1)
+    ]
+    expected = 1000 + (prompts[0] + 12 * 10) + 4 * (prompts[1] + 12 * 20)
+    assert token_passes(tmp_path, tmp_path, settings, seed=5) == expected
+
+
+def test_steps_fill_the_passes_and_never_more():
+    sampler = RowSampler([Row([1] * (5 + i), []) for i in range(10)], 4, 2)
+    an_epoch = 3 * sum(5 + i for i in range(10))
+    assert sampler.total_steps == 6 and steps_within(2 * an_epoch, sampler) == 6
+    assert steps_within(2 * an_epoch - 1, sampler) == 5 and steps_within(5 * an_epoch, sampler) in (14, 15)
+    assert steps_within(4 * an_epoch, sampler) == 12 and steps_within(1, sampler) == 1
+
+
+def keys_of(config, seed=0):
+    """Keys of all of the chapter's stages."""
+    made = [grpo_stage(config, seed), probe_stage(config, seed), more_sft_stage(config, seed)]
+    return {stage.name: stage.key for stage in made + imitation_stages(config, 2, "expert", seed)}
+
+
+def changed(config, section, **numbers):
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **numbers)})
+
+
+def test_every_number_that_a_run_reads_is_in_its_key(config):
+    before, settings = keys_of(config), config.grpo
+    for name in (field.name for field in dataclasses.fields(settings) if field.name != "start"):
+        value = getattr(settings, name)
+        other = keys_of(changed(config, "grpo", **{name: (*value, 4) if name == "levels" else value + 1}))
+        assert other["grpo"] != before["grpo"], name
+        sampled = name in ("group_size", "levels", "probe", "max_new_tokens")
+        assert (other["probe"] != before["probe"]) == sampled, name
+        imitated = sampled or name in ("steps", "queries")
+        for stage in ("expert_1_answers", "expert_1", "expert_2_answers", "expert_2"):
+            assert (other[stage] != before[stage]) == imitated, (name, stage)
+    for name in ("beta1", "beta2", "eps", "clip_norm"):
+        other = keys_of(changed(config, "pretraining", **{name: getattr(config.pretraining, name) / 2}))
+        assert other["grpo"] != before["grpo"] and other["more_sft"] != before["more_sft"], name
+    for name in ("demonstrations", "replay", "replay_weight", "batch_rows", "learning_rate", "matrix_learning_rate"):
+        other = keys_of(changed(config, "sft", **{name: getattr(config.sft, name) * 2}))
+        for stage in ("more_sft", "expert_1", "expert_2"):
+            assert other[stage] != before[stage], (name, stage)
+
+
+def test_seeds_make_other_stages_and_sizes_of_measurements_do_not(config):
+    before = keys_of(config)
+    assert all(key != before[name] for name, key in keys_of(config, 1).items())
+    assert grpo_stage(config, 1, probe_seed=0).key not in (before["grpo"], grpo_stage(config, 1, probe_seed=1).key)
+    assert keys_of(changed(config, "measure", grpo_heldout=99, side_steps=9, grpo_seeds=7)) == before
 
 
 @pytest.mark.parametrize("flat, kind", [((2,), "dapo"), ((0, 2, 4), "grpo"), ((2,), "bnpo")])
