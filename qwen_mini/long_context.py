@@ -770,6 +770,6 @@ def extend_context(
 
 
 def extended_checkpoint(config, seed: int = 0) -> Path | Stage:
-    """What later chapters start from: the scale's long-context checkpoint, or the shipped one at `start = "shipped"`."""
+    """What later chapters start from: the scale's long-context stage, or the shipped one at `start = "shipped"`."""
     ready = stages.shipped("long_context") if config.long_context.start == "shipped" else None
     return ready or extension_stage(config, seed)

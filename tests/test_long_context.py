@@ -1,7 +1,6 @@
 """Needle tasks, the length mixture, and the stage that extends a context: exact resume, exact base, honest scores."""
 
 import dataclasses
-import json
 import math
 import random
 
@@ -12,13 +11,14 @@ import torch
 from qwen_mini import course
 from qwen_mini.attention import causal_attention
 from qwen_mini.corpus import needle_pieces, needle_question, needle_statement, prepare_corpus
-from qwen_mini.course import artifacts
+from qwen_mini.course import artifacts, stages
 from qwen_mini.course.scales import Stage
 from qwen_mini.generation import generate
 from qwen_mini.layers import rope_frequencies
 from qwen_mini.long_context import (
     RULER,
     Example,
+    LongCorpus,
     StageSampler,
     add_needles,
     ask,
@@ -26,6 +26,7 @@ from qwen_mini.long_context import (
     evaluate_task,
     extend_context,
     extended_checkpoint,
+    extension_stage,
     haystack,
     interleave,
     long_documents,
@@ -33,9 +34,11 @@ from qwen_mini.long_context import (
     needle_batch,
     open_long_corpus,
     position_losses,
+    recode,
     score,
     set_base,
     starting_point,
+    task_scores,
     wilson_interval,
     with_needles,
 )
@@ -55,14 +58,14 @@ def small(tmp_path_factory):
                                      task_documents=300, chat_documents=60, needle_rows=64)  # fmt: skip
         mixture = {"python": 0.7, "tasks": 0.2, "chat": 0.1}
         phases = tuple(dataclasses.replace(phase, mixture=mixture) for phase in config.pretraining.phases)
-        pretraining = dataclasses.replace(config.pretraining, phases=phases, eval_every=100, eval_tokens=512,
-                                          checkpoint_every=100)  # fmt: skip
+        pretraining = dataclasses.replace(config.pretraining, phases=phases)
+        measure = dataclasses.replace(config.measure, eval_every=100, eval_tokens=512)
         settings = dataclasses.replace(
             config.long_context, batch_tokens=1_024, needle_rows=40, warmup_steps=1,
             stages=(Stage(3_072, 5_000.0, (256, 128), (0.4, 0.6)), Stage(3_072, 20_000.0, (512, 128), (0.4, 0.6))),
         )  # fmt: skip
         config = dataclasses.replace(config, corpus=corpus, pretraining=pretraining, long_context=settings,
-                                     run=dataclasses.replace(config.run, dtype="float32"))  # fmt: skip
+                                     measure=measure, run=dataclasses.replace(config.run, dtype="float32"))  # fmt: skip
         prepare_corpus(config, 0)
         yield config
 
@@ -133,6 +136,16 @@ def test_evaluate_task_is_exact_on_a_model_that_knows_and_one_that_does_not(hay,
     assert evaluate_task(Qwen(model.config).eval(), RULER["passkey"], 128, 4, hay, pieces) == 0
 
 
+def test_the_score_of_a_task_is_the_mean_of_its_prompts(hay, tokenizer):
+    """In the order of the prompts, however many are read at once."""
+    model = Qwen.from_pretrained(artifacts.shipped_dir("long_context")).eval().requires_grad_(False)
+    pieces, task = needle_pieces(tokenizer), RULER["multi_value"]
+    scores = task_scores(model, task, 256, 7, hay, pieces, batch_tokens=800)
+    assert len(scores) == 7 and len(set(scores)) > 1 and set(scores) <= {0, 0.25, 0.5, 0.75, 1}
+    assert scores == task_scores(model, task, 256, 7, hay, pieces)
+    assert evaluate_task(model, task, 256, 7, hay, pieces) == sum(scores) / 7
+
+
 def test_evaluation_asks_every_model_the_same(hay, tokenizer):
     seen = []
 
@@ -195,6 +208,20 @@ def test_text_in_other_ids_is_the_same_text(small):
     assert tokenizer.control_tokens["<|im_start|>"] in chat and tokenizer.control_tokens["<|im_end|>"] in chat
 
 
+def test_only_the_sides_that_are_read_are_encoded_anew(small, monkeypatch):
+    asked = []
+    spy = lambda tokens, *others: asked.append(len(tokens)) or recode(tokens, *others)
+    monkeypatch.setattr("qwen_mini.long_context.recode", spy)
+    corpus, tokenizer = open_long_corpus(small, starting_point(small))
+    corpus.recode_tokens = 500
+    assert asked == []
+    first = corpus.tokens("python", "heldout")
+    assert asked == [500] and corpus.weights("python", "heldout") is None
+    assert corpus.tokens("python", "heldout") is first and asked == [500]
+    own = LongCorpus(corpus.corpus, tokenizer)  # nothing is known of the corpus's ids: they count as the tokenizer's
+    assert len(own.tokens("python")) > 500 and asked == [500]
+
+
 def test_extension_writes_a_checkpoint_with_the_new_base_and_context(small):
     folder = extend_context(small, 0, "extended")
     config = read_config(folder)
@@ -206,19 +233,88 @@ def test_extension_writes_a_checkpoint_with_the_new_base_and_context(small):
         torch.testing.assert_close(Qwen.from_pretrained(folder).eval()(ids), theirs(ids).logits, rtol=1e-4, atol=2e-4)
 
 
-def test_an_interrupted_extension_reaches_the_same_numbers(small, capsys):
+def test_an_interrupted_extension_reaches_the_same_numbers(small):
     whole = extend_context(small, 0, "whole")
     for stop in (2, 4):
         state = extend_context(small, 0, "cut", stop_after=stop)
         assert state.suffix == ".safetensors" and state.exists()
     cut = extend_context(small, 0, "cut")
     assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
-    losses = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").open()] for f in (whole, cut)]
+    losses = [[record["loss"] for record in stages.metrics(folder)] for folder in (whole, cut)]
     assert losses[0] == losses[1] and len(losses[0]) == 6
     assert not state.exists()
-    capsys.readouterr()
-    extend_context(small, 0, "cut")
-    assert "already extended" in capsys.readouterr().out
+
+
+def test_a_finished_extension_is_found_and_not_made_again(small, monkeypatch):
+    folder = extend_context(small, 0, "extended")
+
+    def refuse(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("qwen_mini.long_context.make_extension", refuse)
+    assert extend_context(small, 0, "extended") == folder
+    with pytest.raises(AssertionError, match="trained again"):
+        extend_context(small, 1, "extended")
+
+
+def test_other_settings_do_not_go_on_from_an_interrupted_run(small):
+    """A state of one clip norm is no start for another: the result is that of a run of its own."""
+    tight = dataclasses.replace(small, pretraining=dataclasses.replace(small.pretraining, clip_norm=0.05))
+    extend_context(small, 0, "mixed", stop_after=3)
+    mixed, fresh = extend_context(tight, 0, "mixed"), extend_context(tight, 0, "fresh")
+    losses = [[record["loss"] for record in stages.metrics(folder)] for folder in (mixed, fresh)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+class Watched:
+    """Settings that note which of their numbers are read."""
+
+    def __init__(self, settings, read: set):
+        self.__dict__.update(settings=settings, read=read)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.read.add(name)
+        return getattr(self.settings, name)
+
+
+def test_the_key_holds_every_number_that_the_optimiser_reads(small, monkeypatch):
+    """Whatever `Trainer` takes from its settings while it trains decides the result, and so must decide the key."""
+    from qwen_mini import long_context
+
+    read, real = set(), long_context.extension_optimizer
+    monkeypatch.setattr(long_context, "extension_optimizer", lambda *a: Watched(real(*a), read))
+    corpus, _ = open_long_corpus(small, starting_point(small))
+    trainer = long_context.make_extension(small, SHIPPED, corpus, 0, torch.float32)
+    for number in range(2):
+        trainer.step(trainer.sampler.batch(number))
+    monkeypatch.undo()
+    assert {"beta1", "beta2", "clip_norm", "weight_decay", "optimizer"} <= read
+    assert read <= set(extension_stage(small).inputs["optimizer"])
+
+
+OTHERS = dict(optimizer="adamw", beta1=0.5, beta2=0.6, eps=1e-5, weight_decay=0.3, clip_norm=0.05, grad_accumulation=2)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_number_of_the_optimiser_is_another_key(small, name):
+    other = dataclasses.replace(small.pretraining, **{name: OTHERS[name]})
+    assert extension_stage(dataclasses.replace(small, pretraining=other)).key != extension_stage(small).key
+
+
+def test_what_does_not_change_the_training_does_not_change_the_key(small):
+    measure = dataclasses.replace(small.measure, eval_every=7, eval_tokens=99, needle_tries=1)
+    run = dataclasses.replace(small.run, dtype="bfloat16", threads=1)
+    other = dataclasses.replace(small, measure=measure, run=run)
+    assert extension_stage(other).key == extension_stage(small).key
+    settings = dataclasses.replace(small.long_context, needle_rows=41)
+    changed = [
+        extension_stage(small, 1),
+        extension_stage(small, settings=settings),
+        extension_stage(dataclasses.replace(small, corpus=dataclasses.replace(small.corpus, task_documents=299))),
+    ]
+    assert extension_stage(small).key not in {stage.key for stage in changed} and len({s.key for s in changed}) == 3
 
 
 def test_set_base_changes_attention_and_config_alone():
@@ -287,7 +383,8 @@ def test_where_the_chapters_begin():
     quick, laptop = course.load_scale("quick"), course.load_scale("laptop")
     assert starting_point(quick) == SHIPPED
     assert extended_checkpoint(quick) == artifacts.shipped_dir("long_context")
-    assert laptop.long_context.start == "own"
+    assert starting_point(laptop, 3).name == "pretraining" and starting_point(laptop, 3).seed == 3
+    assert extended_checkpoint(laptop, 3).name == "long_context" and extended_checkpoint(laptop, 3).seed == 3
 
 
 def test_the_shipped_long_checkpoint_finds_a_key_at_four_times_the_old_context(hay, tokenizer):
