@@ -327,7 +327,7 @@ def evaluate_tasks(
             answers[i] = made[n * samples : (n + 1) * samples]
     return answers
 
-
+# %% ../notebooks/14_sft.ipynb #11607050
 # Answers as they were given, or the verdicts on them as `verdicts` returns them and a record keeps them.
 Answers = Sequence[Sequence[Answer]] | dict[str, list]
 
@@ -483,7 +483,7 @@ def train_rows(
         trainer.step(sampler.batch(step))
     return trainer
 
-
+# %% ../notebooks/14_sft.ipynb #4cd23df1
 def rows_stage(
     config, name: str, modules: tuple[str, ...], seed: int, start: Path | Stage, settings, inputs: dict, rows
 ) -> Stage:
