@@ -461,7 +461,10 @@ def test_passes_count_reading_sampling_and_three_more_for_what_is_trained(tmp_pa
     records = [{"step": 1, "length": 10.0, "groups": 0.0}, {"step": 2, "length": 20.0, "groups": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     prompts = [
-        sum(len(tokenizer.encode_chat(e.messages, add_generation_prompt=True)) for e in fresh_queries(3, weights, 5, step))
+        sum(
+            len(tokenizer.encode_chat(e.messages, add_generation_prompt=True))
+            for e in fresh_queries(3, weights, 5, step)
+        )
         for step in (0, 1)
     ]
     expected = 1000 + (prompts[0] + 12 * 10) + 4 * (prompts[1] + 12 * 20)
