@@ -15,17 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qwen_mini.corpus import needle_pieces, prepare_corpus
 from qwen_mini.course import hardware, load_scale
 from qwen_mini.dual_chunk import position_scheme
-from qwen_mini.long_context import (
-    ask_all,
-    extended_checkpoint,
-    haystack,
-    open_long_corpus,
-    wilson_interval,
-)
-from qwen_mini.model import Qwen
+from qwen_mini.long_context import ask_all, extended_checkpoint, frozen_model, haystack, open_hay, wilson_interval
 from qwen_mini.sparse_prefill import SparseAttention, choose_budgets, sparse_prefill
 
 
@@ -41,11 +33,8 @@ def main() -> None:
     options = parser.parse_args()
     config = load_scale("laptop")
     torch.set_num_threads(hardware.threads(config))
-    prepare_corpus(config)
-    folder = options.checkpoint or extended_checkpoint(config)
-    model = Qwen.from_pretrained(folder, hardware.pick_dtype(config.run.dtype)).eval().requires_grad_(False)
-    corpus, tokenizer = open_long_corpus(config, folder)
-    pieces, hay, n = needle_pieces(tokenizer), corpus.filler("heldout"), options.length
+    start, n = options.checkpoint or extended_checkpoint(config), options.length
+    model, (pieces, hay) = frozen_model(start, config), open_hay(start, config)
     hay = np.tile(hay, -(-n // len(hay)))
     sample, _ = haystack(min(n, 16_384), 4, hay, pieces, random.Random(options.seed))
     budgets = choose_budgets(model, torch.tensor([sample]))
