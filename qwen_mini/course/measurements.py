@@ -212,7 +212,10 @@ Every number on this page was measured by the course on the processor named besi
 machine to machine, ratios less so. `qwen-mini measurements` writes the page from `data/records` and `docs/bench.json`."""
 _SPEED = """\
 `make bench` measures these on your machine, `python benchmarks/run.py --store` puts them on this page. "ours" and "peer" are in
-the unit of the row; the ratio says how many times better ours is."""
+the unit of the row; the ratio says how many times better ours is.
+
+Training falls short of our aim, two and a half times the speed of the usual loop in float32: matrix products, the larger half of
+a step, gain less than that from 16 bits."""
 _RECORDED = """\
 Experiments that take long, computed once at the scale `laptop` and read by the notebooks; `FRESH=1` computes them anew,
 `qwen-mini verify` compares. Seconds are those of the one thread that computed it."""
@@ -231,7 +234,8 @@ def _made(how: Mapping) -> list[str]:
 
 
 def _machine(machine: Mapping) -> str:
-    title = f"### {machine['processor']}\n\nPyTorch {machine['torch']}, {machine['date']}."
+    facts = [f"PyTorch {machine['torch']}, {machine['date']}.", machine.get("note", "")]
+    title = f"### {machine['processor']}\n\n{' '.join(filter(None, facts))}"
     rows = []
     for line in machine["lines"]:
         ratio = line.get("ratio")
