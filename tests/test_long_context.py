@@ -32,6 +32,7 @@ from qwen_mini.long_context import (
     long_documents,
     long_rows,
     needle_batch,
+    open_hay,
     open_long_corpus,
     position_losses,
     recode,
@@ -220,6 +221,16 @@ def test_only_the_sides_that_are_read_are_encoded_anew(small, monkeypatch):
     assert corpus.tokens("python", "heldout") is first and asked == [500]
     own = LongCorpus(corpus.corpus, tokenizer)  # nothing is known of the corpus's ids: they count as the tokenizer's
     assert len(own.tokens("python")) > 500 and asked == [500]
+
+
+def test_what_needs_the_corpus_prepares_it(small, tmp_path, monkeypatch):
+    """A measurement declares two sections of the scale, and neither it nor the stage wants anything run before."""
+    monkeypatch.setenv("QWEN_MINI_RUNS", str(tmp_path / "measured"))
+    pieces, hay = open_hay(SHIPPED, small.only("corpus", "tokenizer"))
+    corpus, tokenizer = open_long_corpus(small, SHIPPED)
+    assert pieces == needle_pieces(tokenizer) and np.array_equal(hay, corpus.filler("heldout"))
+    monkeypatch.setenv("QWEN_MINI_RUNS", str(tmp_path / "trained"))
+    assert extend_context(small, 0, "alone", stop_after=1).exists()
 
 
 def test_extension_writes_a_checkpoint_with_the_new_base_and_context(small):
