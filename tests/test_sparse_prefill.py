@@ -282,4 +282,5 @@ def test_every_scale_measures_what_fits(name):
     assert settings.chunk_tokens % (trained - trained // 4) == 0
     assert max(settings.lengths) <= MAX_FACTOR * trained and settings.lengths[1] > trained
     model = ModelConfig.from_scale(scale)
-    assert (max(settings.lengths) + 64) * kv_cache_bytes_per_token(model) <= scale.run.memory_gib * 2**29
+    width = {"float32": 4, "bfloat16": 2}[scale.run.dtype]
+    assert (max(settings.lengths) + 64) * kv_cache_bytes_per_token(model, width) <= scale.run.memory_gib * 2**29
