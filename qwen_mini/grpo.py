@@ -7,7 +7,7 @@ __all__ = ['LOSSES', 'Reward', 'Kind', 'Weights', 'ATTEMPTS', 'group_advantages'
            'probe', 'probe_stage', 'read_probe', 'new_trainer', 'order_by_reward_variance', 'eight_answers',
            'grpo_stage', 'most_varied', 'viewing', 'optimize', 'token_passes', 'gentle_settings', 'demonstrated_rows',
            'demonstrated_inputs', 'more_sft_stage', 'steps_within', 'right_answers_stage', 'imitation_stages',
-           'imitation_round', 'judged', 'mixed']
+           'imitation_round', 'pool_of', 'curriculum_stage', 'judged', 'mixed']
 
 # %% ../notebooks/17_grpo.ipynb #9e0e322e
 import dataclasses
@@ -737,6 +737,47 @@ def imitation_round(
         return shown[: len(shown) // 4] + [Row(**json.loads(line)) for line in lines]
 
     return rows_stage(config, stage, ("grpo",), seed, policy, settings, inputs, rows)
+
+# %% ../notebooks/17_grpo.ipynb #49ae9ae6
+def pool_of(settings, count: int, seed: int = 0) -> list[Example]:
+    """`count` problems of all kinds alike, the same each time."""
+    kinds = [(t, level, w) for t in TASKS for level in settings.levels for w in WORDINGS_ASKED]
+    return fresh_queries(count, dict.fromkeys(kinds, 1.0), f"{seed}/pool", 0)
+
+
+def curriculum_stage(config, order: Sequence[int], size: int, stage: str, seed: int = 0) -> Stage:
+    """GRPO on the problems of a pool, each visited once, `size` a step in the order given, as a stage.
+
+    The rate is constant, so that each batch weighs the same; a batch without variance is passed over.
+    """
+    settings, start = config.grpo, dpo_checkpoint(config, config.grpo, seed)
+    numbers = dataclasses.replace(adamw_settings(config, settings), warmup_steps=0, min_lr_ratio=1.0)
+    used = "group_size micro_groups levels max_new_tokens epsilon epsilon_high".split()
+    inputs = {
+        "order": [list(order), size],
+        "settings": {name: getattr(settings, name) for name in used},
+        "optimizer": stages.optimizer_inputs(numbers),
+        "start": stages.origin(start),
+        "chat": True,
+    }
+
+    def begin(dtype):
+        folder, pool = stages.folder_of(start), pool_of(settings, len(order), seed)
+        tokenizer, model = Tokenizer.from_pretrained(folder), Qwen.from_pretrained(folder)
+        trainer = Trainer(model.to(hardware.device()), numbers, len(order) // size, dtype)
+
+        def step(number):
+            part = [pool[i] for i in order[number * size : (number + 1) * size]]
+            _, groups = roll_out(model.eval(), tokenizer, part, settings, seed + number)
+            try:
+                return policy_update(trainer, groups, settings)
+            except NoVariance:
+                trainer.step_count += 1
+                return {"step": trainer.step_count, "groups": 0.0}
+
+        return trainer, step, tokenizer
+
+    return stages.stage(config, stage, ("grpo",), seed, inputs, begin)
 
 # %% ../notebooks/17_grpo.ipynb #a9f251c4
 def judged(model: RewardModel, tokenizer: Tokenizer) -> Reward:

@@ -15,6 +15,7 @@ from qwen_mini.grpo import (
     LOSSES,
     Group,
     NoVariance,
+    curriculum_stage,
     fresh_queries,
     group_advantages,
     group_logprobs,
@@ -479,9 +480,30 @@ def test_steps_fill_the_passes_and_never_more():
     assert steps_within(4 * an_epoch, sampler) == 12 and steps_within(1, sampler) == 1
 
 
+def test_a_curriculum_visits_its_problems_once_and_passes_over_a_flat_batch(rewarded, monkeypatch):
+    from qwen_mini import grpo
+
+    asked, original = [], grpo.roll_out
+
+    def roll_out(model, tokenizer, examples, settings, seed):
+        asked.extend(e.key for e in examples)
+        answers, groups = original(model, tokenizer, examples, settings, seed)
+        first = len(asked) == 2
+        return answers, [dataclasses.replace(g, rewards=[float(first and i == 0) for i in range(8)]) for g in groups]
+
+    monkeypatch.setattr(grpo, "roll_out", roll_out)
+    folder = curriculum_stage(rewarded, [3, 1, 0, 2], 2, "order").folder()
+    pool = [e.key for e in grpo.pool_of(rewarded.grpo, 4)]
+    assert asked == [pool[i] for i in (3, 1, 0, 2)]
+    first, second = stages.metrics(folder)
+    assert first["groups"] == 1 and first["grad_norm"] > 0 == second["groups"]
+    assert first["lr_factor"] == 1 and [first["step"], second["step"]] == [1, 2]
+
+
 def keys_of(config, seed=0):
     """Keys of all of the chapter's stages."""
     made = [grpo_stage(config, seed), probe_stage(config, seed), more_sft_stage(config, seed)]
+    made.append(curriculum_stage(config, [1, 0, 2, 3], 2, "order", seed))
     return {stage.name: stage.key for stage in made + imitation_stages(config, 2, "expert", seed)}
 
 
@@ -497,6 +519,8 @@ def test_every_number_that_a_run_reads_is_in_its_key(config):
         assert other["grpo"] != before["grpo"], name
         sampled = name in ("group_size", "levels", "probe", "max_new_tokens")
         assert (other["probe"] != before["probe"]) == sampled, name
+        of_run = ("steps", "queries", "probe", "warmup_steps", "beta")  # a curriculum has its own, or none
+        assert (other["order"] != before["order"]) == (name not in of_run), name
         imitated = sampled or name in ("steps", "queries")
         for stage in ("expert_1_answers", "expert_1", "expert_2_answers", "expert_2"):
             assert (other[stage] != before[stage]) == imitated, (name, stage)
