@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+import qwen_mini  # noqa: F401  before torch: it keeps threads that wait from spinning
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_runs(tmp_path_factory):

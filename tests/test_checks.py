@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from qwen_mini.course import checks, nb, outputs, runner, sync
+from qwen_mini.course import checks, digits, nb, outputs, records, runner, stale, sync, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 START = 'from qwen_mini import course\nconfig = course.start("{name}", scale=scale, seed=seed)'
@@ -31,7 +31,7 @@ def write(root, name, *cells, prose="# Title", parameters='scale = "laptop"\nsee
 
 def stamp(path):
     """Note that the outputs belong to the code as it is."""
-    edit(path, lambda data: data["metadata"].update(qwen_mini={"code": nb.Notebook(path).code_digest}))
+    edit(path, lambda data: data["metadata"].update(qwen_mini={"scale": "laptop", "code": nb.Notebook(path).code_digest}))
 
 
 def edit(path, change):
@@ -51,6 +51,7 @@ def project(tmp_path, monkeypatch):
     write(tmp_path, "01_one", "def f(x):\n    return x", prose=prose)
     write(tmp_path, "02_two", "from qwen_mini.one import f", "def g(x):\n    return f(x)")
     monkeypatch.setenv("QWEN_MINI_HOME", str(tmp_path))
+    monkeypatch.setattr(digits, "NOT_YET", ())  # the course's own chapters
     assert sync.main([]) == 0
     return tmp_path
 
@@ -62,7 +63,7 @@ def only(problems, *words):
 
 def test_a_sound_project_has_no_problems(project, capsys):
     assert checks.problems(project) == []
-    assert checks.main() == 0 and "all 8 checks passed" in capsys.readouterr().out
+    assert checks.main() == 0 and f"all {len(checks.CHECKS)} checks passed" in capsys.readouterr().out
 
 
 def test_a_module_that_differs_or_has_no_notebook(project):
@@ -127,13 +128,58 @@ def test_a_missing_parameters_cell_and_a_wrong_name(project):
 def test_outputs_missing_stale_or_bad(project):
     path = project / "notebooks" / "01_one.ipynb"
     edit(path, lambda data: data["cells"][-1].update(source="1 + 1"))
-    only(checks.outputs_are_current(project), "older code")
+    only(checks.results_are_current(project), "01_one", "other code", "outputs --dry-run")
     stamp(path)
     error = {"output_type": "error", "ename": "E", "evalue": "", "traceback": []}
     edit(path, lambda data: data["cells"][-1]["outputs"].append(error))
-    only(checks.outputs_are_current(project), "error")
+    only(checks.results_are_current(project), "error")
     edit(path, lambda data: data["cells"][-1].update(outputs=[]))
-    only(checks.outputs_are_current(project), "no committed outputs")
+    only(checks.results_are_current(project), "no outputs")
+
+
+@pytest.mark.parametrize("text", ["# a comment\n1 + 1", "(1\n + 1)"])
+def test_comments_and_layout_make_no_output_stale(project, text):
+    path = project / "notebooks" / "01_one.ipynb"
+    edit(path, lambda data: data["cells"][-1].update(source="1 + 1"))
+    stamp(path)
+    edit(path, lambda data: data["cells"][-1].update(source=text))
+    assert checks.results_are_current(project) == []
+
+
+def record(project, key="k", versions=None, result=1.0):
+    """A shipped record of the notebook 01_one."""
+    path = project / "data" / "records" / "laptop" / "01_one" / "a.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"name": "01_one/a", "key": key, "versions": versions or {}, "tolerance": 0, "seconds": 90.0}
+    path.write_text(json.dumps(facts | {"sha256": records.digest(result), "result": result}))
+    return path
+
+
+def test_outputs_of_other_records_are_found(project):
+    path = project / "notebooks" / "01_one.ipynb"
+    edit(path, lambda data: data["metadata"]["qwen_mini"].update(records={"a": "k"}))
+    only(checks.results_are_current(project), "01_one", "the record a is missing")
+    record(project)
+    assert checks.results_are_current(project) == []
+    record(project, key="other")
+    only(checks.results_are_current(project), "01_one", "the record a is newer")
+
+
+def test_a_raised_version_makes_exactly_what_depends_on_it_stale(project):
+    record(project, versions={"sft": 1, "tasks": versions.versions()["tasks"]})
+    now = dict(versions.versions())
+    assert checks.results_are_current(project) == []
+    path = project / "data" / "checkpoints" / "sft" / "manifest.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"key": "k", "versions": {"tasks": now["tasks"] - 1}, "provenance": {"seconds": 30}}))
+    found = stale.stale(project)
+    assert [(thing.what, thing.seconds) for thing in found] == [("stage sft", 30)]
+    assert f"tasks {now['tasks'] - 1} → {now['tasks']}" in found[0].reason
+
+
+def test_a_broken_record_is_found(project):
+    record(project).write_text("{")
+    only(checks.results_are_current(project), "01_one/a", "not a whole record")
 
 
 def test_untidy_notebooks(project):
@@ -183,14 +229,14 @@ def test_outputs_are_copied_by_cell_and_cleaned(project, runs_folder):
         edit(path, lambda data, text=text: data["cells"].append(dict(nbformat.v4.new_code_cell(text))))
     book, texts = nb.Notebook(path), []
     for _ in range(2):
-        assert runner.run([book], "quick", force=True)[0].ok
-        outputs.copy_outputs(book, "quick")
+        assert runner.run([book], "laptop")[0].ok
+        outputs.copy_outputs(book)
         texts.append(path.read_text(encoding="utf-8"))
     assert texts[0] == texts[1]
-    assert not outputs.copy_outputs(book, "quick")
+    assert not outputs.copy_outputs(book)
     done = nbformat.read(path, as_version=4)
     printed, value = done.cells[-3].outputs
     assert printed.text == "ab <object object at 0x…>\n" and value.data["text/plain"] == "<object at 0x…>"
     assert "image/png" in done.cells[-2].outputs[-1].data and done.cells[-1].outputs == []
     assert set(done.metadata) == {"kernelspec", "qwen_mini"} and "injected-parameters" not in texts[0]
-    assert checks.outputs_are_current(project) + checks.notebooks_are_tidy(project) == []
+    assert checks.results_are_current(project) + checks.notebooks_are_tidy(project) == []

@@ -1,5 +1,6 @@
 """What has to be made anew, told without executing anything: from keys and versions, and with the time it will take."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +84,12 @@ def _stage_keys(root: Path) -> dict[str, str]:
 
 
 def _record_keys(root: Path, notebook: str) -> dict[str, str]:
-    paths = (root / "data" / "records" / SCALE / notebook).glob("*.json")
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    return {record["name"].partition("/")[2]: record["key"] for record in found}
+    found = {}
+    for path in (root / "data" / "records" / SCALE / notebook).glob("*.json"):
+        with contextlib.suppress(BadRecord):  # `stale_records` tells of it
+            record = read(path)
+            found[record["name"].partition("/")[2]] = record["key"]
+    return found
 
 
 def _other_versions(made_with: dict[str, int]) -> str:
