@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from .digits import typed_numbers
+from .measurements import measurements_are_current
 from .nb import Notebook, notebooks, source
 from .paths import home
 from .stale import record_files, stale
@@ -217,6 +218,7 @@ CHECKS = [
     links_exist,
     commands_exist,
     typed_numbers,
+    measurements_are_current,
 ]
 
 

@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     executing[1].add_argument("--dry-run", action="store_true", help="only say what is not current, and what it takes")
     sub = add(verify, "compute records anew and compare", None)
     sub.add_argument("records", nargs="*", help="names such as 14_sft/base, or how many in turn (1)")
+    add(measurements, "write docs/measurements.md and README's numbers from records", None)
     add(check, "check the project without executing it", None)
     sub = add(chat, "talk to the newest trained model", "laptop")
     sub.add_argument("--stage", help="a stage's name, instead of the newest")
@@ -91,6 +92,15 @@ def verify(options) -> int:
     from .verify import verify
 
     return verify(home(), options.records)
+
+
+def measurements(options) -> int:
+    """Write docs/measurements.md and the numbers in README from the shipped records and stored benchmarks."""
+    from .measurements import write
+
+    changed = write(home())
+    print("\n".join(f"wrote {path}" for path in changed) or "everything is current")
+    return 0
 
 
 def check(options) -> int:

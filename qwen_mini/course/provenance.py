@@ -1,5 +1,6 @@
 """How a result was made: what is said of it, and decides nothing."""
 
+import datetime
 import functools
 import platform
 from pathlib import Path
@@ -20,6 +21,7 @@ def provenance(dtype=None) -> dict:
         "torch": torch.__version__.split("+")[0],
         "python": platform.python_version(),
         "version": __version__,
+        "date": datetime.date.today().isoformat(),
     }
 
 

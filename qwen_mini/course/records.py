@@ -4,14 +4,17 @@ A record's key holds the function's syntax (not its comments, layout and local n
 it calls, its inputs and the versions of the chapters it uses. Precision, processor and seconds are provenance.
 """
 
+import ast
 import dataclasses
 import functools
 import hashlib
 import inspect
 import json
+import linecache
 import os
 import re
 import symtable
+import sys
 import textwrap
 import time
 import types
@@ -134,9 +137,11 @@ def _compute(calls: Mapping[str, functools.partial], keys: dict[str, str], toler
     work = {name: functools.partial(_timed, name, call) for name, call in calls.items()}
     groups = [{name: call} for name, call in work.items()] if tolerance == TIMING else [work]
     made = {}
-    for group in groups:
-        made |= side_by_side(group, on_done=finished)
-    progress.clear()
+    try:
+        for group in groups:
+            made |= side_by_side(group, on_done=finished)
+    finally:  # also where one fails: its message stands alone
+        progress.clear()
     return {name: _record(name, calls[name], keys[name], tolerance, *made[name]) for name in calls}
 
 
@@ -340,7 +345,7 @@ class Trace:
         self.seen[id(fn)] = len(self.seen)
         source = self._source(fn)
         self.modules |= imported_chapters(source) & set(versions())
-        scope = fn.__globals__ if isinstance(fn, types.FunctionType) else vars(inspect.getmodule(fn))
+        scope = fn.__globals__ if isinstance(fn, types.FunctionType) else vars(sys.modules[fn.__module__])
         found = {name: scope[name] for name in _globals_read(source) - {fn.__name__} if name in scope}
         if getattr(fn, "__closure__", None):
             cells = zip(fn.__code__.co_freevars, fn.__closure__, strict=True)
@@ -350,7 +355,7 @@ class Trace:
 
     def _source(self, fn) -> str:
         try:
-            source = textwrap.dedent(inspect.getsource(fn))
+            source = _class_source(fn) if isinstance(fn, type) else textwrap.dedent(inspect.getsource(fn))
             if fn.__name__ == "<lambda>":
                 raise ValueError
             compile(source, "experiment", "exec")
@@ -439,6 +444,17 @@ class Trace:
             f"the experiment {self.name!r} cannot tell {what} by its content: pass data, a stage or a folder instead of a "
             f"{type(value).__name__}"
         )
+
+
+def _class_source(cls: type) -> str:
+    """The text of a class in a cell, found by its methods: `inspect` looks for a file, which a kernel has not."""
+    codes = [value.__code__ for value in vars(cls).values() if isinstance(value, types.FunctionType)]
+    for code in codes:
+        text = "".join(linecache.getlines(code.co_filename))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
+                return ast.unparse(node)
+    return textwrap.dedent(inspect.getsource(cls))
 
 
 def _is_precision(value) -> bool:
