@@ -4,9 +4,9 @@
 __all__ = ['STYLE_LEVELS', 'STYLE_TASKS', 'FILLER', 'OFF_TOPIC', 'RUDE', 'BIASED', 'CRITERIA', 'ANSWER_TOKENS', 'JUDGES',
            'bradley_terry_loss', 'RewardModel', 'Pair', 'pair_plan', 'pad_right', 'score_rows', 'pair_accuracy',
            'criteria', 'gold_reward', 'gold_rewards', 'styled', 'label_pairs', 'adamw_settings', 'reward_steps',
-           'train_reward_model', 'careless_stage', 'careless_policy', 'reward_stage', 'careless_answers',
-           'answers_stage', 'read_answers', 'longer', 'safety', 'judge_pairs', 'judge_stages', 'best_of_n',
-           'rank_correlation', 'correlation_by_chance']
+           'train_reward_model', 'careless_stage', 'careless_policy', 'reward_stage', 'style_problems', 'write_answers',
+           'load_answers', 'answers_stage', 'read_answers', 'longer', 'safety', 'judge_pairs', 'judge_stages',
+           'best_of_n', 'rank_correlation', 'correlation_by_chance']
 
 # %% ../notebooks/15_reward_model.ipynb #826d6f14
 import dataclasses
@@ -361,38 +361,21 @@ def reward_stage(
 ANSWER_TOKENS = 128  # the longest answer of the careless policy
 
 
-def careless_answers(
-    model: Qwen, tokenizer: Tokenizer, problems: int, split: str, samples: int, seed: int = 0
-) -> list[list[Answer]]:
-    """Answers of the careless policy to `problems` problems of every style task."""
-    asked = draw_examples(problems, f"{seed}/{split}", split, STYLE_LEVELS, tasks=STYLE_TASKS)
-    return evaluate_tasks(model, tokenizer, asked, 1.0, samples, ANSWER_TOKENS, seed)
+def style_problems(problems: int, split: str, seed: int = 0) -> list[Example]:
+    """`problems` problems of every style task, from one side of the split."""
+    key = f"{seed}/{split}"
+    return draw_examples(problems, key, split, STYLE_LEVELS, tasks=STYLE_TASKS)
 
 
-def answers_stage(config, seed: int = 0) -> Stage:
-    """Answers of the careless policy to problems of the training side, as the stage `answers` (`answers.jsonl`)."""
-    settings, careless = config.reward_model, careless_stage(config, seed)
-    sampled = [settings.problems, settings.samples, ANSWER_TOKENS]
-    inputs = {"sampled": sampled, "policy": stages.origin(careless)}
-
-    def fill(folder):
-        source, dtype = careless.folder(), hardware.pick_dtype(config.run.dtype)
-        policy = Qwen.from_pretrained(source, dtype).to(hardware.device()).eval()
-        policy.requires_grad_(False)
-        tokenizer = Tokenizer.from_pretrained(source)
-        problems, samples = settings.problems, settings.samples
-        answers = careless_answers(policy, tokenizer, problems, "train", samples, seed)
-        facts = lambda a: [a.text, a.finished, a.verdict.correct, a.verdict.formatted, a.tokens]
-        lines = [json.dumps([facts(a) for a in group]) for group in answers]
-        (folder / "answers.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    return stages.data_stage(config, "answers", ("reward_model",), seed, inputs, fill)
+def write_answers(folder: Path, answers: Sequence[Sequence[Answer]]) -> None:
+    """Answers as `answers.jsonl`, a line a problem; the problems themselves are not written."""
+    facts = lambda a: [a.text, a.finished, a.verdict.correct, a.verdict.formatted, a.tokens]
+    lines = [json.dumps([facts(a) for a in group]) + "\n" for group in answers]
+    (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def read_answers(config, folder: Path, seed: int = 0) -> list[list[Answer]]:
-    """The answers of the stage `answers`, with the problems that they answer."""
-    key, problems = f"{seed}/train", config.reward_model.problems
-    asked = draw_examples(problems, key, "train", STYLE_LEVELS, tasks=STYLE_TASKS)
+def load_answers(folder: Path, asked: Sequence[Example]) -> list[list[Answer]]:
+    """What `write_answers` wrote, with the problems that were asked."""
     lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     return [
         [
@@ -401,6 +384,37 @@ def read_answers(config, folder: Path, seed: int = 0) -> list[list[Answer]]:
         ]
         for example, line in zip(asked, lines, strict=True)
     ]
+
+
+def answers_stage(
+    config, seed: int = 0, split: str = "train", problems: int = 0, samples: int = 0
+) -> Stage:
+    """Answers of the careless policy to style problems, as the stage `answers` (`answers.jsonl`).
+
+    Those of another side of the split are the stage `answers_<split>`. `problems` a task and `samples` a problem: the
+    scale's where they are 0.
+    """
+    settings, careless = config.reward_model, careless_stage(config, seed)
+    problems, samples = problems or settings.problems, samples or settings.samples
+    sampled = [split, problems, samples, ANSWER_TOKENS]
+    inputs = {"sampled": sampled, "policy": stages.origin(careless)}
+
+    def fill(folder):
+        source, dtype = careless.folder(), hardware.pick_dtype(config.run.dtype)
+        policy = Qwen.from_pretrained(source, dtype).to(hardware.device()).eval()
+        policy.requires_grad_(False)
+        tokenizer, asked = Tokenizer.from_pretrained(source), style_problems(problems, split, seed)
+        answers = evaluate_tasks(policy, tokenizer, asked, 1.0, samples, ANSWER_TOKENS, seed)
+        write_answers(folder, answers)
+
+    name = "answers" if split == "train" else f"answers_{split}"
+    return stages.data_stage(config, name, ("reward_model",), seed, inputs, fill)
+
+
+def read_answers(made: Stage) -> list[list[Answer]]:
+    """The answers of a stage of `answers_stage`, sampled now if they are not there."""
+    split, problems, *_ = made.inputs["sampled"]
+    return load_answers(made.folder(), style_problems(problems, split, made.seed))
 
 
 def longer(example: Example, text: str) -> float:
@@ -436,9 +450,8 @@ def judge_stages(config, seed: int = 0) -> dict[str, Stage]:
 
     def judge(name: str) -> Stage:
         def pairs():
-            folder = answers.folder()
             tokenizer = Tokenizer.from_pretrained(careless_stage(config, seed).folder())
-            return judge_pairs(tokenizer, read_answers(config, folder, seed), name, seed)
+            return judge_pairs(tokenizer, read_answers(answers), name, seed)
 
         recipe = {"answers": answers.key, "labels": "full" if name == "shallow" else name}
         stage = "reward_model" if name == "full" else f"reward_model_{name}"
