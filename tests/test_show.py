@@ -89,6 +89,7 @@ def test_a_table_is_plain_html_in_a_notebook(shown):
         (0.1234, ".1%", "12.3%"),
         ((0.5, 0.04), ".0%", "50 ± 4%"),
         ((1.5, 0.25), "{:.2f} bits", "1.50 ± 0.25 bits"),
+        ((0.125, 0.04), "+.1%", "+12.5 ± 4.0%"),  # an error has no sign
         (torch.tensor(1.5), ".1f", "1.5"),
         (np.float32(0.5), None, "0.5"),
         (True, None, "yes"),
