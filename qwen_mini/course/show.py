@@ -115,7 +115,8 @@ def _cell(value: Any, form: str | None, key: str) -> str:
     try:
         before, spec, after = _parts(form or "")
         if isinstance(value, tuple):
-            middle, error = _number(value[0], spec), _number(value[1], spec.replace("+", ""))
+            specs = spec, spec.replace("+", "")
+            middle, error = (_number(one, how) for one, how in zip(value, specs, strict=True))
             text = f"{middle.removesuffix('%')} ± {error}"
         else:
             text = _one_line(value) if isinstance(value, str) else _number(value, spec)
