@@ -1,7 +1,9 @@
 """`qwen-mini verify`: compute some records anew, in their own notebooks, and compare within their tolerance."""
 
+import contextlib
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import runner
@@ -17,19 +19,33 @@ LONGEST = 120  # seconds of a record that is chosen in turn
 def verify(root: Path, wanted: list[str], longest: float = LONGEST) -> int:
     """Verify records by name (`14_sft/…`), or so many in turn; returns 0 if all of them hold."""
     names = wanted if wanted and not wanted[0].isdigit() else in_turn(root, int(wanted[0]) if wanted else 1, longest)
-    known = {read(path)["name"] for path in record_files(root)}
-    if unknown := sorted(set(names) - known):
+    known = {r["name"]: r["provenance"]["precision"] for r in map(read, record_files(root))}
+    if unknown := sorted(set(names) - set(known)):
         raise CourseError(f"there is no record {unknown[0]!r} in data/records/{SCALE}")
     if not names:
         raise CourseError(f"data/records/{SCALE} holds no record of at most {longest:g} s")
-    books = select(root, sorted({name.partition("/")[0] for name in names}))
-    os.environ["QWEN_MINI_VERIFY"] = ":".join(names)
+    fine = True
+    for precision in sorted(set(known[name] for name in names)):
+        group = [name for name in names if known[name] == precision]
+        books = select(root, sorted({name.partition("/")[0] for name in group}))
+        with _variables(QWEN_MINI_VERIFY=":".join(group), QWEN_MINI_DTYPE=precision):
+            results = runner.run(books, SCALE, keep_going=True, records_only=True)
+        held = all(result.ok for result in results)
+        print("\n".join(f"{'verified' if held else 'looked at'} {name} in {precision}" for name in group))
+        fine = fine and held
+    return 0 if fine else 1
+
+
+@contextlib.contextmanager
+def _variables(**values: str) -> Iterator[None]:
+    """Environment variables for the block: what is verified is computed in the precision of its record."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
-        results = runner.run(books, SCALE, keep_going=True, records_only=True)
+        yield
     finally:
-        del os.environ["QWEN_MINI_VERIFY"]
-    print("\n".join(f"{'verified' if all(r.ok for r in results) else 'asked for'} {name}" for name in names))
-    return 0 if all(result.ok for result in results) else 1
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def in_turn(root: Path, count: int, longest: float = LONGEST) -> list[str]:
