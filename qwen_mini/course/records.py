@@ -93,12 +93,14 @@ def experiments(calls: Mapping[str, functools.partial], *, tolerance: float | st
             f"`qwen-mini run {_book.name} --scale {_book.scale}`"
         )
     results = {name: record["result"] for name, record in found.items() if record}
-    for name, record in _compute({name: calls[name] for name in missing}, keys, tolerance).items():
-        if f"{_book.name}/{name}" in verified and found[name]:
-            _verify(name, found[name], record)
-        else:
-            write(record_path(runs() / _book.scale / "records", _book.name, name), record)
-            results[name] = record["result"]
+    again = {name for name in missing if found[name]}  # to be verified
+    for stored in (True, False):
+        part = {name: calls[name] for name in missing if (name not in again) == stored}
+        for name, record in _compute(part, keys, tolerance, stored).items():
+            if stored:
+                results[name] = record["result"]
+            else:
+                _verify(name, found[name], record)
     _note("records", {name: keys[name] for name in calls})
     return {name: results[name] for name in calls}
 
@@ -118,7 +120,7 @@ def recall(notebook: str, name: str):
 # --- computing ---------------------------------------------------------------------------------------------------
 
 
-def _compute(calls: Mapping[str, functools.partial], keys: dict[str, str], tolerance) -> dict[str, dict]:
+def _compute(calls: Mapping[str, functools.partial], keys: dict[str, str], tolerance, stored: bool) -> dict[str, dict]:
     """New records of the calls; timings one after the other, so that none disturbs another."""
     import torch
 
@@ -134,7 +136,7 @@ def _compute(calls: Mapping[str, functools.partial], keys: dict[str, str], toler
         done.append(name)
         progress.show(f"{len(done)} of {len(calls)} · {name} took {clock(seconds)}{about}")
 
-    work = {name: functools.partial(_timed, name, call) for name, call in calls.items()}
+    work = {n: functools.partial(_made, n, call, keys[n], tolerance, stored) for n, call in calls.items()}
     groups = [{name: call} for name, call in work.items()] if tolerance == TIMING else [work]
     made = {}
     try:
@@ -142,24 +144,27 @@ def _compute(calls: Mapping[str, functools.partial], keys: dict[str, str], toler
             made |= side_by_side(group, on_done=finished)
     finally:  # also where one fails: its message stands alone
         progress.clear()
-    return {name: _record(name, calls[name], keys[name], tolerance, *made[name]) for name in calls}
+    return made
 
 
-def _timed(name: str, call: functools.partial) -> tuple:
-    """In the process that computes: the result as plain data, its seconds and its provenance."""
+def _made(name: str, call: functools.partial, key: str, tolerance, stored: bool) -> dict:
+    """In the process that computes: the record, stored as soon as it is there, whatever becomes of the others."""
     begun = time.perf_counter()
     result = plain(call(), name)
-    return result, time.perf_counter() - begun, provenance(hardware.pick_dtype(_book.dtype))
+    record = _record(name, call, key, tolerance, result, time.perf_counter() - begun)
+    if stored:
+        write(record_path(runs() / _book.scale / "records", _book.name, name), record)
+    return record
 
 
-def _record(name: str, call, key: str, tolerance, result, seconds: float, how: dict) -> dict:
+def _record(name: str, call, key: str, tolerance, result, seconds: float) -> dict:
     return {
         "name": f"{_book.name}/{name}",
         "key": key,
         "versions": _versions(call),
         "tolerance": tolerance,
         "seconds": round(seconds, 1),
-        "provenance": how,
+        "provenance": provenance(hardware.pick_dtype(_book.dtype)),
         "sha256": digest(result),
         "result": result,
     }
@@ -391,7 +396,7 @@ class Trace:
             return self.function(value)
         if _is_precision(value):
             return ["precision"]
-        if own := _exported_constant(name, value):
+        if own := None if _constant(value) else _chapter_constant(name, value):
             self.modules.add(own)
             return ["chapter", own, name]
         if _constant(value):
@@ -477,10 +482,13 @@ def _exported(module: str) -> set[str]:
     return set(getattr(importlib.import_module(f"qwen_mini.{module}"), "__all__", ()))
 
 
-def _exported_constant(name: str, value) -> str | None:
-    """The chapter whose notebook is running, if it exports this name and it is not plain data."""
+def _chapter_constant(name: str, value) -> str | None:
+    """The chapter that a global comes from: imported from it, or exported by the one whose notebook is running."""
+    for chapter in versions():
+        if getattr(sys.modules.get(f"qwen_mini.{chapter}"), name, None) is value:
+            return chapter
     own = _book.module if _book else None
-    return own if own in versions() and name in _exported(own) and not _constant(value) else None
+    return own if own in versions() and name in _exported(own) else None
 
 
 def _globals_read(source: str) -> set[str]:
