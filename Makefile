@@ -40,7 +40,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
 outputs: $(READY)
-	$(BIN)/qwen-mini outputs --scale laptop
+	$(BIN)/qwen-mini outputs
 
 # what is quick to make again; the results of the larger scales stay
 clean:
