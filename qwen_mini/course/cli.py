@@ -57,9 +57,10 @@ def parser() -> argparse.ArgumentParser:
 def run(options) -> int:
     """Execute notebooks, each in its own kernel, and report what ran and what it showed."""
     from . import nb, runner
+    from .records import asked_anew
 
     books = runner.require_notebooks(nb.select(home(), options.notebooks))
-    flags = {"keep_going": options.keep_going, "timeout": options.timeout, "fresh": options.fresh}
+    flags = {"keep_going": options.keep_going, "timeout": options.timeout, "fresh": options.fresh or asked_anew()}
     results = runner.run(books, options.scale, options.seed, records_only=options.records_only, **flags)
     return 0 if all(result.ok for result in results) and len(results) == len(books) else 1
 
@@ -69,6 +70,7 @@ def outputs(options) -> int:
     from . import nb, runner
     from .outputs import SCALE, copy_outputs, publish
     from .progress import clock
+    from .records import asked_anew
     from .stale import stale
 
     if options.dry_run:
@@ -78,7 +80,7 @@ def outputs(options) -> int:
         print(f"in all about {clock(sum(thing.seconds for thing in found))}" if found else "everything is current")
         return 0
     books = runner.require_notebooks(nb.select(home(), options.notebooks))
-    flags = {"keep_going": options.keep_going, "timeout": options.timeout, "fresh": options.fresh}
+    flags = {"keep_going": options.keep_going, "timeout": options.timeout, "fresh": options.fresh or asked_anew()}
     results = runner.run(books, SCALE, **flags)
     passed = [book for book, result in zip(books, results, strict=False) if result.ok]
     for book in passed:

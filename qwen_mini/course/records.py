@@ -64,9 +64,14 @@ def open_notebook(notebook: str, config: ScaleConfig, seed: int, fresh: bool = F
     global _book
     path = home() / "notebooks" / f"{notebook}.ipynb"
     module = Notebook(path).module if path.exists() else None
-    fresh = fresh or os.environ.get("FRESH", "") not in ("", "0")
+    fresh = fresh or asked_anew()
     _book = Book(notebook, config.name, seed, fresh, config.run.dtype, module, os.getpid())
     artifacts.write_file(used_file(config.name, notebook), "{}\n")
+
+
+def asked_anew() -> bool:
+    """Whether the environment asks to compute records anew: `FRESH=1`."""
+    return os.environ.get("FRESH", "") not in ("", "0")
 
 
 def experiment(name: str, fn: Callable, /, *, tolerance: float | str = 0.05, **inputs):
