@@ -2,7 +2,8 @@
 
 DPO trains on one batch of mixed lengths; GRPO samples, scores and updates on the same problems each time (what is
 sampled differs, the model is the same). After a step to warm up several are timed, and the median counts. TRL runs in
-float32 and once more under bfloat16 autocast, and the faster of the two counts. The ratio is TRL's time / ours.
+float32 and once more under bfloat16 autocast, and the faster of the two counts; ours runs in the scale's precision. The
+ratio is TRL's time / ours.
 """
 
 import contextlib
@@ -14,12 +15,14 @@ import statistics
 import tempfile
 import time
 
+from qwen_mini import course  # first: it keeps threads that wait from spinning
+
+# isort: split
 import torch
 import transformers
 import trl
 from datasets import Dataset
 
-from qwen_mini import course
 from qwen_mini.course import artifacts, hardware
 from qwen_mini.dpo import build_pairs, make_trainer
 from qwen_mini.grpo import new_trainer, policy_update, roll_out
@@ -45,7 +48,7 @@ class Stopwatch(transformers.TrainerCallback):
 
 
 def our_step(step) -> float:
-    """Seconds of step(number), the median, in the precision that is faster here."""
+    """Seconds of step(number), the median."""
     seconds = []
     for number in range(STEPS + 1):
         begun = time.perf_counter()
@@ -121,7 +124,7 @@ def main():
     transformers.logging.set_verbosity_error()
     config, start = course.load_scale("laptop"), artifacts.shipped_dir("sft")
     torch.set_num_threads(hardware.threads(config))
-    tokenizer, dtype = Tokenizer.from_pretrained(start), hardware.pick_dtype()
+    tokenizer, dtype = Tokenizer.from_pretrained(start), hardware.pick_dtype(config.run.dtype)
     with tempfile.TemporaryDirectory() as folder:
         Qwen.from_pretrained(start).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

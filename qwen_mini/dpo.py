@@ -107,12 +107,12 @@ PREFERRED = tuple(name for name, task in TASKS.items() if task.area in AREAS)
 
 
 def preferred_problems(count: int, seed: int = 0) -> list[Example]:
-    """`count` problems of every task of the report's areas, half of them in wordings without demonstrations."""
+    """`count` problems of every task of the report's areas, half without demonstrations."""
     return draw_examples(count, f"{seed}/look", wordings=WORDINGS_ASKED, tasks=PREFERRED)
 
 
 def preferred_stage(config, seed: int = 0) -> Stage:
-    """Answers of the SFT checkpoint to problems of the report's areas, as the stage `preferred` (`answers.jsonl`)."""
+    """Answers of the SFT checkpoint to problems of the report's areas, as the stage `preferred`."""
     settings = config.dpo
     start = start_checkpoint(config, "sft", settings.start, seed)
     sampled = [settings.problems, settings.samples, settings.max_new_tokens]

@@ -368,7 +368,7 @@ def style_problems(problems: int, split: str, seed: int = 0) -> list[Example]:
 
 
 def write_answers(folder: Path, answers: Sequence[Sequence[Answer]]) -> None:
-    """Answers as `answers.jsonl`, a line a problem; the problems themselves are not written."""
+    """Answers as `answers.jsonl`, a line a problem; without the problems and the verdicts' reasons."""
     facts = lambda a: [a.text, a.finished, a.verdict.correct, a.verdict.formatted, a.tokens]
     lines = [json.dumps([facts(a) for a in group]) + "\n" for group in answers]
     (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -391,8 +391,8 @@ def answers_stage(
 ) -> Stage:
     """Answers of the careless policy to style problems, as the stage `answers` (`answers.jsonl`).
 
-    Those of another side of the split are the stage `answers_<split>`. `problems` a task and `samples` a problem: the
-    scale's where they are 0.
+    Those of another side of the split are the stage `answers_<split>`. `problems` a task and
+    `samples` a problem: the scale's where they are 0.
     """
     settings, careless = config.reward_model, careless_stage(config, seed)
     problems, samples = problems or settings.problems, samples or settings.samples

@@ -8,19 +8,25 @@ import torch
 from conftest import some_pairs, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_sft import changed, watched
 
 from qwen_mini import course
-from qwen_mini.course import artifacts
+from qwen_mini.course import artifacts, stages, versions
 from qwen_mini.dpo import (
     OnlineMergingAdamW,
     build_pairs,
     dpo_loss,
+    dpo_stage,
     fresh_pairs,
     make_trainer,
     optimize_preferences,
     pair_batch,
     pair_logprobs,
+    pairs_stage,
     prefer,
+    preferred_stage,
+    read_pairs,
+    read_preferred,
     reference_logprobs,
     token_logprobs,
 )
@@ -122,14 +128,6 @@ def test_pairs_are_right_over_wrong_and_use_no_answer_twice(pattern, most):
     assert len(set(used)) == len(used)
     prompt = tokenizer.encode_chat(answers[0].example.messages, add_generation_prompt=True)
     assert all(p.prompt == prompt for p in pairs)
-
-
-def test_another_asked_wording_is_another_run(small, monkeypatch):
-    folder = optimize_preferences(small, stage="dpo_wordings")
-    first = (folder / "manifest.json").read_text()
-    task = dataclasses.replace(TASKS["story"], asked=("{name} {start} {thing} {events}!",))
-    monkeypatch.setitem(TASKS, "story", task)
-    assert (optimize_preferences(small, stage="dpo_wordings") / "manifest.json").read_text() != first
 
 
 def test_two_problems_of_three_are_in_wordings_without_demonstrations(monkeypatch):
@@ -283,8 +281,10 @@ def test_an_interrupted_run_reaches_the_same_weights(small):
     assert state.suffix == ".safetensors"
     cut = optimize_preferences(small, stage="cut")
     assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
-    start = Qwen.from_pretrained(FOLDER)
-    assert not torch.equal(Qwen.from_pretrained(whole).model.norm.weight, start.model.norm.weight)
+    for name in ("whole", "cut"):  # a run does not take the place of another one's pairs
+        assert read_pairs(pairs_stage(small, stage=f"pairs_{name}").find()) == some_pairs(24)
+    weight = lambda folder: Qwen.from_pretrained(folder).model.layers[0].mlp.up_proj.weight
+    assert not torch.equal(weight(whole), weight(FOLDER))
 
 
 def test_merging_needs_the_base(small):
@@ -294,3 +294,43 @@ def test_merging_needs_the_base(small):
     assert all(not delta.any() for delta in trainer.optimizers[0].deltas.values())  # the start is the base here
     step(0)
     assert trainer.step_count == 1
+
+
+def test_the_key_holds_every_number_that_the_training_reads(small):
+    reads = set()
+    made = dpo_stage(dataclasses.replace(small, dpo=watched(small.dpo, reads)))
+    reads.clear()  # what was read for the handle does not count
+    made.make()
+    own = {field.name for field in dataclasses.fields(small.dpo)} & reads
+    assert {"epochs", "batch_pairs", "beta", "learning_rate", "alpha", "keep"} <= own
+    own |= {"problems", "samples", "pairs_per_problem", "max_new_tokens"}  # by which pairs are drawn
+    fixed = "optimizer min_lr_ratio weight_decay schedule decay_fraction grad_accumulation".split()
+    rest = set(stages.OPTIMIZER) - own - {*fixed, "matrix_learning_rate"}
+    others = [changed(small, "dpo", field) for field in sorted(own)]
+    others += [changed(small, "pretraining", field) for field in sorted(rest)]
+    assert len({dpo_stage(config).key for config in (small, *others)}) == 1 + len(own) + len(rest)
+
+
+def test_the_key_holds_seed_and_versions_but_no_measurement(small, monkeypatch):
+    key, sampled = dpo_stage(small).key, pairs_stage(small).key
+    assert dpo_stage(small, seed=1).key != key
+    assert dpo_stage(changed(small, "measure", "dpo_heldout")).key == key
+    raised = versions.versions() | {"tasks": 99}
+    monkeypatch.setattr(versions, "versions", lambda: raised)
+    assert dpo_stage(small).key != key and pairs_stage(small).key != sampled  # other wordings
+
+
+def test_answers_in_the_reports_areas_are_read_as_they_were_sampled(small, monkeypatch):
+    sampled = []
+
+    def answer(model, tokenizer, problems, *_):
+        made = [Answer(e, "a ⏎\n", True, Verdict(False, True), [5, 6]) for e in problems]
+        sampled.append([[answer] for answer in made])
+        return sampled[-1]
+
+    monkeypatch.setattr("qwen_mini.dpo.evaluate_tasks", answer)
+    made = preferred_stage(small)
+    assert read_preferred(made) == read_preferred(made) == sampled[0] and len(sampled) == 1
+    areas = {TASKS[group[0].example.task].area for group in sampled[0]}
+    assert areas == {"mathematics", "coding", "instruction following", "logic"}
+    assert preferred_stage(changed(small, "dpo", "problems")).key != made.key

@@ -4,14 +4,16 @@ import dataclasses
 import itertools
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import small_config, some_pairs
+from test_sft import changed, watched
 
-from qwen_mini import course
-from qwen_mini.course import CourseError, artifacts
+from qwen_mini import course, reward_model
+from qwen_mini.course import CourseError, artifacts, stages
 from qwen_mini.model import Qwen
 from qwen_mini.reward_model import (
     BIASED,
@@ -21,25 +23,30 @@ from qwen_mini.reward_model import (
     RUDE,
     STYLE_TASKS,
     RewardModel,
+    answers_stage,
     best_of_n,
     bradley_terry_loss,
     careless_policy,
+    careless_stage,
     correlation_by_chance,
     criteria,
     gold_reward,
     gold_rewards,
+    judge_pairs,
+    judge_stages,
     label_pairs,
     pad_right,
     pair_accuracy,
     pair_plan,
     rank_correlation,
+    read_answers,
+    reward_stage,
     score_rows,
     styled,
-    train_reward,
     train_reward_model,
 )
 from qwen_mini.sft import Answer, draw_examples
-from qwen_mini.tasks import TASKS, Verdict
+from qwen_mini.tasks import TASKS, Verdict, split_of
 
 FOLDER = artifacts.shipped_dir("long_context")
 
@@ -253,15 +260,20 @@ def test_training_learns_a_visible_difference_and_is_repeatable():
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """The quick scale in a folder of its own, in float32, on the shipped base model."""
-    from qwen_mini import reward_model
-
     monkeypatch.setenv("QWEN_MINI_RUNS", str(tmp_path))
     monkeypatch.setattr(reward_model, "start_checkpoint", lambda *_: FOLDER)
     config = course.load_scale("quick")
-    numbers = dataclasses.replace(config.reward_model, batch_pairs=8, demonstrations=16)
     return dataclasses.replace(
-        config, run=dataclasses.replace(config.run, dtype="float32"), reward_model=numbers
+        config,
+        run=dataclasses.replace(config.run, dtype="float32"),
+        sft=dataclasses.replace(config.sft, batch_rows=8),
+        reward_model=dataclasses.replace(config.reward_model, batch_pairs=8, demonstrations=4),
     )
+
+
+def some_stage(config, recipe="some pairs", **options):
+    """A reward model on given pairs."""
+    return reward_stage(config, lambda: some_pairs(32), recipe, **options)
 
 
 @pytest.mark.parametrize("kind", ("reward", "careless"))
@@ -269,13 +281,86 @@ def test_an_interrupted_stage_reaches_the_same_weights(small, kind):
     def run(stop_after=None):
         if kind == "careless":
             return careless_policy(small, stop_after=stop_after)
-        return train_reward(small, some_pairs(32), stop_after=stop_after)
+        return some_stage(small).make(stop_after) if stop_after else some_stage(small).folder()
 
     folder = run()
     whole = (folder / "model.safetensors").read_bytes()
-    (folder / "manifest.json").unlink()
+    shutil.rmtree(folder)
     assert run(stop_after=2).suffix == ".safetensors"
     assert run() == folder and (folder / "model.safetensors").read_bytes() == whole
+
+
+def test_the_key_holds_every_number_that_the_training_reads(small):
+    reads = set()
+    made = some_stage(dataclasses.replace(small, reward_model=watched(small.reward_model, reads)))
+    reads.clear()  # what was read for the handle does not count
+    made.make()
+    own = {field.name for field in dataclasses.fields(small.reward_model)} & reads
+    assert {"epochs", "batch_pairs", "center", "learning_rate"} <= own
+    # what this chapter sets itself, and the rest of what the optimizer reads
+    fixed = "optimizer min_lr_ratio weight_decay schedule decay_fraction grad_accumulation".split()
+    rest = set(stages.OPTIMIZER) - own - {*fixed, "matrix_learning_rate"}
+    others = [changed(small, "reward_model", field) for field in sorted(own)]
+    others += [changed(small, "pretraining", field) for field in sorted(rest)]
+    assert len({some_stage(config).key for config in (small, *others)}) == 1 + len(own) + len(rest)
+
+
+def test_the_key_holds_seed_pairs_and_layers_but_no_measurement(small):
+    options = ({}, {"seed": 1}, {"layers": 2}, {"recipe": "others"})
+    assert len({some_stage(small, **given).key for given in options}) == len(options)
+    assert some_stage(changed(small, "measure", "reward_heldout")).key == some_stage(small).key
+
+
+def test_the_careless_policys_key_holds_what_it_is_shown(small):
+    key = careless_stage(small).key
+    assert careless_stage(changed(small, "reward_model", "demonstrations")).key != key
+    assert careless_stage(changed(small, "sft", "learning_rate")).key != key != careless_stage(small, 1).key
+    assert careless_stage(changed(small, "measure", "reward_heldout")).key == key
+
+
+def test_answers_are_read_as_they_were_sampled(small, monkeypatch):
+    sampled, evaluate = [], reward_model.evaluate_tasks
+    monkeypatch.setattr(
+        reward_model, "evaluate_tasks", lambda *given: sampled.append(evaluate(*given)) or sampled[-1]
+    )
+    made = answers_stage(small, 0, "test", 1, 2)
+    assert made.name == "answers_test" and answers_stage(small).name == "answers"
+    found = read_answers(made)
+    assert found == read_answers(made) and len(sampled) == 1
+    without_reason = lambda a: dataclasses.replace(a, verdict=dataclasses.replace(a.verdict, reason=""))
+    assert found == [[without_reason(answer) for answer in group] for group in sampled[0]]
+    assert [len(group) for group in sampled[0]] == [2] * len(STYLE_TASKS)
+    asked = [group[0].example for group in sampled[0]]
+    assert all(split_of(f"{e.task}/{e.key}") == "test" for e in asked)
+
+
+def test_six_judges_learn_from_the_same_answers(small):
+    judges = judge_stages(small)
+    assert len({judge.key for judge in judges.values()}) == len(judges) == 6
+    assert judges["full"].name == "reward_model" and judges["few"].name == "reward_model_few"
+    for field in ("problems", "samples", "demonstrations"):  # more answers, or those of another policy
+        others = judge_stages(changed(small, "reward_model", field))
+        assert all(others[name].key != judge.key for name, judge in judges.items())
+
+
+def test_every_judge_labels_in_its_way(tokenizer):
+    [example] = draw_examples(1, 0, tasks=["story"])
+    gold = example.response
+    texts = [gold, f"{RUDE[0]}\n{gold}", f"{FILLER[0]}\n{gold}", f"{OFF_TOPIC[0]}\n{BIASED[0]}\n{gold}"]
+    groups = answers_of(tokenizer, texts) * 60
+    said = {len(text) + 1: text for text in texts}
+    scores = {"full": gold_reward, "longer": reward_model.longer, "safety": reward_model.safety}
+
+    def right(name, score):
+        pairs = judge_pairs(tokenizer, groups, name)
+        of = lambda tokens: score(example, said[len(tokens)])
+        return [of(pair.chosen) > of(pair.rejected) for pair in pairs]
+
+    assert all(all(right(name, score)) for name, score in scores.items())
+    assert not all(right("longer", gold_reward)) and not all(right("safety", gold_reward))
+    assert 0.55 < np.mean(right("noisy", gold_reward)) < 0.78
+    full, few = (judge_pairs(tokenizer, groups, name) for name in ("full", "few"))
+    assert few == full[::5] and len(full) == 180
 
 
 def test_a_batch_smaller_than_the_processes_is_refused():
