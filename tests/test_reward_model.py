@@ -320,9 +320,7 @@ def test_the_careless_policys_key_holds_what_it_is_shown(small):
 
 def test_answers_are_read_as_they_were_sampled(small, monkeypatch):
     sampled, evaluate = [], reward_model.evaluate_tasks
-    monkeypatch.setattr(
-        reward_model, "evaluate_tasks", lambda *given: sampled.append(evaluate(*given)) or sampled[-1]
-    )
+    monkeypatch.setattr(reward_model, "evaluate_tasks", lambda *given: sampled.append(evaluate(*given)) or sampled[-1])
     made = answers_stage(small, 0, "test", 1, 2)
     assert made.name == "answers_test" and answers_stage(small).name == "answers"
     found = read_answers(made)
