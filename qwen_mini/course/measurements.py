@@ -103,8 +103,8 @@ NUMBERS = (
     Number(
         "million",
         "reading a prompt of 1,048,576 tokens, up to the first token of the answer",
-        ("12_sparse_prefill/million.json",),
-        lambda found: found["million"]["seconds"],
+        ("12_sparse_prefill/time_sparse_1048576.json",),
+        lambda found: found["time, sparse, 1048576"]["seconds"],
         "{:.0f} seconds",
     ),
 )
