@@ -3,6 +3,7 @@
 import os
 import signal
 import struct
+import subprocess
 import sys
 import time
 
@@ -282,3 +283,14 @@ def test_the_filter_names_every_call_once():
         assert code[-1] == (0x06, 0, 0, 0x7FFF0000) and code[-2] == (0x06, 0, 0, 0x00050001)
         jumps = [i + 1 + yes for i, (op, yes, _, _) in enumerate(code) if op == 0x15 and i > 3]
         assert set(jumps) == {len(code) - 1}  # every allowed call leads to "allow"
+
+
+def test_a_killed_process_leaves_no_folder(tmp_path):
+    code = "from qwen_mini.course.sandbox import run_sandboxed as r, _workers\n"
+    code += "r('def f(x):\\n    return x', 'f', [[1]])\n"
+    code += "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)})
+    deadline = time.monotonic() + 20
+    while list(tmp_path.glob("qwen_mini_sandbox_*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(tmp_path.glob("qwen_mini_sandbox_*")) == []

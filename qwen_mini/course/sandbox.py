@@ -142,7 +142,7 @@ class _Worker:
         self.stop()
         if not hasattr(os, "fork"):
             raise SandboxError("the sandbox needs a system that can fork: Linux, macOS, or WSL on Windows")
-        self.folder = tempfile.TemporaryDirectory(prefix="qwen_mini_sandbox_")
+        self.folder = tempfile.TemporaryDirectory(prefix="qwen_mini_sandbox_", ignore_cleanup_errors=True)
         self.process = subprocess.Popen(
             [sys.executable, "-s", "-P", "-S", __file__],
             stdin=subprocess.PIPE,
@@ -264,7 +264,11 @@ def _work() -> None:
     while True:
         try:
             request = json.loads(_receive(0))
-        except EOFError:
+        except EOFError:  # the parent has ended, perhaps without a chance to clean up
+            folder = os.getcwd()
+            os.chdir(os.sep)
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
             return
         _send(1, json.dumps(_run_in_child(request, lock, base)).encode())
 
