@@ -1050,14 +1050,28 @@ def open_corpus(folder: str | os.PathLike) -> Corpus:
     return Corpus(folder)
 
 
-def open_prepared(config) -> tuple[Corpus, Tokenizer]:
-    """The scale's corpus and the tokenizer that wrote it; CorpusError if one of them is of another recipe."""
-    folders = [course.artifacts.find(config.name, stage) for stage in ("corpus", "tokenizer")]
-    made_from = [course.artifacts.read_manifest(folder)["inputs"] for folder in folders]
+def open_prepared(config, seed: int | None = None) -> tuple[Corpus, Tokenizer]:
+    """The scale's corpus and the tokenizer that wrote it.
+
+    CorpusError if they are of two recipes, or of another one than the scale's (and the
+    seed's, where one is given): what is trained on them would not be what its key says.
+    """
+    stages = ("corpus", "tokenizer")
+    folders = [course.artifacts.find(config.name, stage) for stage in stages]
+    made_from = [course.artifacts.read_manifest(folder).get("inputs", {}) for folder in folders]
+    again = "run `qwen-mini run corpus` again with this scale and seed"
     if made_from[0] != made_from[1]:
         raise CorpusError(
-            f"the corpus and the tokenizer of scale {config.name!r} were made from different settings, perhaps because a "
-            f"run was interrupted between them: run `qwen-mini run corpus --scale {config.name}` again"
+            f"the corpus and the tokenizer of scale {config.name!r} were made from "
+            "different settings, perhaps because a run was interrupted between them: "
+            f"{again}"
+        )
+    wanted = {stage: asdict(getattr(config, stage)) for stage in stages}
+    wanted |= {} if seed is None else {"seed": seed}
+    if json.loads(json.dumps(wanted)) != {name: made_from[0].get(name) for name in wanted}:
+        raise CorpusError(
+            f"the corpus of scale {config.name!r} was prepared with other settings or "
+            f"another seed: {again}"
         )
     return open_corpus(folders[0]), Tokenizer.from_pretrained(folders[1])
 

@@ -646,8 +646,8 @@ def training_header(path: Path) -> dict[str, str]:
     return header
 
 
-def _foreign_state(path: Path, reason) -> ValueError:
-    return ValueError(
+def _foreign_state(path: Path, reason) -> CourseError:
+    return CourseError(
         f"{path} is no training state of this model ({reason}): "
         "delete it to start from the beginning"
     )
@@ -874,7 +874,7 @@ def pretraining_stage(config, seed: int = 0, stage: str = "pretraining", setting
     }
 
     def begin(dtype):
-        corpus, tokenizer = open_prepared(config)
+        corpus, tokenizer = open_prepared(config, seed)
         phases = available_phases(settings.phases, corpus)
         _check_shares(phases, settings)
         sampler = MixtureSampler(corpus, phases, settings.batch_tokens, seed)
