@@ -63,7 +63,11 @@ class Stage:
         from . import records
 
         records.note_stage(self)
-        return self.find() or self.make()
+        found = self.find()
+        if _filling:
+            return found or artifacts.find(self.scale, self.name, self.config.digest)
+        _compare_ranks(self, "finished" if found else "not finished")
+        return found or self.make()
 
     def make(self, stop_after: int | None = None) -> Path:
         """Make it whatever is there already; the training state if `stop_after` ended it early.
@@ -94,10 +98,19 @@ def stage(config, name: str, modules: tuple[str, ...], seed: int, inputs: dict, 
 
 
 def data_stage(
-    config, name: str, modules: tuple[str, ...], seed: int, inputs: dict, fill: Callable[[Path], None]
+    config,
+    name: str,
+    modules: tuple[str, ...],
+    seed: int,
+    inputs: dict,
+    fill: Callable[[Path], None],
+    start: "Path | Stage | None" = None,
 ) -> Stage:
-    """A stage of data, such as sampled pairs: `fill(folder)` writes it, in the first process alone."""
-    return Stage(config, name, seed, inputs, versions_of(*modules), lambda self, _: _fill(self, fill))
+    """A stage of data, such as sampled pairs: `fill(folder)` writes it, in the first process alone.
+
+    `start`: what `fill` reads; a stage that is not there is made before, by all processes together.
+    """
+    return Stage(config, name, seed, inputs, versions_of(*modules), lambda self, _: _fill(self, fill, start))
 
 
 def origin(start: "Path | Stage") -> str:
@@ -193,16 +206,34 @@ def state_path(made: Stage) -> Path:
     return artifacts.state_file(made.scale, made.name, made.key)
 
 
-def _fill(made: Stage, fill: Callable[[Path], None]) -> Path:
+_filling = False  # whether this process works alone while the others of its group wait
+
+
+def _fill(made: Stage, fill: Callable[[Path], None], start: "Path | Stage | None") -> Path:
     from qwen_mini.pretraining import is_first
 
+    if isinstance(start, Stage):
+        start.folder()
     if is_first():
         begun = time.monotonic()
-        with artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder:
+        with artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder, _alone():
             fill(folder)
             _add_provenance(folder, made, hardware.pick_dtype(made.config.run.dtype), begun)
     _wait_for_all()
     return _agreed(made)
+
+
+@contextlib.contextmanager
+def _alone():
+    """Nothing is trained inside under torchrun: the other processes would not take part, and wait without end."""
+    from qwen_mini.pretraining import world
+
+    global _filling
+    _filling = world()[1] > 1
+    try:
+        yield
+    finally:
+        _filling = False
 
 
 def _train(made: Stage, begin: Begin, stop_after: int | None) -> Path:
@@ -216,7 +247,7 @@ def _train(made: Stage, begin: Begin, stop_after: int | None) -> Path:
     torch.manual_seed(made.seed)
     trainer, step, tokenizer = begin(dtype)
     records = load_training_state(state, trainer) if state.exists() else []
-    _compare_ranks(made, trainer.step_count, dtype)
+    _compare_ranks(made, f"at step {trainer.step_count}, in {dtype}")
     saved = time.monotonic()
     while trainer.step_count < min(trainer.total_steps, stop_after or math.inf):
         started = time.perf_counter()
@@ -297,19 +328,21 @@ def _precision(made: Stage, state: Path):
     return dtype
 
 
-def _compare_ranks(made: Stage, step: int, dtype) -> None:
-    """Processes that do not see the same training state would wait for each other without end."""
+def _compare_ranks(made: Stage, stands: str) -> None:
+    """Processes that do not see the same stages and training states would wait for each other without end."""
     import torch.distributed as dist
     from qwen_mini.pretraining import world
 
-    if world()[1] > 1:
-        mine, all_of_them = (made.key, step, str(dtype)), [None] * world()[1]
-        dist.all_gather_object(all_of_them, mine)
-        if len(set(all_of_them)) > 1:
-            raise CourseError(
-                f"these processes do not see the same folder: {made.name} stands at the steps "
-                f"{sorted({step for _, step, _ in all_of_them})}; put QWEN_MINI_RUNS on a disk that all of them share"
-            )
+    if world()[1] == 1:
+        return
+    seen = [None] * world()[1]
+    dist.all_gather_object(seen, (f"{made.name} ({made.key})", stands))
+    if len(set(seen)) > 1:
+        told = sorted({f"{name} is {how}" for name, how in seen})
+        raise CourseError(
+            f"these processes do not see the same folder: {' for one of them, but '.join(told)} for another; put "
+            "QWEN_MINI_RUNS on a disk that all of them share"
+        )
 
 
 def _wait_for_all() -> None:

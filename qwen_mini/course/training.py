@@ -43,7 +43,7 @@ def train(config: ScaleConfig, name: str = "pretraining", seed: int = 0, anew: b
         if name not in WITHOUT_TEXT or config.name not in ("quick", "laptop"):
             _prepare(config, seed, first, processes)
         stage = getattr(importlib.import_module(f"qwen_mini.{module}"), function)(config, seed)
-        folder = stage.make() if anew or stage.find() is None else stage.find()
+        folder = stage.make() if anew else stage.folder()
     finally:
         if processes > 1:
             dist.destroy_process_group()
