@@ -7,6 +7,8 @@ import lzma
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,15 +19,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_two_processes
+from safetensors.torch import load_file
 from torch import nn
 
+from qwen_mini import corpus as corpus_module
 from qwen_mini import pretraining
-from qwen_mini.corpus import open_corpus, prepare_corpus
-from qwen_mini.course import artifacts, load_scale
-from qwen_mini.course.scales import FOLDER, Phase
+from qwen_mini.corpus import open_corpus, open_prepared, prepare_corpus
+from qwen_mini.course import CourseError, artifacts, load_scale, stages
+from qwen_mini.course.scales import FOLDER, Phase, Pretraining
 from qwen_mini.model import ModelConfig, Qwen
 from qwen_mini.pretraining import (
     AdamW,
+    Batch,
     MixtureSampler,
     Muon,
     Trainer,
@@ -37,6 +42,7 @@ from qwen_mini.pretraining import (
     load_training_state,
     ngram_nll,
     pretrain,
+    pretraining_stage,
     save_training_state,
     token_sizes,
     xz_bits_per_byte,
@@ -88,9 +94,6 @@ eps = 1e-8
 weight_decay = 0.1
 clip_norm = 1.0
 grad_accumulation = 1
-eval_every = 10
-eval_tokens = 512
-checkpoint_every = 3
 [[pretraining.phases]]
 tokens = 5_120
 length = 32
@@ -108,7 +111,6 @@ matrix_learning_rate = 0.004
 warmup_steps = 1
 needle_share = 0.3
 needle_rows = 8
-tries = 2
 
 [[long_context.stages]]
 tokens = 512
@@ -135,10 +137,6 @@ learning_rate = 1e-3
 matrix_learning_rate = 0.01
 min_lr_ratio = 0.1
 warmup_steps = 1
-problems = 1
-ablation_demonstrations = 2
-long_rows = 2
-fresh = 1
 
 [reward_model]
 start = "own"
@@ -150,8 +148,6 @@ batch_pairs = 2
 learning_rate = 1e-3
 warmup_steps = 1
 center = 0.01
-heldout = 1
-best_of = 2
 
 [dpo]
 start = "own"
@@ -166,8 +162,6 @@ learning_rate = 1e-4
 warmup_steps = 1
 alpha = 1e-3
 keep = 0.5
-heldout = 1
-seeds = 1
 
 [grpo]
 start = "own"
@@ -183,8 +177,21 @@ warmup_steps = 1
 epsilon = 0.2
 epsilon_high = 0.28
 beta = 0.0
-seeds = 1
-heldout = 1
+
+[measure]
+eval_every = 10
+eval_tokens = 512
+needle_tries = 2
+sft_problems = 1
+sft_fresh = 1
+ablation_demonstrations = 2
+long_rows = 2
+reward_heldout = 1
+best_of = 2
+dpo_heldout = 1
+dpo_seeds = 1
+grpo_heldout = 1
+grpo_seeds = 1
 side_steps = 1
 """
 
@@ -456,8 +463,49 @@ def test_a_gradient_that_is_not_finite_stops_the_run(prepared):
     trainer = fresh(config)
     with torch.no_grad():
         trainer.masters[0][:] = float("nan")
-    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+    with pytest.raises(FloatingPointError, match="the loss at step 0 is nan.*last training state and lower"):
         trainer.step(MixtureSampler(corpus, config.pretraining.phases, 512).batch(0))
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_told_apart(prepared):
+    config, _, corpus, _ = prepared
+    trainer = fresh(config)
+    before = [p.detach().clone() for p in trainer.masters]
+    trainer.masters[-1].register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(FloatingPointError, match="the gradient at step 0 is (inf|nan) though the loss is .*: lower"):
+        trainer.step(MixtureSampler(corpus, config.pretraining.phases, 512).batch(0))
+    assert all(torch.equal(p, old) for p, old in zip(trainer.masters, before, strict=True))
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_batch_that_trains_no_token_names_the_cause(prepared, parts):
+    """Not the learning rate, which has no part in it; and the weights stay as they were."""
+    config, _, corpus, _ = prepared
+    trainer = fresh(config, grad_accumulation=parts)
+    before = {name: value.clone() for name, value in trainer.state_dict().items()}
+    batch = MixtureSampler(corpus, config.pretraining.phases, 512).batch(12)
+    with pytest.raises(CourseError, match="this batch trains no token, because every weight is 0: look at the rows"):
+        trainer.step(dataclasses.replace(batch, weights=torch.zeros_like(batch.weights)))
+    assert trainer.step_count == 0 and trainer.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.state_dict().items())
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, linear_cross_entropy])
+def test_tokens_without_weight_have_a_loss_and_a_gradient_of_zero(loss):
+    hidden = torch.randn(20, 24, requires_grad=True)
+    head = torch.randn(50, 24, requires_grad=True)
+    value = loss(hidden, head, torch.randint(0, 50, (20,)), torch.zeros(20))
+    gradients = torch.autograd.grad(value, (hidden, head))
+    assert value == 0 and all((gradient == 0).all() for gradient in gradients)
+
+
+def test_a_micro_batch_without_trained_tokens_changes_nothing(prepared):
+    config, _, corpus, _ = prepared
+    batch = MixtureSampler(corpus, config.pretraining.phases, 512).batch(12)
+    batch.weights[4:6] = 0  # of 8 rows, the third of four micro-batches
+    whole, parts = (fresh(config, optimizer="adamw", grad_accumulation=n).step(batch) for n in (1, 4))
+    assert math.isfinite(whole["loss"]) and parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
 
 
 def test_a_foreign_or_truncated_training_state_is_refused(prepared, tmp_path):
@@ -467,27 +515,62 @@ def test_a_foreign_or_truncated_training_state_is_refused(prepared, tmp_path):
     data = path.read_bytes()
     for broken in (data[: len(data) // 2], b"", b"\0" * 100):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match="no training state of this model.*delete it"):
+        with pytest.raises(CourseError, match="no training state of this model.*delete it"):
             load_training_state(path, fresh(config))
 
 
 # ---------------------------------------------------------------- the stage
+@pytest.fixture
+def own(prepared, tmp_path, monkeypatch):
+    """(config, runs): the corpus of this module in a folder that one test may spoil."""
+    config, _, _, runs = prepared
+    for name in ("corpus", "tokenizer"):
+        shutil.copytree(runs / "tiny" / name, tmp_path / "runs" / "tiny" / name)
+    monkeypatch.setenv("QWEN_MINI_RUNS", str(tmp_path / "runs"))
+    return config, tmp_path / "runs"
+
+
+@pytest.fixture
+def saved_often(monkeypatch):
+    """A training state after every step."""
+    monkeypatch.setattr(stages, "SAVE_EVERY", 0.0)
+
+
 def run_pretrain(scale: str, runs: Path, stage: str) -> subprocess.Popen:
+    """A training in another process that saves its state after every step."""
     code = (
         f"from qwen_mini import course; from qwen_mini.pretraining import pretrain; import torch; "
+        f"course.stages.SAVE_EVERY = 0.0; "
         f"torch.set_num_threads(1); pretrain(course.load_scale({scale!r}), stage={stage!r})"
     )
     return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"QWEN_MINI_RUNS": str(runs)})
 
 
 def losses_of(folder: Path) -> list[tuple]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"], r["grad_norm"], r.get("heldout")) for r in records]
+    return [(r["step"], r["loss"], r["grad_norm"], r.get("heldout")) for r in stages.metrics(folder)]
 
 
-def test_killed_at_random_moments_reaches_the_same_numbers(prepared):
-    config, scale, _, runs = prepared
-    pretrain(config, stage="uninterrupted")
+def weights_of(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(prepared):
+    """The folder of a run that nothing has interrupted."""
+    config, *_ = prepared
+    return pretrain(config, stage="whole")
+
+
+@pytest.fixture
+def steps_taken(monkeypatch):
+    """The numbers of the steps that are computed from now on."""
+    taken, step = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, batch: taken.append(self.step_count) or step(self, batch))
+    return taken
+
+
+def test_killed_at_random_moments_reaches_the_same_numbers(prepared, whole):
+    _, scale, _, runs = prepared
     state, rng = runs / "tiny" / "training_state", random.Random(0)
     written = lambda: {path: path.stat().st_mtime_ns for path in state.glob("killed-*")}
     for _ in range(3):
@@ -499,19 +582,32 @@ def test_killed_at_random_moments_reaches_the_same_numbers(prepared):
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL, "the run was over before it could be killed"
     assert run_pretrain(scale, runs, "killed").wait(120) == 0
-    assert losses_of(runs / "tiny" / "killed") == losses_of(runs / "tiny" / "uninterrupted")
-    a, b = (Qwen.from_pretrained(runs / "tiny" / name) for name in ("killed", "uninterrupted"))
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert losses_of(runs / "tiny" / "killed") == losses_of(whole)
+    assert weights_of(runs / "tiny" / "killed") == weights_of(whole)
+    assert not list(state.glob("*killed*"))
 
 
-def test_a_full_disk_keeps_the_previous_state(prepared, monkeypatch):
+@pytest.mark.parametrize("stop", [1, 10, 17, 29])  # in the middle, at an evaluation, in the second phase, at the end
+def test_an_interrupted_run_reaches_the_same_numbers(prepared, whole, steps_taken, stop):
+    config, *_ = prepared
+    state = pretrain(config, stage="interrupted", stop_after=stop)
+    assert state.suffix == ".safetensors" and pretraining_stage(config, stage="interrupted").find() is None
+    folder = pretrain(config, stage="interrupted")
+    assert steps_taken == list(range(30))
+    assert losses_of(folder) == losses_of(whole) and weights_of(folder) == weights_of(whole)
+    assert not state.exists()
+    shutil.rmtree(folder)
+
+
+def no_space(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_keeps_the_previous_state(prepared, saved_often, monkeypatch):
     config, _, _, _ = prepared
     state = pretrain(config, stage="full_disk", stop_after=5)
     before = state.read_bytes()
-
-    def no_space(*_):
-        raise OSError(28, "No space left on device")
-
+    monkeypatch.setattr(artifacts, "check_writable", lambda _: None)  # it is full only later
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(
         artifacts.ArtifactError, match="the disk is full; the previous version, if any, is kept"
@@ -522,15 +618,47 @@ def test_a_full_disk_keeps_the_previous_state(prepared, monkeypatch):
     assert load_training_state(state, fresh(config))[-1]["step"] == 5
 
 
-def test_a_finished_run_is_not_repeated(prepared, capsys):
+def test_a_disk_that_is_full_from_the_beginning_costs_no_step(own, steps_taken, monkeypatch):
+    config, runs = own
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(artifacts.ArtifactError, match="the disk is full"):
+        pretrain(config)
+    assert steps_taken == []
+
+
+def test_a_full_disk_at_the_end_keeps_the_state(own, whole, steps_taken, monkeypatch):
+    """The last checkpoint does not fit, a training state does: no step is computed again."""
+    config, runs = own
+    monkeypatch.setattr(stages, "_write_metrics", no_space)
+    place = re.escape(str(Path("tiny", "full_end")))
+    with pytest.raises(artifacts.ArtifactError, match=rf"{place} was not written because the disk is full"):
+        pretrain(config, stage="full_end")
+    monkeypatch.undo()
+    monkeypatch.setenv("QWEN_MINI_RUNS", str(runs))
+    assert len(steps_taken) == 30
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("a step was computed again"))
+    folder = pretrain(config, stage="full_end")
+    assert losses_of(folder) == losses_of(whole) and weights_of(folder) == weights_of(whole)
+    assert not list((runs / "tiny" / "training_state").glob("*"))
+
+
+def test_a_finished_run_is_not_repeated(prepared, steps_taken):
     config, _, _, _ = prepared
     folder = pretrain(config, stage="finished")
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    assert pretrain(config, stage="finished") == folder
-    assert "already trained" in capsys.readouterr().out
+    steps_taken.clear()
+    assert pretrain(config, stage="finished") == folder and steps_taken == []
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
-    pretrain(config, seed=1, stage="finished")
-    assert (folder / "model.safetensors").stat().st_mtime_ns != before
+    again = dataclasses.replace(config.pretraining, weight_decay=0.2)
+    assert pretrain(config, stage="finished", settings=again) == folder
+    assert steps_taken == list(range(30)) and (folder / "model.safetensors").stat().st_mtime_ns != before
+
+
+def test_a_finished_run_can_be_made_anew(prepared, whole, steps_taken):
+    config, *_ = prepared
+    before = weights_of(whole)
+    assert pretraining_stage(config, stage="whole").make() == whole
+    assert steps_taken == list(range(30)) and weights_of(whole) == before
 
 
 def test_domains_that_could_not_be_fetched_leave_the_mixture(prepared):
@@ -548,34 +676,68 @@ def test_domains_that_could_not_be_fetched_leave_the_mixture(prepared):
         MixtureSampler(corpus, pretraining.available_phases(phases, corpus), 512)
 
 
-def test_a_run_keeps_the_precision_it_began_with(prepared, monkeypatch):
+def test_a_run_keeps_the_precision_it_began_with(prepared, whole, capsys, monkeypatch):
     config, _, _, _ = prepared
-    state = pretrain(config, stage="precision", stop_after=3)
-    monkeypatch.setattr(pretraining.hardware, "pick_dtype", lambda _: torch.bfloat16)
-    assert pretraining.agreed_dtype("auto", state) == torch.float32
+    pretrain(config, stage="precision", stop_after=3)
+    monkeypatch.setenv("QWEN_MINI_DTYPE", "bfloat16")
     folder = pretrain(config, stage="precision")
-    assert json.loads((folder / "manifest.json").read_text())["inputs"]["dtype"] == "torch.float32"
+    assert "precision: goes on in torch.float32, as it began, not in torch.bfloat16" in capsys.readouterr().out
+    assert artifacts.read_manifest(folder)["provenance"]["precision"] == "float32"
+    assert losses_of(folder) == losses_of(whole)
+    other = pretrain(config, stage="other_precision")
+    assert artifacts.read_manifest(other)["provenance"]["precision"] == "bfloat16"
+    assert losses_of(other) != losses_of(whole)
 
 
-def test_rows_that_cannot_be_shared_are_refused(prepared, monkeypatch):
-    config, _, _, _ = prepared
-    monkeypatch.setattr(pretraining, "world", lambda: (0, 3))
-    with pytest.raises(ValueError, match=r"16 rows of 32 tokens cannot be shared by 3 process\(es\) x 1"):
-        pretrain(config, stage="rows")
+SETTINGS = {"phases": lambda p: (dataclasses.replace(p[0], tokens=2 * p[0].tokens), *p[1:]),
+            "optimizer": lambda _: "adamw", "schedule": lambda _: "wsd"}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Pretraining)])
+def test_every_setting_is_in_the_key(prepared, field):
+    config, *_ = prepared
+    value = getattr(config.pretraining, field)
+    other = SETTINGS.get(field, lambda x: x * 2 if isinstance(x, int) else x / 2)(value)
+    settings = dataclasses.replace(config.pretraining, **{field: other})
+    assert pretraining_stage(config, settings=settings).key != pretraining_stage(config).key
+
+
+def test_model_corpus_and_seed_are_in_the_key_and_measurements_are_not(prepared):
+    config, *_ = prepared
+    key, replace = pretraining_stage(config).key, dataclasses.replace
+    others = [
+        pretraining_stage(config, seed=1),
+        pretraining_stage(replace(config, model=replace(config.model, rope_theta=2000.0))),
+        pretraining_stage(replace(config, corpus=replace(config.corpus, chat_documents=31))),
+        pretraining_stage(replace(config, tokenizer=replace(config.tokenizer, training_bytes=50_000))),
+    ]
+    assert len({key, *(stage.key for stage in others)}) == 5
+    measure = replace(config.measure, eval_every=7, eval_tokens=128)
+    assert pretraining_stage(replace(config, measure=measure)).key == key
+    assert pretraining_stage(config, stage="other_name").key == key  # a name says where, the key says what
+
+
+def test_the_size_of_evaluations_changes_no_training(prepared, whole):
+    config, *_ = prepared
+    often = dataclasses.replace(config, measure=dataclasses.replace(config.measure, eval_every=7, eval_tokens=128))
+    folder = pretrain(often, stage="often")
+    assert weights_of(folder) == weights_of(whole)
+    evaluated = lambda where: [step for step, _, _, heldout in losses_of(where) if heldout]
+    assert evaluated(folder) == [7, 14, 21, 28, 30] and evaluated(whole) == [10, 20, 30]
 
 
 def test_other_settings_do_not_resume_each_other(prepared):
     config, _, _, _ = prepared
     one = pretrain(config, stage="settings", stop_after=3)
-    other = pretrain(config, seed=1, stage="settings", stop_after=3)
+    settings = dataclasses.replace(config.pretraining, clip_norm=0.05)
+    other = pretrain(config, stage="settings", settings=settings, stop_after=3)
     assert one != other and one.exists() and other.exists()
 
 
-def test_the_checkpoint_is_a_hugging_face_folder(prepared):
+def test_the_checkpoint_is_a_hugging_face_folder(prepared, whole):
     transformers = pytest.importorskip("transformers")
-    config, _, corpus, _ = prepared
-    folder = pretrain(config, stage="folder")
-    names = {path.name for path in folder.iterdir()}
+    _, _, corpus, _ = prepared
+    names = {path.name for path in whole.iterdir()}
     assert {
         "config.json",
         "model.safetensors",
@@ -586,30 +748,159 @@ def test_the_checkpoint_is_a_hugging_face_folder(prepared):
         "manifest.json",
     } <= names
     ids = torch.from_numpy(np.asarray(corpus.tokens("python", "heldout")[:60]).astype(np.int64))[None]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).eval()
+    assert theirs.generation_config.eos_token_id == Tokenizer.from_pretrained(whole).endoftext_id
     with torch.no_grad():
-        torch.testing.assert_close(
-            Qwen.from_pretrained(folder)(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(Qwen.from_pretrained(whole)(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_two_processes_train_as_one(prepared, tmp_path):
-    config, scale, _, runs = prepared
-    body = (
-        "from qwen_mini import course\n"
-        "from qwen_mini.pretraining import pretrain\n"
-        f"pretrain(course.load_scale({scale!r}), stage='two_processes')"
-    )
-    run_two_processes(tmp_path, body, QWEN_MINI_RUNS=str(runs))
-    pretrain(config, stage="one_process")
-    two, one = (losses_of(runs / "tiny" / name) for name in ("two_processes", "one_process"))
-    assert [r[0] for r in two] == [r[0] for r in one]
-    assert [r[1] for r in two] == pytest.approx([r[1] for r in one], rel=1e-4)
+def test_the_checkpoint_holds_the_masters_as_they_are_shipped(prepared, whole):
+    """bfloat16, rounded from the float32 weights of the last step."""
+    config, _, corpus, _ = prepared
+    torch.manual_seed(0)
+    trainer = Trainer(Qwen(ModelConfig.from_scale(config)), config.pretraining, 30)
+    sampler = MixtureSampler(corpus, config.pretraining.phases, 512)
+    for step in range(30):
+        trainer.step(sampler.batch(step))
+    stored = load_file(whole / "model.safetensors")
+    for name, p in zip(trainer.names, trainer.masters, strict=True):
+        assert torch.equal(stored[name], p.detach().bfloat16())
+    finished = pretraining.finished_model(trainer)
+    assert {p.dtype for p in finished.parameters()} == {torch.float32}
 
 
 def test_a_missing_corpus_says_which_command_makes_it(runs_folder, tmp_path):
     with pytest.raises(artifacts.MissingStage, match="'corpus' of scale 'tiny' is missing: make it with"):
         pretrain(load_scale(tiny_scale(tmp_path)))
+
+
+def test_tokenizer_and_corpus_of_different_recipes_are_told_apart(own, monkeypatch, steps_taken):
+    """A preparation with another seed that ends between its two stages leaves its tokenizer beside the old corpus."""
+    config, _ = own
+    monkeypatch.setattr(corpus_module, "CorpusWriter", no_space)
+    with pytest.raises(artifacts.ArtifactError):
+        prepare_corpus(config, seed=1)
+    monkeypatch.undo()
+    monkeypatch.setenv("QWEN_MINI_RUNS", str(own[1]))
+    with pytest.raises(CourseError, match="corpus and the tokenizer of scale 'tiny' were made from different settings"):
+        open_prepared(config)
+    with pytest.raises(CourseError, match="were made from different settings.*run `qwen-mini run corpus"):
+        pretrain(config)
+    assert steps_taken == []
+    prepare_corpus(config, seed=1)  # what the message says to run
+    corpus, tokenizer = open_prepared(config)
+    assert tokenizer.decode(corpus.tokens("python", "heldout")[:200]) in corpus.heldout_bytes("python").decode()
+
+
+def test_a_corpus_of_another_seed_or_size_is_not_trained_on(own, steps_taken):
+    """The key names the corpus that a run has read: any other would make a model that is not what its key says."""
+    config, _ = own
+    with pytest.raises(CourseError, match="prepared with other settings or another seed"):
+        pretrain(config, seed=1)
+    larger = dataclasses.replace(config, corpus=dataclasses.replace(config.corpus, chat_documents=31))
+    with pytest.raises(CourseError, match="prepared with other settings or another seed"):
+        pretrain(larger)
+    assert steps_taken == []
+
+
+# ---------------------------------------------------------------- two processes
+BODY = """
+import dataclasses, json, os, pathlib
+from qwen_mini import course
+from qwen_mini.model import ModelConfig, Qwen
+from qwen_mini.pretraining import Batch, Trainer, pretrain
+config, rank = course.load_scale(sys.argv[1]), dist.get_rank()
+runs, told = pathlib.Path(os.environ["QWEN_MINI_RUNS"]), {}
+
+
+def failure(**options):
+    try:
+        pretrain(config, **options)
+    except course.CourseError as error:
+        return str(error)
+    return "no error"
+
+
+pretrain(config, stage="two_processes")
+told["finished"] = pretrain(config, stage="two_processes").name
+pretrain(config, stage="cut", stop_after=12)
+pretrain(config, stage="cut")
+many = dataclasses.replace(config.pretraining, grad_accumulation=8)
+told["rows"] = failure(stage="rows", settings=many)
+
+rows = torch.load(sys.argv[2])
+torch.manual_seed(0)
+trainer = Trainer(Qwen(ModelConfig.from_scale(config)), config.pretraining, 30)
+told["loss"] = trainer.step(Batch(*(x[rank::2] for x in rows), None, None))["loss"]
+try:
+    trainer.step(Batch(rows[0][1::2], rows[1][1::2], rows[2][1::2], None, None))
+except course.CourseError as error:
+    told["nothing"] = str(error)
+
+for stage in ("begun", "made"):  # a disk each from here on; the first process alone has what is there already
+    for first in (0, 1):
+        os.environ["QWEN_MINI_RUNS"] = str(runs.parent / f"{stage}{int(rank == first)}")
+        told[f"{stage}{first}"] = failure(stage=stage)
+pathlib.Path(sys.argv[3], f"{rank}.json").write_text(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def two(prepared, whole, tmp_path_factory):
+    """What two processes tell, one dict each; their stages lie in the folder of results."""
+    config, scale, corpus, runs = prepared
+    for stage in ("begun", "made"):
+        for process in (0, 1):  # folder 1 holds what folder 0 lacks
+            folder = runs.parent / f"{stage}{process}" / "tiny"
+            for name in ("corpus", "tokenizer"):
+                shutil.copytree(runs / "tiny" / name, folder / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWEN_MINI_RUNS", str(runs.parent / "begun1"))
+        pretrain(config, stage="begun", stop_after=3)
+        patch.setenv("QWEN_MINI_RUNS", str(runs.parent / "made1"))
+        pretrain(config, stage="made")
+    folder = tmp_path_factory.mktemp("two")
+    torch.save(half_empty(config, corpus), folder / "rows.pt")
+    run_two_processes(folder, BODY, scale, folder / "rows.pt", folder, QWEN_MINI_RUNS=str(runs))
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def half_empty(config, corpus) -> list[torch.Tensor]:
+    """A batch whose odd rows train nothing: all that the second of two processes gets."""
+    batch = MixtureSampler(corpus, config.pretraining.phases, 512).batch(12)
+    weights = batch.weights.clone()
+    weights[1::2] = 0
+    return [batch.input_ids, batch.targets, weights]
+
+
+@pytest.mark.parametrize("name", ["two_processes", "cut"])
+def test_two_processes_train_as_one(prepared, whole, two, name):
+    *_, runs = prepared
+    done, one = losses_of(runs / "tiny" / name), losses_of(whole)
+    assert [r[0] for r in done] == [r[0] for r in one] and {told["finished"] for told in two} == {"two_processes"}
+    assert [r[1] for r in done] == pytest.approx([r[1] for r in one], rel=1e-4)
+
+
+def test_rows_that_cannot_be_shared_are_refused(two):
+    for told in two:
+        assert told["rows"].startswith("8 rows of 64 tokens cannot be shared by 2 process(es) x 8 micro-batches")
+
+
+@pytest.mark.parametrize(("case", "stands"), [("begun", "at step 3"), ("made", "finished")])
+@pytest.mark.parametrize("first", [0, 1])
+def test_processes_that_do_not_see_the_same_folder_end_with_a_sentence(two, case, stands, first):
+    for told in two:
+        sentence = told[f"{case}{first}"]
+        assert sentence.startswith("these processes do not see the same folder") and "\n" not in sentence
+        assert stands in sentence and "put QWEN_MINI_RUNS on a disk that all of them share" in sentence
+
+
+def test_a_process_may_have_nothing_to_train_but_not_all_of_them(prepared, two):
+    config, _, corpus, _ = prepared
+    alone = fresh(config).step(Batch(*half_empty(config, corpus), None, None))
+    for told in two:
+        assert told["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert told["nothing"].startswith("this batch trains no token")
 
 
 # ---------------------------------------------------------------- measures

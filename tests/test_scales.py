@@ -64,7 +64,13 @@ def test_a_file_of_ones_own_is_a_scale(tmp_path):
         ("head_dim", "head_dim = 31", r"\[model\] key 'head_dim' must be even"),
         ("num_key_value_heads", "num_key_value_heads = 3", r"\[model\] key 'num_key_value_heads' must divide"),
         ("tie_word_embeddings", "tie_word_embeddings = 1", r"'tie_word_embeddings' must be true or false"),
-        ("dtype", 'dtype = "fp8"', r"\[run\] key 'dtype' must be one of auto, float32, bfloat16"),
+        ("dtype", 'dtype = "fp8"', r"\[run\] key 'dtype' must be one of float32, bfloat16, got 'fp8'"),
+        ("dtype", 'dtype = "auto"', r"\[run\] key 'dtype' must be one of float32, bfloat16, got 'auto'"),
+        ("eval_every", "eval_every = 0", r"\[measure\] key 'eval_every' must be above 0"),
+        ("best_of", "best_of = 1", r"\[measure\] key 'best_of' must be at least 2"),
+        ("side_steps", "", r"own.toml: \[measure\] lacks the key 'side_steps'"),
+        ("clip_norm", "clip_norm = 1.0\neval_every = 100", r"\[pretraining\] has an unknown key 'eval_every'"),
+        ("beta2", "beta2 = 0.9\ncheckpoint_every = 5", r"\[pretraining\] has an unknown key 'checkpoint_every'"),
         ("sources", 'sources = "python"', r"\[corpus\] key 'sources' must be a list"),
         ("sources", "sources = [1]", r"\[corpus\] key 'sources' must be a string"),
         ("heldout_fraction", "heldout_fraction = 1.5", r"\[corpus\] key 'heldout_fraction'"),
@@ -85,3 +91,39 @@ def test_mistakes_are_named(tmp_path, old, new, message):
 def test_mixtures_must_sum_to_one():
     with pytest.raises(course.ScaleError, match="mixture must sum to 1"):
         Phase(tokens=1, length=1, mixture={"python": 0.5})
+
+
+@pytest.mark.parametrize("name", scale_names())
+def test_no_size_of_a_measurement_stands_in_a_section_that_trains(name):
+    """A key holds what trains: what is measured, and how often, stands in a section of its own."""
+    config = course.load_scale(name)
+    sizes = {field.name for field in dataclasses.fields(config.measure)}
+    for section in ("pretraining", "long_context", "sft", "reward_model", "dpo", "grpo"):
+        assert not sizes & {field.name for field in dataclasses.fields(getattr(config, section))}
+    assert config.run.dtype in ("float32", "bfloat16")
+
+
+def test_a_file_with_the_name_of_a_scale_of_the_course_is_refused(tmp_path):
+    path = tmp_path / "quick.toml"
+    path.write_text(QUICK, encoding="utf-8")
+    with pytest.raises(course.ScaleError, match="has the name of a scale of the course.*rename the file"):
+        course.load_scale(path)
+    assert course.load_scale(path.rename(tmp_path / "renamed.toml")).name == "renamed"
+    assert course.load_scale(FOLDER / "quick.toml").name == "quick"
+
+
+def test_models_and_tokenizers_tell_scales_of_one_name_apart(tmp_path):
+    one = load_with(tmp_path, "training_bytes", "training_bytes = 7")
+    assert load_with(tmp_path, "training_bytes", "training_bytes = 8").digest != one.digest
+    assert load_with(tmp_path, "hidden_size", "hidden_size = 192").digest != course.load_scale("quick").digest
+    assert load_with(tmp_path, "eval_every", "eval_every = 7").digest == course.load_scale("quick").digest
+
+
+def test_only_the_sections_that_were_declared_can_be_read():
+    config = course.load_scale("quick")
+    part = config.only("model", "sft")
+    assert part.sft is config.sft and part.name == "quick" and part.run is config.run
+    with pytest.raises(course.ScaleError, match=r"'dpo' was read, but only model, sft declared: add it to config.only"):
+        part.dpo  # noqa: B018
+    with pytest.raises(course.ScaleError, match="no section 'sftt': use some of tokenizer, model"):
+        config.only("sftt")
