@@ -31,7 +31,12 @@ try:
 except ImportError:  # Windows: nothing keeps two writers apart there
     fcntl = None
 
-MAKERS = {"tokenizer": "corpus", "answers": "reward_model", "probe": "grpo", "more_sft": "grpo"}  # by which chapter
+# the chapter that makes a stage, by the beginning of its name
+MAKERS = {
+    **{"tokenizer": "corpus", "answers": "reward_model", "reward_model": "reward_model"},
+    **{"pairs": "dpo", "preferred": "dpo"},
+    **dict.fromkeys(("probe", "more_sft", "rejection", "expert", "order"), "grpo"),
+}
 PARTIAL = re.compile(r"\..+\.partial-(?:([0-9a-f]{8})-(\d+)-(\d+)-)?")
 FOREIGN_SECONDS = 3 * 24 * 3600.0  # of silence, after which a writer on another machine counts as dead
 
@@ -128,7 +133,7 @@ def _command(scale_name: str, stage: str) -> str:
     scale = scale_name if scale_name in scale_names() else f"{scale_name}.toml"
     if stage in STAGES:
         return f"`qwen-mini train {stage} --scale {scale}`"
-    chapter = "reward_model" if stage.startswith("reward_model") else MAKERS.get(stage, stage)
+    chapter = next((chapter for name, chapter in MAKERS.items() if stage.startswith(name)), stage)
     return f"`qwen-mini run {chapter} --scale {scale}`"
 
 
