@@ -164,6 +164,7 @@ def test_hub_needs_datasets(monkeypatch):
 # -- split and order
 
 
+@settings(deadline=None)
 @given(TEXTS, st.floats(0.01, 0.9))
 def test_split_keeps_identical_documents_together(texts, fraction):
     train, heldout = c.split_by_hash(documents(texts), fraction)
@@ -172,6 +173,7 @@ def test_split_keeps_identical_documents_together(texts, fraction):
     assert heldout or len(texts) < 2
 
 
+@settings(deadline=None)
 @given(TEXTS, st.floats(0.01, 0.5))
 def test_split_is_a_property_of_the_text(texts, fraction):
     for text in texts:
@@ -191,6 +193,7 @@ def test_document_key():
     assert c.document_key("Ab") != c.document_key("ab")
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_drop_duplicates_keeps_the_first_of_each(texts):
     kept = [c.document_key(d.text) for d in c.drop_duplicates(documents(texts))]
@@ -220,6 +223,7 @@ def test_training_sample_gives_equal_shares():
 ENCODED = st.lists(st.lists(st.integers(0, 98), max_size=9), min_size=1, max_size=30)
 
 
+@settings(deadline=None)
 @given(ENCODED)
 def test_pack_loses_and_wastes_nothing(encoded):
     stream = c.pack(encoded, 99)
@@ -227,6 +231,7 @@ def test_pack_loses_and_wastes_nothing(encoded):
     assert [ids.tolist() for ids in c.unpack(stream, 99)] == encoded
 
 
+@settings(deadline=None)
 @given(ENCODED)
 def test_document_numbers(encoded):
     stream = c.pack(encoded, 99)
