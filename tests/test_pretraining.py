@@ -536,14 +536,15 @@ def saved_often(monkeypatch):
     monkeypatch.setattr(stages, "SAVE_EVERY", 0.0)
 
 
-def run_pretrain(scale: str, runs: Path, stage: str) -> subprocess.Popen:
+def run_pretrain(scale: str, runs: Path, stage: str, **options) -> subprocess.Popen:
     """A training in another process that saves its state after every step."""
     code = (
         f"from qwen_mini import course; from qwen_mini.pretraining import pretrain; import torch; "
         f"course.stages.SAVE_EVERY = 0.0; "
         f"torch.set_num_threads(1); pretrain(course.load_scale({scale!r}), stage={stage!r})"
     )
-    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"QWEN_MINI_RUNS": str(runs)})
+    environment = os.environ | {"QWEN_MINI_RUNS": str(runs)}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, **options)
 
 
 def losses_of(folder: Path) -> list[tuple]:
@@ -585,6 +586,23 @@ def test_killed_at_random_moments_reaches_the_same_numbers(prepared, whole):
     assert losses_of(runs / "tiny" / "killed") == losses_of(whole)
     assert weights_of(runs / "tiny" / "killed") == weights_of(whole)
     assert not list(state.glob("*killed*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nothing keeps two writers apart there")
+def test_a_second_process_waits_and_finds_the_stage_made(prepared, whole):
+    _, scale, _, runs = prepared
+    first = run_pretrain(scale, runs, "twice")
+    while not list((runs / "tiny" / "training_state").glob("twice-*")):
+        assert first.poll() is None
+        time.sleep(0.002)
+    second = run_pretrain(scale, runs, "twice", stdout=subprocess.PIPE, text=True)
+    assert first.wait(120) == 0
+    written = lambda: (runs / "tiny" / "twice" / "model.safetensors").stat().st_mtime_ns
+    made = written()
+    said, _ = second.communicate(timeout=120)
+    assert second.returncode == 0 and f"is being made by process {first.pid} on " in said
+    assert written() == made
+    assert weights_of(runs / "tiny" / "twice") == weights_of(whole)
 
 
 @pytest.mark.parametrize("stop", [1, 10, 17, 29])  # in the middle, at an evaluation, in the second phase, at the end
