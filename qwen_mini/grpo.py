@@ -524,15 +524,19 @@ def eight_answers(
     ]
 
 
-def grpo_stage(config, seed: int = 0, stage: str = "grpo", settings=None, probe_seed: int = 0) -> Stage:
+def grpo_stage(
+    config, seed: int = 0, stage: str = "grpo", settings=None, probe_seed: int | None = None
+) -> Stage:
     """GRPO on fresh verified problems from the DPO checkpoint, as a stage.
 
-    How often each kind of problem is asked comes from a `probe` of the start, drawn with `probe_seed`. At the
+    How often each kind of problem is asked comes from a `probe` of the start, drawn with `probe_seed` (by
+    default the seed), which is the seed of the start, too: several runs share both. At the
     beginning, a third and two thirds of the way, and after the last step the records hold a `view`: of eight problems
     the one whose answers vary most at the start, and `eight_answers` to it. Source: report §4.3; what is not published
     is named in the notebook.
     """
     settings = settings or config.grpo
+    probe_seed = seed if probe_seed is None else probe_seed
     start, asked = dpo_checkpoint(config, settings, probe_seed), probe_stage(config, probe_seed, settings)
     sampled = (
         "steps queries group_size micro_groups levels probe max_new_tokens epsilon epsilon_high beta".split()
@@ -585,7 +589,8 @@ def viewing(step, trainer: Trainer, tokenizer: Tokenizer, example: Example, sett
 
 
 def optimize(
-    config, seed: int = 0, stage: str = "grpo", settings=None, stop_after: int | None = None, probe_seed: int = 0
+    config, seed: int = 0, stage: str = "grpo", settings=None, stop_after: int | None = None,
+    probe_seed: int | None = None,
 ) -> Path:
     """The folder of `grpo_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
     made = grpo_stage(config, seed, stage, settings, probe_seed)
@@ -643,6 +648,7 @@ def more_sft_stage(config, seed: int = 0) -> Stage:
     inputs = {
         **demonstrated_inputs(config, seed),
         "batch_rows": gentle.batch_rows,
+        "epochs": gentle.epochs,
         "optimizer": stages.optimizer_inputs(numbers),
         "as long as": stages.origin(run),
         "start": stages.origin(start),
