@@ -1,5 +1,6 @@
 """What a notebook printed and drew, cleaned so that rendering twice gives equal files, and put back into its source."""
 
+import itertools
 import json
 import re
 import shutil
@@ -54,7 +55,7 @@ def differences(nb: Notebook, scale_name: str = SCALE) -> list[str]:
             continue
         before, now = _texts(cell.outputs), _texts(anew.get(cell.id, []))
         if before != now:
-            line = next((pair for pair in zip(before.split("\n"), now.split("\n"), strict=False) if pair[0] != pair[1]), ("", ""))
+            line = next((pair for pair in itertools.zip_longest(before.split("\n"), now.split("\n"), fillvalue="") if pair[0] != pair[1]), ("", ""))
             found.append(f"{nb.path.name}, cell {number}: was {line[0]!r:.100}, is {line[1]!r:.100}: run `make outputs`")
     return found
 
@@ -72,7 +73,8 @@ def publish(nb: Notebook, scale_name: str = SCALE) -> None:
     for old in set(target.glob("*.json")) - kept:
         old.unlink()
     for name, key in keys["stages"].items():
-        if shipped_dir(name).is_dir() and read_manifest(stage_dir(scale_name, name)).get("key") == key:
+        shipped = read_manifest(shipped_dir(name)).get("key")
+        if shipped not in (None, key) and read_manifest(stage_dir(scale_name, name)).get("key") == key:
             stages.ship(stage_dir(scale_name, name), name)
     if target.is_dir() and not any(target.iterdir()):
         shutil.rmtree(target)

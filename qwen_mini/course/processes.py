@@ -59,7 +59,7 @@ def _one_after_the_other(calls, on_done) -> dict:
     try:
         for name, call in calls.items():
             begun = time.monotonic()
-            with _generators_kept():
+            with generators_kept():
                 results[name] = call()
             if on_done:
                 on_done(name, time.monotonic() - begun)
@@ -69,7 +69,7 @@ def _one_after_the_other(calls, on_done) -> dict:
 
 
 @contextlib.contextmanager
-def _generators_kept() -> Iterator[None]:
+def generators_kept() -> Iterator[None]:
     """Random generators go on as if the block had drawn nothing, as they do when it is a fork."""
     import numpy as np
     import torch

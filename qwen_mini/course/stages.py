@@ -5,19 +5,20 @@ torch and Python are provenance: they stand in the manifest and make nothing sta
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import artifacts, hardware
 from .errors import CourseError
 from .paths import shown
+from .processes import generators_kept
 from .provenance import provenance
 from .versions import versions_of
 
@@ -28,16 +29,16 @@ MOST_METRICS = 200  # records of a shipped checkpoint
 Begin = Callable[[object], tuple]  # dtype -> (trainer, step, tokenizer)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """A handle: making it computes nothing; `folder()` finds the result by its key, or makes it."""
 
-    config: object = field(repr=False, compare=False)
+    config: object = field(repr=False)
     name: str
     seed: int = field(repr=False)
-    inputs: dict = field(repr=False, compare=False)  # JSON-able: all that decides the result but seed and versions
-    versions: dict[str, int] = field(repr=False, compare=False)
-    work: Callable[["Stage", int | None], Path | None] = field(repr=False, compare=False)
+    inputs: dict = field(repr=False)  # JSON-able: all that decides the result but seed and versions
+    versions: dict[str, int] = field(repr=False)
+    work: Callable[["Stage", int | None], Path | None] = field(repr=False)
 
     @property
     def key(self) -> str:
@@ -54,15 +55,21 @@ class Stage:
         return artifacts.find_by_key(self.scale, self.name, self.key)
 
     def identity(self) -> str:
-        """What depends on this stage holds: of a shipped one the hash of the weights that are found, else the key."""
-        shipped = artifacts.read_manifest(artifacts.shipped_dir(self.name)).get("key") == self.key
-        return weights_hash(self.find()) if shipped else self.key
+        """What depends on this stage holds: the hash of the weights where the course ships it, else the key.
+
+        Numbers belong to weights: whoever trains a shipped stage anew measures anew. Of another stage nobody has the
+        weights before they are needed.
+        """
+        ships = artifacts.read_manifest(artifacts.shipped_dir(self.name)).get("scale") == self.scale
+        found = self.find() if ships else None
+        return weights_hash(found) if found and any(found.glob("*.safetensors")) else self.key
 
     def folder(self) -> Path:
         """The finished folder, made now if nobody has made it; the running notebook notes that it used it."""
         from . import records
 
-        records.note_stage(self)
+        if not _making:  # what a training reads is in its key; a notebook that finds the result does not see it
+            records.note_stage(self)
         found = self.find()
         if _filling:
             return found or artifacts.find(self.scale, self.name, self.config.digest)
@@ -77,6 +84,11 @@ class Stage:
         """
         from qwen_mini.pretraining import is_first
 
+        if os.environ.get("QWEN_MINI_RECORDS") == "only" and not os.environ.get("QWEN_MINI_VERIFY"):
+            raise artifacts.MissingStage(
+                f"the stage {self.name!r} is not there, or is of other settings: make it with "
+                f"`qwen-mini outputs`, or ask for more than records"
+            )
         artifacts.check_writable(self.scale)
         before = self.find()
         lock = artifacts.stage_lock(self.scale, self.name) if is_first() else contextlib.nullcontext()
@@ -84,7 +96,20 @@ class Stage:
             # whoever had to wait may find it made; under torchrun all ranks do as the first one found
             if found := _as_the_first(self.find() if not before else None):
                 return Path(found)
-            return self.work(self, stop_after)
+            with generators_kept(), _noted_by_nobody():
+                return self.work(self, stop_after)
+
+
+_making: list[int] = []  # one entry while a stage is made
+
+
+@contextlib.contextmanager
+def _noted_by_nobody() -> Iterator[None]:
+    _making.append(1)
+    try:
+        yield
+    finally:
+        _making.pop()
 
 
 def stage(config, name: str, modules: tuple[str, ...], seed: int, inputs: dict, begin: Begin) -> Stage:
@@ -359,8 +384,3 @@ def _agreed(made: Stage) -> Path:
         where = shown(artifacts.stage_dir(made.scale, made.name))
         raise CourseError(f"the stage {made.name!r} was made by another process, but is not in {where}")
     return folder
-
-
-def as_inputs(settings) -> dict:
-    """A section of a scale as the inputs of a stage."""
-    return dataclasses.asdict(settings)
