@@ -31,7 +31,8 @@ def write(root, name, *cells, prose="# Title", parameters='scale = "laptop"\nsee
 
 def stamp(path):
     """Note that the outputs belong to the code as it is."""
-    edit(path, lambda data: data["metadata"].update(qwen_mini={"scale": "laptop", "code": nb.Notebook(path).code_digest}))
+    facts = {"scale": "laptop", "code": nb.Notebook(path).code_digest, "settings": outputs.settings_digest()}
+    edit(path, lambda data: data["metadata"].update(qwen_mini=facts))
 
 
 def edit(path, change):

@@ -590,18 +590,14 @@ def test_killed_at_random_moments_reaches_the_same_numbers(prepared, whole):
 
 @pytest.mark.skipif(os.name == "nt", reason="nothing keeps two writers apart there")
 def test_a_second_process_waits_and_finds_the_stage_made(prepared, whole):
-    _, scale, _, runs = prepared
-    first = run_pretrain(scale, runs, "twice")
-    while not list((runs / "tiny" / "training_state").glob("twice-*")):
-        assert first.poll() is None
-        time.sleep(0.002)
-    second = run_pretrain(scale, runs, "twice", stdout=subprocess.PIPE, text=True)
-    assert first.wait(120) == 0
-    written = lambda: (runs / "tiny" / "twice" / "model.safetensors").stat().st_mtime_ns
-    made = written()
+    config, scale, _, runs = prepared
+    with artifacts.stage_lock("tiny", "twice"):
+        second = run_pretrain(scale, runs, "twice", stdout=subprocess.PIPE, text=True)
+        assert f"twice is being made by process {os.getpid()} on " in second.stdout.readline()
+        weights = pretrain(config, stage="twice") / "model.safetensors"
+        made = weights.stat().st_mtime_ns
     said, _ = second.communicate(timeout=120)
-    assert second.returncode == 0 and f"is being made by process {first.pid} on " in said
-    assert written() == made
+    assert second.returncode == 0 and said == "" and weights.stat().st_mtime_ns == made
     assert weights_of(runs / "tiny" / "twice") == weights_of(whole)
 
 

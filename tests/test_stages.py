@@ -6,21 +6,21 @@ import json
 import pytest
 import torch
 
-from qwen_mini.course import CourseError, artifacts, load_scale, stages
+from qwen_mini.course import CourseError, artifacts, load_scale, stages, training
 from qwen_mini.course.training import STAGES, train
 
 LAPTOP = load_scale("laptop")
 
 
 def handle(name, config=LAPTOP, seed=0):
-    import importlib
-
-    module, _, function = STAGES[name].partition(".")
-    return getattr(importlib.import_module(f"qwen_mini.{module}"), function)(config, seed)
+    return training.handle(name, config, seed)
 
 
 SHIPPED = [name for name in STAGES if artifacts.shipped_dir(name).is_dir()]
-STARTS = {"long_context": "pretraining", "sft": "long_context", "careless": "sft", "pairs": "sft", "dpo": "sft", "grpo": "dpo"}
+STARTS = {
+    **{"long_context": "pretraining", "sft": "long_context", "grpo": "dpo"},
+    **dict.fromkeys(("careless", "pairs", "dpo"), "sft"),
+}
 
 
 def test_every_model_of_the_course_is_shipped():
@@ -90,7 +90,7 @@ def test_the_extension_depends_on_every_number_of_its_optimiser(field):
         assert mine != theirs
 
 
-OWN = {"pretraining": "pretraining", "long_context": "long_context", "sft": "sft", "pairs": "dpo", "dpo": "dpo", "grpo": "grpo"}
+OWN = {name: name for name in ("pretraining", "long_context", "sft", "dpo", "grpo")} | {"pairs": "dpo"}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
@@ -14,6 +15,8 @@ from .nb import Notebook
 from .paths import home, runs
 from .progress import MARK
 from .runner import executed_path
+from .scales import load_scale
+from .stages import digest
 
 SCALE = "laptop"  # what committed outputs, records and checkpoints are made at
 LIVE = "live"  # the tag of a cell whose text differs from processor to processor
@@ -26,13 +29,19 @@ def copy_outputs(nb: Notebook, scale_name: str = SCALE) -> bool:
     outputs = executed_outputs(nb, scale_name)
     book = nbformat.read(nb.path, as_version=4)
     book.metadata = nbformat.from_dict({key: value for key, value in book.metadata.items() if key == "kernelspec"})
-    book.metadata["qwen_mini"] = {"scale": scale_name, "code": nb.code_digest, **used(nb, scale_name)}
+    made_of = {"scale": scale_name, "settings": settings_digest(), "code": nb.code_digest}
+    book.metadata["qwen_mini"] = made_of | used(nb, scale_name)
     for cell in book.cells:
         cell.metadata = nbformat.from_dict({key: value for key, value in cell.metadata.items() if key == "tags"})
         if cell.cell_type == "code":
             cell.execution_count = None
             cell.outputs = outputs.get(cell.id, [])
     return _write_if_changed(nb.path, nbformat.writes(book) + "\n")
+
+
+def settings_digest() -> str:
+    """Of all settings of the scale that outputs are made at, but the machine's."""
+    return digest({key: value for key, value in asdict(load_scale(SCALE)).items() if key != "run"})
 
 
 def executed_outputs(nb: Notebook, scale_name: str = SCALE) -> dict[str, list]:

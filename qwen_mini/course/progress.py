@@ -1,5 +1,7 @@
 """One line that changes while something runs, and is gone when it has."""
 
+import multiprocessing
+
 MARK = {"qwen_mini": "progress"}  # in the output's metadata: such outputs are not kept
 
 
@@ -31,6 +33,8 @@ class Progress:
 
 
 def _in_notebook() -> bool:
+    if multiprocessing.parent_process():  # a fork: what it displays would reach the kernel's own session
+        return False
     try:
         from IPython import get_ipython
     except ImportError:

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .nb import Notebook, notebooks
-from .outputs import SCALE
+from .outputs import SCALE, settings_digest
+from .paths import PACKAGE
 from .records import BadRecord, read
+from .scales import load_scale
+from .training import STAGES, handle
 from .versions import versions
 
 
@@ -30,7 +33,8 @@ def stale_stages(root: Path) -> list[Stale]:
     found = []
     for path in sorted((root / "data" / "checkpoints").glob("*/manifest.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
-        if reason := _other_versions(facts.get("versions", {})):
+        reason = _other_versions(facts.get("versions", {})) or _other_settings(root, path.parent.name, facts)
+        if reason:
             seconds = facts.get("provenance", {}).get("seconds", 0)
             found.append(Stale(f"stage {path.parent.name}", reason, seconds))
     return found
@@ -64,6 +68,8 @@ def why_stale(root: Path, nb: Notebook) -> str:
         return f"its outputs are of scale {facts.get('scale')}, not {SCALE}"
     if facts.get("code") != nb.code_digest:
         return "its outputs are of other code"
+    if facts.get("settings") != settings_digest():
+        return f"its outputs are of other settings of {SCALE}"
     for kind, shipped in (("stages", _stage_keys(root)), ("records", _record_keys(root, nb.name))):
         for name, key in facts.get(kind, {}).items():
             if name in shipped and shipped[name] != key:
@@ -71,6 +77,13 @@ def why_stale(root: Path, nb: Notebook) -> str:
             if name not in shipped and kind == "records":
                 return f"the record {name} is missing"
     return ""
+
+
+def _other_settings(root: Path, name: str, facts: dict) -> str:
+    """Whether a checkpoint of the course is of other settings than its scale has now."""
+    if root.resolve() != PACKAGE.parent or name not in STAGES:
+        return ""
+    return "" if handle(name, load_scale(SCALE), 0).key == facts.get("key") else f"its settings in {SCALE}.toml changed"
 
 
 def record_files(root: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from .errors import CourseError
 from .paths import shown
 from .processes import die_with_parent
 from .scales import ScaleConfig
+from .stages import Stage
 
 # stage -> the function that gives its handle; what a stage starts from is made first
 STAGES = {
@@ -25,14 +26,20 @@ COLLECTIVE = datetime.timedelta(minutes=30)  # the longest that one process may 
 PREPARATION = datetime.timedelta(days=1)  # the corpus is prepared by one process while the others wait
 
 
+def handle(name: str, config: ScaleConfig, seed: int = 0) -> Stage:
+    """The handle of a stage of the course; nothing is computed."""
+    if name not in STAGES:
+        raise CourseError(f"there is no stage {name!r} to train: use one of {', '.join(STAGES)}")
+    module, _, function = STAGES[name].partition(".")
+    return getattr(importlib.import_module(f"qwen_mini.{module}"), function)(config, seed)
+
+
 def train(config: ScaleConfig, name: str = "pretraining", seed: int = 0, anew: bool = False) -> int:
     """Train a stage, after what it starts from; `anew` trains it although it is there."""
     import torch
     import torch.distributed as dist
 
-    if name not in STAGES:
-        raise CourseError(f"there is no stage {name!r} to train: use one of {', '.join(STAGES)}")
-    module, _, function = STAGES[name].partition(".")
+    handle(name, config, seed)  # a wrong name is told before anything starts
     processes, first = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")) == 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, hardware.threads(config) // here))
@@ -42,7 +49,7 @@ def train(config: ScaleConfig, name: str = "pretraining", seed: int = 0, anew: b
     try:
         if name not in WITHOUT_TEXT or config.name not in ("quick", "laptop"):
             _prepare(config, seed, first, processes)
-        stage = getattr(importlib.import_module(f"qwen_mini.{module}"), function)(config, seed)
+        stage = handle(name, config, seed)
         folder = stage.make() if anew else stage.folder()
     finally:
         if processes > 1:
