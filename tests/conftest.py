@@ -52,7 +52,7 @@ def run_two_processes(folder, body, *arguments, **variables):
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    subprocess.run([*launch, *map(str, arguments)], check=True, timeout=180, env=environment)
+    subprocess.run([*launch, *map(str, arguments)], check=True, timeout=600, env=environment)
 
 
 def small_config(**changes):

@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
         shutil.copytree(one, two)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command += ["-m", "qwen_mini.course", "train", "dpo", "--scale", scale]
-        subprocess.run(command, check=True, timeout=300, env=environment | {"QWEN_MINI_RUNS": str(two)})
+        subprocess.run(command, check=True, timeout=600, env=environment | {"QWEN_MINI_RUNS": str(two)})
         assert cli.main(["train", "sft", "--scale", scale]) == 0
     return scale, one, two
 

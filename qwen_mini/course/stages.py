@@ -129,13 +129,13 @@ def data_stage(
     seed: int,
     inputs: dict,
     fill: Callable[[Path], None],
-    start: "Path | Stage | None" = None,
+    starts: tuple = (),
 ) -> Stage:
     """A stage of data, such as sampled pairs: `fill(folder)` writes it, in the first process alone.
 
-    `start`: what `fill` reads; a stage that is not there is made before, by all processes together.
+    `starts`: what `fill` reads; a stage that is not there is made before, by all processes together.
     """
-    return Stage(config, name, seed, inputs, versions_of(*modules), lambda self, _: _fill(self, fill, start))
+    return Stage(config, name, seed, inputs, versions_of(*modules), lambda self, _: _fill(self, fill, starts))
 
 
 def origin(start: "Path | Stage") -> str:
@@ -234,11 +234,11 @@ def state_path(made: Stage) -> Path:
 _filling = False  # whether this process works alone while the others of its group wait
 
 
-def _fill(made: Stage, fill: Callable[[Path], None], start: "Path | Stage | None") -> Path:
+def _fill(made: Stage, fill: Callable[[Path], None], starts: tuple) -> Path:
     from qwen_mini.pretraining import is_first
 
-    if isinstance(start, Stage):
-        start.folder()
+    for start in starts:
+        folder_of(start)
     if is_first():
         begun = time.monotonic()
         with artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder, _alone():
@@ -361,12 +361,13 @@ def _compare_ranks(made: Stage, stands: str) -> None:
     if world()[1] == 1:
         return
     seen = [None] * world()[1]
-    dist.all_gather_object(seen, (f"{made.name} ({made.key})", stands))
+    dist.all_gather_object(seen, (made.key, stands))
     if len(set(seen)) > 1:
-        told = sorted({f"{name} is {how}" for name, how in seen})
+        one_key = len({key for key, _ in seen}) == 1
+        told = sorted({how if one_key else f"{how}, with the key {key}," for key, how in seen})
         raise CourseError(
-            f"these processes do not see the same folder: {' for one of them, but '.join(told)} for another; put "
-            "QWEN_MINI_RUNS on a disk that all of them share"
+            f"these processes do not see the same folder: {made.name} is {' for one of them, but '.join(told)} for "
+            "another; put QWEN_MINI_RUNS on a disk that all of them share"
         )
 
 
