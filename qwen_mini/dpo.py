@@ -125,7 +125,7 @@ def preferred_stage(config, seed: int = 0) -> Stage:
         tokenizer, asked = Tokenizer.from_pretrained(source), preferred_problems(sampled[0], seed)
         write_answers(folder, evaluate_tasks(policy, tokenizer, asked, 1.0, *sampled[1:], seed))
 
-    return stages.data_stage(config, "preferred", ("dpo",), seed, inputs, fill)
+    return stages.data_stage(config, "preferred", ("dpo",), seed, inputs, fill, (start,))
 
 
 def read_preferred(made: Stage) -> list[list[Answer]]:
@@ -367,10 +367,20 @@ def prefer(*arguments, **options) -> tuple[Trainer, list[dict]]:
     return trainer, [step(number) for number in range(trainer.total_steps)]
 
 
-def pairs_stage(config, seed: int = 0, settings=None, stage: str = "pairs") -> Stage:
-    """The pairs that DPO trains on, sampled from the SFT checkpoint, as a stage (`pairs.jsonl`)."""
+def pairs_stage(
+    config,
+    seed: int = 0,
+    settings=None,
+    stage: str = "pairs",
+    start_seed: int | None = None,
+) -> Stage:
+    """The pairs that DPO trains on, sampled from the SFT checkpoint, as a stage (`pairs.jsonl`).
+
+    start_seed: of that checkpoint, by default the seed; several runs share a start.
+    """
     settings = settings or config.dpo
-    start = start_checkpoint(config, "sft", settings.start, seed)
+    start_seed = seed if start_seed is None else start_seed
+    start = start_checkpoint(config, "sft", settings.start, start_seed)
     sampled = ("problems", "samples", "pairs_per_problem", "max_new_tokens")
     inputs = {name: getattr(settings, name) for name in sampled} | {"start": stages.origin(start)}
 
@@ -382,7 +392,7 @@ def pairs_stage(config, seed: int = 0, settings=None, stage: str = "pairs") -> S
         lines = [json.dumps(dataclasses.asdict(pair)) + "\n" for pair in pairs]
         (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
 
-    return stages.data_stage(config, stage, ("dpo",), seed, inputs, fill)
+    return stages.data_stage(config, stage, ("dpo",), seed, inputs, fill, (start,))
 
 
 def read_pairs(folder: Path) -> list[Pair]:
@@ -391,15 +401,24 @@ def read_pairs(folder: Path) -> list[Pair]:
     return [Pair(**json.loads(line)) for line in lines]
 
 
-def dpo_stage(config, seed: int = 0, stage: str = "dpo", settings=None) -> Stage:
+def dpo_stage(
+    config,
+    seed: int = 0,
+    stage: str = "dpo",
+    settings=None,
+    start_seed: int | None = None,
+) -> Stage:
     """DPO on fresh pairs of the SFT checkpoint with the Online Merging Optimizer, as a stage.
 
-    Source: report §4.2; what is not published is named in the notebook.
+    start_seed: of the SFT checkpoint, by default the seed; several runs share a start. Source: report §4.2; what is
+    not published is named in the notebook.
     """
     settings = settings or config.dpo
-    start = start_checkpoint(config, "sft", settings.start, seed)
-    base, place = extended_checkpoint(config, seed), "pairs" if stage == "dpo" else f"pairs_{stage}"
-    sampled = pairs_stage(config, seed, settings, place)
+    start_seed = seed if start_seed is None else start_seed
+    start = start_checkpoint(config, "sft", settings.start, start_seed)
+    base = extended_checkpoint(config, start_seed)
+    place = "pairs" if stage == "dpo" else f"pairs_{stage}"
+    sampled = pairs_stage(config, seed, settings, place, start_seed)
     inputs = {
         "training": [settings.epochs, settings.batch_pairs, settings.beta],
         "merging": [settings.alpha, settings.keep],

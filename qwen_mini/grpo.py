@@ -485,7 +485,7 @@ def probe_stage(config, seed: int = 0, settings=None) -> Stage:
         found = {"weights": [[*kind, weight] for kind, weight in weights.items()], "tokens": tokens}
         (folder / "probe.json").write_text(json.dumps(found), encoding="utf-8")
 
-    return stages.data_stage(config, "probe", ("grpo",), seed, inputs, fill)
+    return stages.data_stage(config, "probe", ("grpo",), seed, inputs, fill, (start,))
 
 
 def read_probe(folder: Path) -> tuple[Weights, int]:
@@ -710,7 +710,8 @@ def right_answers_stage(
         lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
         (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
 
-    return stages.data_stage(config, stage, ("grpo",), seed, inputs, fill)
+    starts = (policy, probed)
+    return stages.data_stage(config, stage, ("grpo",), seed, inputs, fill, starts)
 
 
 def imitation_stages(config, rounds: int, stage: str, seed: int = 0) -> list[Stage]:

@@ -202,10 +202,15 @@ def recode(tokens: np.ndarray, old: Tokenizer, new: Tokenizer) -> np.ndarray:
     return pack(ids, new.endoftext_id, "<u2" if new.vocab_size <= 65_536 else "<u4")
 
 
-def open_long_corpus(config, folder: Path) -> tuple[LongCorpus, Tokenizer]:
-    """The corpus for extending or measuring the checkpoint in `folder`, and the checkpoint's tokenizer."""
+def open_long_corpus(
+    config, folder: Path, seed: int | None = None
+) -> tuple[LongCorpus, Tokenizer]:
+    """The corpus for extending or measuring the checkpoint in `folder`, and the checkpoint's tokenizer.
+
+    seed: the corpus must be of; CorpusError if it is of another one.
+    """
     tokenizer = Tokenizer.from_pretrained(folder)
-    corpus, own = open_prepared(config)
+    corpus, own = open_prepared(config, seed)
     return LongCorpus(corpus, tokenizer, own), tokenizer
 
 
@@ -752,7 +757,7 @@ def extension_stage(config, seed: int = 0, stage: str = "long_context", settings
     def begin(dtype):
         folder = stages.folder_of(start)
         prepare_corpus(config, seed)
-        corpus, tokenizer = open_long_corpus(config, folder)
+        corpus, tokenizer = open_long_corpus(config, folder, seed)
         trainer = make_extension(config, folder, corpus, seed, dtype, settings)
         sampler = trainer.sampler
         step = lambda number: trainer.step(sampler.batch(number, *world()))

@@ -408,7 +408,7 @@ def answers_stage(
         write_answers(folder, answers)
 
     name = "answers" if split == "train" else f"answers_{split}"
-    return stages.data_stage(config, name, ("reward_model",), seed, inputs, fill)
+    return stages.data_stage(config, name, ("reward_model",), seed, inputs, fill, (careless,))
 
 
 def read_answers(made: Stage) -> list[list[Answer]]:

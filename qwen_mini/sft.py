@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .corpus import corpus_inputs, needle_pieces
+from .corpus import corpus_inputs, needle_pieces, prepare_corpus
 from .course import CourseError, hardware, stages
 from .course.stages import Stage
 from .generation import generate
@@ -576,7 +576,11 @@ def sft_stage(config, seed: int = 0, stage: str = "sft", settings=None) -> Stage
         "mixture": dict(config.pretraining.phases[-1].mixture),
         "corpus": corpus_inputs(config, seed),
     }
-    rows = lambda folder: training_rows(config, settings, *open_long_corpus(config, folder), seed)
+
+    def rows(folder):
+        prepare_corpus(config, seed)
+        return training_rows(config, settings, *open_long_corpus(config, folder, seed), seed)
+
     return rows_stage(config, stage, ("sft",), seed, start, settings, inputs, rows)
 
 

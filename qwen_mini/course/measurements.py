@@ -117,7 +117,7 @@ def write(root: Path, check: bool = False) -> list[str]:
     number in README that nobody computes.
     """
     page, readme = root / "docs" / "measurements.md", root / "README.md"
-    wanted = {page: _page(root), readme: _filled(readme.read_text(encoding="utf-8"), root)}
+    wanted = {page: _page(root), readme: _filled(readme.read_text(encoding="utf-8"), root)} if readme.exists() else {}
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in [] if check else stale:
         write_file(path, wanted[path])
