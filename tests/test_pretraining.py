@@ -105,7 +105,7 @@ mixture = {{ python = 0.6, tasks = 0.15, chat = 0.1, needles_64 = 0.15 }}
 
 [long_context]
 start = "own"
-batch_tokens = 512
+batch_tokens = 1024
 learning_rate = 1e-3
 matrix_learning_rate = 0.004
 warmup_steps = 1
@@ -113,9 +113,9 @@ needle_share = 0.3
 needle_rows = 8
 
 [[long_context.stages]]
-tokens = 512
+tokens = 1024
 rope_theta = 20000.0
-lengths = [64]
+lengths = [512]
 shares = [1.0]
 
 [dual_chunk]
@@ -124,7 +124,7 @@ tries = 2
 
 [sparse_prefill]
 lengths = [128, 256]
-chunk_tokens = 96
+chunk_tokens = 384
 tries = 1
 
 [sft]

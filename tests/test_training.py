@@ -4,75 +4,103 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from test_pretraining import losses_of, tiny_scale, weights_of
+from test_pretraining import TINY, losses_of, tiny_scale, weights_of
 
-from qwen_mini.course import artifacts, cli, load_scale, stages
+from qwen_mini.course import artifacts, cli
 
-CHAIN = ["pretraining", "long_context", "sft", "pairs", "dpo"]
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+def train(runs: Path, *words: str) -> None:
+    """`qwen-mini train` in this process, with results there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWEN_MINI_RUNS", str(runs))
+        assert cli.main(["train", *words]) == 0
+
+
+def train_in_two(runs: Path, *words: str) -> None:
+    """The same in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"QWEN_MINI_RUNS": str(runs)}
+    subprocess.run([*command, "-m", "qwen_mini.course", "train", *words], check=True, timeout=600, env=environment)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """(scale, runs, runs of two processes): dpo and all before it; the two processes begin at the fine-tuning."""
-    folder = tmp_path_factory.mktemp("training")
+def tuned(tmp_path_factory):
+    """(scale, runs of one process, runs of two): `sft`, and all before it by one process."""
+    folder = tmp_path_factory.mktemp("tuned")
     scale, one, two = tiny_scale(folder), folder / "one", folder / "two"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("QWEN_MINI_RUNS", str(one))
-        assert cli.main(["train", "long_context", "--scale", scale]) == 0
-        shutil.copytree(one, two)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command += ["-m", "qwen_mini.course", "train", "dpo", "--scale", scale]
-        subprocess.run(command, check=True, timeout=600, env=environment | {"QWEN_MINI_RUNS": str(two)})
-        assert cli.main(["train", "sft", "--scale", scale]) == 0
-    return scale, one, two
+    train(one, "long_context", "--scale", scale)
+    shutil.copytree(one, two)
+    train_in_two(two, "sft", "--scale", scale)
+    train(one, "sft", "--scale", scale)
+    return scale, one / "tiny", two / "tiny"
 
 
-def test_what_a_stage_starts_from_is_made_first(trained):
-    _, one, two = trained
-    for name in CHAIN:
-        assert artifacts.read_manifest(two / "tiny" / name)["key"], name
-    assert not (one / "tiny" / "dpo").exists()  # nothing that was not asked for
+def test_what_a_stage_starts_from_is_made_first_and_once(tuned):
+    _, one, two = tuned
+    for name in ("pretraining", "long_context", "sft"):
+        assert artifacts.read_manifest(one / name)["key"] == artifacts.read_manifest(two / name)["key"]
     for name in ("pretraining", "long_context"):
-        assert weights_of(one / "tiny" / name) == weights_of(two / "tiny" / name)
-    assert not list((two / "tiny" / "training_state").glob("*"))
+        assert (one / name / "model.safetensors").stat().st_mtime_ns < (one / "sft").stat().st_mtime_ns
+        assert weights_of(one / name) == weights_of(two / name)
+    assert not any((one / name).exists() for name in ("careless", "pairs", "dpo", "grpo"))  # nobody asked for them
+    assert not list(two.glob("training_state/*"))
 
 
-def test_two_processes_fine_tune_as_one(trained):
-    _, one, two = trained
-    mine, theirs = (losses_of(runs / "tiny" / "sft") for runs in (one, two))
+def test_two_processes_fine_tune_as_one(tuned):
+    mine, theirs = (losses_of(runs / "sft") for runs in tuned[1:])
     assert len(mine) > 5 and [r[0] for r in mine] == [r[0] for r in theirs]
     assert [r[1] for r in mine] == pytest.approx([r[1] for r in theirs], rel=1e-4)
-    keys = [artifacts.read_manifest(runs / "tiny" / "sft")["key"] for runs in (one, two)]
-    assert keys[0] == keys[1]
 
 
-def test_pairs_are_sampled_by_the_first_process_and_both_train_on_them(trained, tmp_path, monkeypatch):
-    scale, _, two = trained
-    shutil.copytree(two, tmp_path / "alone")
-    folder = tmp_path / "alone" / "tiny"
-    for name in ("pairs", "dpo"):
-        shutil.rmtree(folder / name)
-    monkeypatch.setenv("QWEN_MINI_RUNS", str(tmp_path / "alone"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert cli.main(["train", "dpo", "--scale", scale]) == 0
-    pairs = [(where / "pairs" / "pairs.jsonl").read_bytes() for where in (folder, two / "tiny")]
-    assert pairs[0] and pairs[0] == pairs[1]
-    alone, both = ([r["loss"] for r in stages.metrics(where / "dpo")] for where in (folder, two / "tiny"))
-    assert alone == pytest.approx(both, rel=1e-4)
-
-
-def test_a_finished_stage_is_trained_again_only_if_asked(trained, monkeypatch, capsys):
-    scale, one, _ = trained
-    monkeypatch.setenv("QWEN_MINI_RUNS", str(one))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    weights = one / "tiny" / "sft" / "model.safetensors"
+def test_a_finished_stage_is_trained_again_only_if_asked(tuned, capsys):
+    scale, one, _ = tuned
+    weights = one / "sft" / "model.safetensors"
     before, content = weights.stat().st_mtime_ns, weights.read_bytes()
-    assert cli.main(["train", "sft", "--scale", scale]) == 0
+    train(one.parent, "sft", "--scale", scale)
     assert "sft is in " in capsys.readouterr().out and weights.stat().st_mtime_ns == before
-    assert cli.main(["train", "sft", "--scale", scale, "--fresh"]) == 0
+    train(one.parent, "sft", "--scale", scale, "--fresh")
     assert weights.stat().st_mtime_ns != before and weights.read_bytes() == content
-    assert load_scale(scale).name == "tiny" and artifacts.made("tiny", "sft")
+
+
+@pytest.fixture(scope="module")
+def preferring(tmp_path_factory):
+    """(runs of one process, runs of two): `dpo` from the shipped checkpoint, and the pairs that it trains on."""
+    folder = tmp_path_factory.mktemp("preferring")
+    before, dpo, after = TINY.partition("[dpo]")
+    section, grpo, rest = after.partition("[grpo]")
+    sizes = {"problems": (1, 2), "samples": (2, 8), "max_new_tokens": (8, 48), "pairs_per_problem": (1, 2)}
+    sizes |= {"epochs": (1, 2), "batch_pairs": (2, 128)}
+    for name, (few, more) in sizes.items():  # all pairs in every batch: however many there are, two can share them
+        assert f"\n{name} = {few}\n" in section
+        section = section.replace(f"\n{name} = {few}\n", f"\n{name} = {more}\n")
+    text = before + dpo + section + grpo + rest
+    scale = folder / "ready.toml"
+    scale.write_text(text.replace('start = "own"', 'start = "shipped"').format(dtype="float32"))
+    one, two = folder / "one", folder / "two"
+    train_in_two(two, "dpo", "--scale", str(scale))
+    train(one, "dpo", "--scale", str(scale))
+    return one / "ready", two / "ready"
+
+
+def test_pairs_are_sampled_by_the_first_process_alone(preferring):
+    pairs = [(runs / "pairs" / "pairs.jsonl").read_text().splitlines() for runs in preferring]
+    assert len(pairs[0]) > 2 and pairs[0] == pairs[1]
+
+
+def test_two_processes_train_on_the_same_pairs_as_one(preferring):
+    mine, theirs = (losses_of(runs / "dpo") for runs in preferring)
+    assert [r[0] for r in mine] == [r[0] for r in theirs] == [1, 2]
+    assert [r[1] for r in mine] == pytest.approx([r[1] for r in theirs], rel=1e-3)
+    manifests = [artifacts.read_manifest(runs / "dpo") for runs in preferring]
+    assert manifests[0]["key"] == manifests[1]["key"]
+    assert manifests[0]["inputs"]["pairs"] == artifacts.read_manifest(preferring[1] / "pairs")["key"]
