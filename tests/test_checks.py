@@ -192,8 +192,8 @@ def test_untidy_notebooks(project):
     only(checks.notebooks_are_tidy(project), "metadata other than tags")
     assert sync.main([]) == 0 and checks.notebooks_are_tidy(project) == []
     assert nb.Notebook(path).parameters() == {"scale": "laptop", "seed": 0}
-    edit(path, lambda data: data["cells"][-1].update(source=f'x = "{"a" * 90}"'))
-    only(checks.notebooks_are_tidy(project), "wider than 88")
+    edit(path, lambda data: data["cells"][-1].update(source=f'x = "{"a" * 120}"'))
+    only(checks.notebooks_are_tidy(project), "wider than 120")
     edit(path, lambda data: data["cells"][-1].update(source="# " + "long\n# " * 200_000))
     only(checks.notebooks_are_tidy(project), "larger")
 
