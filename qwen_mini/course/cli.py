@@ -101,7 +101,7 @@ def measurements(options) -> int:
     from .measurements import write
 
     changed = write(home())
-    print("\n".join(f"wrote {path}" for path in changed) or "everything is current")
+    print("\n".join(f"wrote {line.split()[0]}" for line in changed) or "everything is current")
     return 0
 
 
