@@ -21,7 +21,8 @@ STAGES = {
     "dpo": "dpo.dpo_stage",
     "grpo": "grpo.grpo_stage",
 }
-WITHOUT_TEXT = ("careless", "pairs", "dpo", "grpo")  # sampled problems are all that these train on
+# what these train on is sampled, from what the section of the scale names as their start
+SAMPLED = {"careless": "reward_model", "pairs": "dpo", "dpo": "dpo", "grpo": "grpo"}
 COLLECTIVE = datetime.timedelta(minutes=30)  # the longest that one process may let the others wait
 PREPARATION = datetime.timedelta(days=1)  # the corpus is prepared by one process while the others wait
 
@@ -47,7 +48,7 @@ def train(config: ScaleConfig, name: str = "pretraining", seed: int = 0, anew: b
         die_with_parent()
         _join()
     try:
-        if name not in WITHOUT_TEXT or config.name not in ("quick", "laptop"):
+        if _needs_text(name, config, seed):
             _prepare(config, seed, first, processes)
         stage = handle(name, config, seed)
         folder = stage.make() if anew else stage.folder()
@@ -57,6 +58,14 @@ def train(config: ScaleConfig, name: str = "pretraining", seed: int = 0, anew: b
     if first:
         print(f"{name} is in {shown(folder)}")
     return 0
+
+
+def _needs_text(name: str, config: ScaleConfig, seed: int) -> bool:
+    """Whether the corpus is read: by a stage itself, or by the fine-tuning that it starts from and that is not there."""
+    if name not in SAMPLED:
+        return True
+    own = getattr(config, SAMPLED[name]).start == "own"
+    return own and handle("sft", config, seed).find() is None
 
 
 def _join() -> None:
