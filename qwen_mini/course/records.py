@@ -154,12 +154,22 @@ def _compute(calls: Mapping[str, functools.partial], keys: dict[str, str], toler
 
 def _made(name: str, call: functools.partial, key: str, tolerance, stored: bool) -> dict:
     """In the process that computes: the record, stored as soon as it is there, whatever becomes of the others."""
+    _make_stages(list(call.keywords.values()))  # whose time is not the experiment's
     begun = time.perf_counter()
     result = plain(call(), name)
     record = _record(name, call, key, tolerance, result, time.perf_counter() - begun)
     if stored:
         write(record_path(runs() / _book.scale / "records", _book.name, name), record)
     return record
+
+
+def _make_stages(value) -> None:
+    """Every stage among the inputs, made now if it is not there."""
+    if isinstance(value, Stage):
+        value.folder()
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            _make_stages(item)
 
 
 def _record(name: str, call, key: str, tolerance, result, seconds: float) -> dict:
