@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import runner
 from .errors import CourseError
-from .nb import select
+from .nb import notebooks, select
 from .outputs import SCALE
 from .records import TIMING, read
 from .stale import record_files
@@ -52,11 +52,21 @@ def _variables(**values: str) -> Iterator[None]:
 
 
 def in_turn(root: Path, count: int, longest: float = LONGEST) -> list[str]:
-    """`count` records of at most `longest` seconds, others with every commit; timings are not compared."""
-    found = [read(path) for path in record_files(root)]
+    """`count` records of at most `longest` seconds, others with every commit.
+
+    Timings are not compared, and notebooks left out whose stages would have to be trained first.
+    """
+    found = [read(path) for path in record_files(root) if path.parent.name in _trained(root)]
     short = sorted(r["name"] for r in found if r["seconds"] <= longest and r["tolerance"] != TIMING)
     start = _commits(root) * count
     return [short[(start + i) % len(short)] for i in range(min(count, len(short)))]
+
+
+def _trained(root: Path) -> set[str]:
+    """Notebooks that use no stage but those that are shipped."""
+    shipped = {path.name for path in (root / "data" / "checkpoints").iterdir()}
+    used = {nb.name: nb.data["metadata"].get("qwen_mini", {}).get("stages", {}) for nb in notebooks(root)}
+    return {name for name, stages in used.items() if set(stages) <= shipped}
 
 
 def _commits(root: Path) -> int:
