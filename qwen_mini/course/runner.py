@@ -22,6 +22,7 @@ from .environment import applied, kernel_environment, kernel_manager
 from .errors import CourseError
 from .nb import Notebook, source
 from .paths import home, runs, shown
+from .progress import clock
 from .scales import ScaleConfig, load_scale, scale_file
 
 CELL_TIMEOUT = 3600  # seconds
@@ -320,11 +321,6 @@ def _state_file(scale_name: str) -> Path:
 def _note_seconds(result: Result, scale_name: str) -> None:
     seconds = last_seconds(scale_name) | {result.notebook: round(result.seconds, 1)}
     write_file(_state_file(scale_name), json.dumps({"seconds": seconds}, indent=1) + "\n")
-
-
-def clock(seconds: float) -> str:
-    """`73` -> `1:13`."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def _claims(result: Result) -> str:
