@@ -1,4 +1,4 @@
-# make course | test | check | lab | chat | bench | outputs | clean; each prepares .venv first.
+# make course | test | check | lab | chat | bench | outputs | measurements | clean; each prepares .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -8,7 +8,7 @@ READY = $(VENV)/.ready
 export GOMP_SPINCOUNT ?= 1000
 export KMP_BLOCKTIME ?= 1
 
-.PHONY: setup course test check lab chat bench outputs clean
+.PHONY: setup course test check lab chat bench outputs measurements clean
 
 setup: $(READY)
 
@@ -28,7 +28,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 check: $(READY)
-	$(BIN)/qwen-mini check
+	$(BIN)/python -m authoring.checks
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
@@ -41,6 +41,9 @@ bench: $(READY)
 
 outputs: $(READY)
 	$(BIN)/qwen-mini outputs
+
+measurements: $(READY)
+	$(BIN)/python -m authoring.measurements
 
 # what is quick to make again; the results of the larger scales stay
 clean:

@@ -1,7 +1,7 @@
 """Run every benchmark beside this file, one process each; every line that they print is one JSON object.
 
 With `--store` they also go into docs/bench.json, with processor, threads, versions and date, from which
-`qwen-mini measurements` writes docs/measurements.md.
+`make measurements` writes docs/measurements.md.
 """
 
 import datetime
@@ -27,11 +27,11 @@ def main() -> int:
 
 
 def store(lines: list[dict]) -> None:
-    from qwen_mini.course.measurements import store_benchmarks
+    from authoring.measurements import store_benchmarks
     from qwen_mini.course.provenance import provenance
 
     machine = {**provenance(), "date": datetime.date.today().isoformat(), "lines": lines}
-    print(f"stored in {store_benchmarks(HERE.parent, machine)}: `qwen-mini measurements` writes the page")
+    print(f"stored in {store_benchmarks(HERE.parent, machine)}: `make measurements` writes the page")
 
 
 if __name__ == "__main__":

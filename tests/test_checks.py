@@ -7,7 +7,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from qwen_mini.course import checks, digits, nb, outputs, records, runner, stale, sync, versions
+from authoring import checks, digits, sync
+from qwen_mini.course import nb, outputs, records, runner, stale, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 START = 'from qwen_mini import course\nconfig = course.start("{name}", scale=scale, seed=seed)'

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from qwen_mini.course import digits
-from qwen_mini.course.digits import typed, typed_numbers
+from authoring import digits
+from authoring.digits import typed, typed_numbers
 
 RESULTS = [
     "DPO passes 59.9 % of the problems.",

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from qwen_mini.course import CourseError, measurements, records
-from qwen_mini.course.measurements import NOT_YET, measurements_are_current, store_benchmarks, write
+from authoring import measurements
+from authoring.measurements import NOT_YET, measurements_are_current, store_benchmarks, write
+from qwen_mini.course import CourseError, records
 from qwen_mini.course.stages import digest
 
 HOW = {"processor": "a processor", "precision": "bfloat16", "date": "2025-01-02"}

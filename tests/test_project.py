@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qwen_mini.course import checks, cli
+from authoring import checks
+from qwen_mini.course import cli
 from qwen_mini.course.cli import parser
 from qwen_mini.course.nb import notebooks
 
@@ -70,7 +71,7 @@ def test_every_module_imports_without_notebook_machinery():
 
 
 def test_the_course_imports_without_torch_and_chapters():
-    code = "import sys\nfrom qwen_mini import course\nfrom qwen_mini.course import cli, checks, runner\n"
+    code = "import sys\nfrom qwen_mini import course\nfrom qwen_mini.course import cli, runner\n"
     code += "assert 'torch' not in sys.modules\n"
     code += "own = {n for n in sys.modules if n.startswith('qwen_mini.')}\n"
     code += "assert all(name.startswith('qwen_mini.course') for name in own), own"
@@ -79,7 +80,7 @@ def test_the_course_imports_without_torch_and_chapters():
 
 def test_the_readme_and_the_help_agree_on_the_commands():
     commands = set(parser()._subparsers._group_actions[0].choices)
-    assert commands == {"run", "outputs", "verify", "measurements", "check", "chat", "plan", "train", "export"}
+    assert commands == {"run", "outputs", "verify", "chat", "plan", "train", "export"}
     assert (ROOT / "README.md").exists()
     assert checks.commands_exist(ROOT) == []
 

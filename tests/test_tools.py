@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_mini.course import checks
+from authoring import checks
 from qwen_mini.course.paths import home
 
 BIN = Path(sys.executable).parent

@@ -1,4 +1,4 @@
-"""The command line: `qwen-mini run | outputs | verify | check | chat | plan | train | export`."""
+"""The command line: `qwen-mini run | outputs | verify | chat | plan | train | export`."""
 
 import argparse
 import sys
@@ -36,8 +36,6 @@ def parser() -> argparse.ArgumentParser:
     executing[1].add_argument("--dry-run", action="store_true", help="only say what is not current, and what it takes")
     sub = add(verify, "compute records anew and compare", None)
     sub.add_argument("records", nargs="*", help="names such as 14_sft/base, or how many in turn (1)")
-    add(measurements, "write docs/measurements.md and README's numbers from records", None)
-    add(check, "check the project without executing it", None)
     sub = add(chat, "talk to the newest trained model", "laptop")
     sub.add_argument("--stage", help="a stage's name, instead of the newest")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
@@ -94,22 +92,6 @@ def verify(options) -> int:
     from .verify import verify
 
     return verify(home(), options.records)
-
-
-def measurements(options) -> int:
-    """Write docs/measurements.md and the numbers in README from the shipped records and stored benchmarks."""
-    from .measurements import write
-
-    changed = write(home())
-    print("\n".join(f"wrote {line.split()[0]}" for line in changed) or "everything is current")
-    return 0
-
-
-def check(options) -> int:
-    """Compare modules, notebooks, outputs, links and commands with each other; seconds, no training."""
-    from . import checks
-
-    return checks.main()
 
 
 def chat(options) -> int:

@@ -6,7 +6,7 @@ numbers without such a unit. What is known without a run (a setting, a value of 
 
     <!-- constant: why -->   alone on a line: the paragraph or table that follows; within a line: its sentence
     <!-- report: §3.2 -->    the same for values that the report or another paper gives
-    <!-- n:name -->12<!-- /n -->   filled in by `qwen-mini measurements`
+    <!-- n:name -->12<!-- /n -->   filled in by `make measurements`
     <!-- generated … -->     at the top of a file that a command writes
 """
 
@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .nb import notebooks, source
+from qwen_mini.course.nb import notebooks, source
 
 # Notebooks whose prose still types results; each of them leaves the list when it is rewritten.
 NOT_YET = (
@@ -64,7 +64,7 @@ def typed_numbers(root: Path) -> list[str]:
     """One sentence for each passage of the texts that types a result; [] if there is none."""
     books = notebooks(root)
     missing = sorted(set(NOT_YET) - {book.name for book in books})
-    problems = [f"the list NOT_YET in course/digits.py names {name}, which does not exist" for name in missing]
+    problems = [f"the list NOT_YET in authoring/digits.py names {name}, which does not exist" for name in missing]
     texts = {}
     for book in books:
         if book.name not in NOT_YET:

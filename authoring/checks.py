@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from qwen_mini.course.nb import Notebook, notebooks, source
+from qwen_mini.course.paths import home
+from qwen_mini.course.stale import record_files, stale
+from qwen_mini.course.versions import imported_chapters
+
 from .digits import typed_numbers
 from .measurements import measurements_are_current
-from .nb import Notebook, notebooks, source
-from .paths import home
-from .stale import record_files, stale
-from .versions import imported_chapters
 
 MAX_NOTEBOOK_BYTES = 1_000_000
 MAX_RECORDS = 2_000_000
@@ -32,7 +33,7 @@ def modules_equal_notebooks(root: Path) -> list[str]:
     for name, text in generated.items():
         path = root / "qwen_mini" / f"{name}.py"
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            problems.append(f"qwen_mini/{name}.py differs from its notebook: run `python -m qwen_mini.course.sync`")
+            problems.append(f"qwen_mini/{name}.py differs from its notebook: run `python -m authoring.sync`")
     for nb in books:
         if nb.module and not nb.name.endswith(f"_{nb.module}"):
             problems.append(f"{nb.path.name} exports to {nb.module}, not to the module of its own name")
@@ -186,7 +187,7 @@ def commands_exist(root: Path) -> list[str]:
 
 def _command_problem(line: str) -> str:
     """What is wrong with the arguments of a shown `qwen-mini` command, '' if nothing."""
-    from .cli import parser
+    from qwen_mini.course.cli import parser
 
     commands = parser()._subparsers._group_actions[0].choices
     words = shlex.split(line.replace("…", ""), posix=True) if line.count("'") % 2 == 0 else line.split()

@@ -1,4 +1,4 @@
-"""Generate the modules of `qwen_mini/` from their notebooks: `python -m qwen_mini.course.sync [notebook ...]`."""
+"""Generate the modules of `qwen_mini/` from their notebooks: `python -m authoring.sync [notebook ...]`."""
 
 import contextlib
 import json
@@ -7,10 +7,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .artifacts import write_file
-from .errors import CourseError
-from .nb import Notebook, select
-from .paths import home
+from qwen_mini.course.artifacts import write_file
+from qwen_mini.course.errors import CourseError
+from qwen_mini.course.nb import Notebook, select
+from qwen_mini.course.paths import home
 
 
 def generate(root: Path, books: list[Notebook]) -> dict[str, str]:
