@@ -153,18 +153,19 @@ def record(project, key="k", versions=None, result=1.0):
     path = project / "data" / "records" / "laptop" / "01_one" / "a.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"name": "01_one/a", "key": key, "versions": versions or {}, "tolerance": 0, "seconds": 90.0}
-    path.write_text(json.dumps(facts | {"sha256": records.digest(result), "result": result}))
+    facts["provenance"] = {}
+    path.write_text(json.dumps(records.sealed(facts | {"result": result})))
     return path
 
 
 def test_outputs_of_other_records_are_found(project):
     path = project / "notebooks" / "01_one.ipynb"
     edit(path, lambda data: data["metadata"]["qwen_mini"].update(records={"a": "k"}))
-    only(checks.results_are_current(project), "01_one", "the record a is missing")
+    only(checks.results_are_current(project), "01_one", "the record 01_one/a is missing")
     record(project)
     assert checks.results_are_current(project) == []
     record(project, key="other")
-    only(checks.results_are_current(project), "01_one", "the record a is newer")
+    only(checks.results_are_current(project), "01_one", "the record 01_one/a is newer")
 
 
 def test_a_raised_version_makes_exactly_what_depends_on_it_stale(project):

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -270,7 +271,7 @@ def test_verifying_compares_and_names_what_does_not_hold(monkeypatch, capsys):
     assert "verified 99_probe/a" in capsys.readouterr().out
     record = json.loads(path_of("a").read_text())
     record["result"]["value"] = 9.0
-    record["sha256"] = records.digest(record["result"])
+    record = records.sealed(record)
     records.write(path_of("a"), record)
     with pytest.raises(BadRecord, match=r"99_probe/a does not verify: result\.value was 9.0 and is 3.0"):
         experiment("a", measure, x=2)
@@ -281,6 +282,22 @@ def test_another_notebooks_record_can_be_read():
     assert records.recall("99_probe", "a")["value"] == 3.0
     with pytest.raises(BadRecord, match="qwen-mini run 98_other"):
         records.recall("98_other", "a")
+
+
+def test_a_recalled_record_is_noted():
+    experiment("a", measure, x=2)
+    records.recall("99_probe", "a")
+    used = json.loads(records.used_file("quick", "99_probe").read_text())
+    assert used["recalled"] == {"99_probe/a": key(x=2)}
+
+
+@pytest.mark.parametrize("field", ["name", "key", "versions", "tolerance", "seconds", "provenance", "result"])
+def test_no_field_of_a_record_can_be_edited_unseen(field):
+    experiment("a", measure, x=2)
+    record = json.loads(path_of("a").read_text())
+    records.write(path_of("a"), record | {field: "edited"})
+    with pytest.raises(BadRecord, match="was changed by hand"):
+        records.read(path_of("a"))
 
 
 def test_the_record_says_how_it_was_made():
@@ -299,3 +316,14 @@ def test_used_keys_are_noted():
     used = json.loads(records.used_file("quick", "99_probe").read_text())
     assert used["records"] == {"a": key(x=2)}
     assert os.environ.get("QWEN_MINI_RECORDS") is None
+
+
+def test_a_function_of_pythons_own_library_is_no_part_of_the_key():
+    def mean_of(values):
+        return fmean(values)  # noqa: F821
+
+    mean_of.__globals__["fmean"] = statistics.fmean  # as `from statistics import fmean` in a cell
+    try:
+        assert experiment("mean", mean_of, values=[1.0, 2.0]) == 1.5
+    finally:
+        del mean_of.__globals__["fmean"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .errors import CourseError
 from .paths import home
-from .scales import load_scale, scale_names
+from .scales import check_seed, load_scale, scale_names
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
         if default_scale:
             known = ", ".join(scale_names())
             sub.add_argument("--scale", default=default_scale, help=f"{known} or a TOML file ({default_scale})")
-            sub.add_argument("--seed", type=int, default=0)
+            sub.add_argument("--seed", type=int, default=0, help="0 to 2**32 - 1 (0)")
         return sub
 
     executing = (
@@ -132,6 +132,7 @@ def main(words: list[str] | None = None) -> int:
     """Run one command; returns 0 for success, 1 if something did not hold, 2 for a request that cannot be met."""
     options = parser().parse_args(words)
     try:
+        check_seed(getattr(options, "seed", 0))
         return options.function(options)
     except CourseError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -51,9 +51,9 @@ def executed_outputs(nb: Notebook, scale_name: str = SCALE) -> dict[str, list]:
 
 
 def used(nb: Notebook, scale_name: str = SCALE) -> dict[str, dict[str, str]]:
-    """The keys of the stages and records that the notebook used when it ran last."""
+    """The keys of the stages and records that the notebook used when it ran last, and of other notebooks' records."""
     found = json.loads(records.used_file(scale_name, nb.name).read_text(encoding="utf-8"))
-    return {kind: dict(sorted(found.get(kind, {}).items())) for kind in ("stages", "records")}
+    return {"stages": {}, "records": {}} | {kind: dict(sorted(keys.items())) for kind, keys in sorted(found.items())}
 
 
 def differences(nb: Notebook, scale_name: str = SCALE) -> list[str]:

@@ -77,8 +77,8 @@ def asked_anew() -> bool:
 def experiment(name: str, fn: Callable, /, *, tolerance: float | str = 0.05, **inputs):
     """The result of `fn(**inputs)`, from its record or computed now; plain JSON data.
 
-    `tolerance`: how far a number may be from the record when another machine computes it anew, as a share of it;
-    `"timing"` for seconds and speeds. What `fn` reads must be an input, a function or a constant of the notebook, or
+    `tolerance`: how far a number may be from the record when another machine computes it anew, as a share of it (of 1
+    where it is smaller than 1); `"timing"` for seconds and speeds. What `fn` reads must be an input, a function or a constant of the notebook, or
     come from a chapter. CourseError names what is not, and what JSON cannot hold.
     """
     return experiments({name: functools.partial(fn, **inputs)}, tolerance=tolerance)[name]
@@ -116,7 +116,10 @@ def recall(notebook: str, name: str):
     for folder in (runs() / scale / "records", home() / "data" / "records" / scale):
         path = record_path(folder, notebook, name)
         if path.exists():
-            return read(path)["result"]
+            record = read(path)
+            if _book:
+                _note("recalled", {f"{notebook}/{name}": record["key"]})
+            return record["result"]
     raise BadRecord(
         f"the record {notebook}/{name} of scale {scale} is missing: make it with `qwen-mini run {notebook} --scale {scale}`"
     )
@@ -173,16 +176,23 @@ def _make_stages(value) -> None:
 
 
 def _record(name: str, call, key: str, tolerance, result, seconds: float) -> dict:
-    return {
-        "name": f"{_book.name}/{name}",
-        "key": key,
-        "versions": _versions(call),
-        "tolerance": tolerance,
-        "seconds": round(seconds, 1),
-        "provenance": provenance(hardware.pick_dtype(_book.dtype)),
-        "sha256": digest(result),
-        "result": result,
-    }
+    return sealed(
+        {
+            "name": f"{_book.name}/{name}",
+            "key": key,
+            "versions": _versions(call),
+            "tolerance": tolerance,
+            "seconds": round(seconds, 1),
+            "provenance": provenance(hardware.pick_dtype(_book.dtype)),
+            "result": result,
+        }
+    )
+
+
+def sealed(record: dict) -> dict:
+    """The record with the digest of all that it says."""
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    return content | {"sha256": digest(content)}
 
 
 def _expected(name: str) -> float | None:
@@ -235,10 +245,12 @@ def read(path: Path) -> dict:
     """A record, checked: whole, and as it was written. BadRecord says what is wrong and what to do."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        sound = digest(record["result"]) == record["sha256"] and {"name", "key", "tolerance", "seconds"} <= set(record)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise BadRecord(f"{shown(path)} is not a whole record: delete it, and it is computed anew") from None
-    if not sound:
+        whole = {"name", "key", "versions", "tolerance", "seconds", "provenance", "result", "sha256"} <= set(record)
+    except (OSError, ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise BadRecord(f"{shown(path)} is not a whole record: delete it, and it is computed anew")
+    if record != sealed(record):
         raise BadRecord(f"{shown(path)} was changed by hand: delete it, and it is computed anew")
     return record
 
@@ -358,7 +370,7 @@ class Trace:
         if chapter := self._chapter(fn):
             self.modules.add(chapter)
             return ["chapter", chapter, fn.__qualname__]
-        if fn.__module__.partition(".")[0] in ("qwen_mini", "torch", "numpy") or fn.__module__ == "builtins":
+        if _is_library(fn.__module__):
             return ["library", fn.__module__, fn.__qualname__]
         if id(fn) in self.seen:
             return ["again", self.seen[id(fn)]]
@@ -475,6 +487,12 @@ def _class_source(cls: type) -> str:
             if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
                 return ast.unparse(node)
     return textwrap.dedent(inspect.getsource(cls))
+
+
+def _is_library(module: str) -> bool:
+    """Whether code of this module is no part of a key: Python's own, or of a library that chapters build on."""
+    package = module.partition(".")[0]
+    return package in ("qwen_mini", "torch", "numpy") or package in sys.stdlib_module_names and package != "__main__"
 
 
 def _is_precision(value) -> bool:

@@ -446,6 +446,12 @@ class Sections:
         return self.sections[name]
 
 
+def check_seed(seed: int) -> None:
+    """CourseError for a seed that numpy or torch would refuse in the middle of the work."""
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise CourseError(f"a seed is a whole number from 0 to 2**32 - 1, got {seed!r}")
+
+
 def scale_names() -> list[str]:
     """The scales that come with the course, in order of size."""
     known = [path.stem for path in FOLDER.glob("*.toml")]

@@ -5,7 +5,7 @@ import random
 from types import ModuleType
 
 from . import claims, figures, hardware
-from .scales import ScaleConfig, load_scale
+from .scales import ScaleConfig, check_seed, load_scale
 
 
 def start(notebook: str, scale: str = "laptop", seed: int = 0, fresh: bool = False) -> ScaleConfig:
@@ -19,6 +19,7 @@ def start(notebook: str, scale: str = "laptop", seed: int = 0, fresh: bool = Fal
     from . import records  # here, because it belongs to notebooks alone and the command line starts without it
 
     config = load_scale(scale)
+    check_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

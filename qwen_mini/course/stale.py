@@ -70,12 +70,14 @@ def why_stale(root: Path, nb: Notebook) -> str:
         return "its outputs are of other code"
     if facts.get("settings") != settings_digest():
         return f"its outputs are of other settings of {SCALE}"
-    for kind, shipped in (("stages", _stage_keys(root)), ("records", _record_keys(root, nb.name))):
-        for name, key in facts.get(kind, {}).items():
-            if name in shipped and shipped[name] != key:
-                return f"the {kind[:-1]} {name} is newer"
-            if name not in shipped and kind == "records":
-                return f"the record {name} is missing"
+    stages, records = _stage_keys(root), _record_keys(root)
+    for name, key in facts.get("stages", {}).items():
+        if stages.get(name, key) != key:  # a stage that is not shipped is made where it is needed
+            return f"the stage {name} is newer"
+    own = {f"{nb.name}/{name}": key for name, key in facts.get("records", {}).items()}
+    for name, key in (own | facts.get("recalled", {})).items():
+        if records.get(name) != key:
+            return f"the record {name} is {'newer' if name in records else 'missing'}"
     return ""
 
 
@@ -96,12 +98,12 @@ def _stage_keys(root: Path) -> dict[str, str]:
     return {path.parent.name: json.loads(path.read_text(encoding="utf-8")).get("key", "") for path in paths}
 
 
-def _record_keys(root: Path, notebook: str) -> dict[str, str]:
+def _record_keys(root: Path) -> dict[str, str]:
     found = {}
-    for path in (root / "data" / "records" / SCALE / notebook).glob("*.json"):
+    for path in record_files(root):
         with contextlib.suppress(BadRecord):  # `stale_records` tells of it
             record = read(path)
-            found[record["name"].partition("/")[2]] = record["key"]
+            found[record["name"]] = record["key"]
     return found
 
 
