@@ -28,7 +28,10 @@ def test_every_scale_loads_and_keeps_the_numbers_of_its_file(name):
     assert config.name == name and config.model.hidden_size == table["model"]["hidden_size"]
     assert isinstance(config.pretraining.phases[0], Phase)
     assert config.corpus.sources == tuple(table["corpus"]["sources"])
-    assert pickle.loads(pickle.dumps(config)) == config and dataclasses.asdict(config)["run"] == table["run"]
+    assert (
+        pickle.loads(pickle.dumps(config)) == config
+        and table["run"].items() <= dataclasses.asdict(config)["run"].items()
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.model.hidden_size = 1
 
@@ -57,29 +60,38 @@ def test_a_file_of_ones_own_is_a_scale(tmp_path):
     [
         ("hidden_size", "hidden_sise = 96", r"own.toml: \[model\] has an unknown key 'hidden_sise'"),
         ("hidden_size", "", r"own.toml: \[model\] lacks the key 'hidden_size'"),
-        ("hidden_size", 'hidden_size = "96"', r"\[model\] key 'hidden_size' must be a whole number, got '96'"),
-        ("hidden_size", "hidden_size = 96.5", r"\[model\] key 'hidden_size' must be a whole number"),
-        ("hidden_size", "hidden_size = true", r"\[model\] key 'hidden_size' must be a whole number"),
-        ("hidden_size", "hidden_size = 0", r"\[model\] key 'hidden_size' must be above 0"),
-        ("head_dim", "head_dim = 31", r"\[model\] key 'head_dim' must be even"),
+        ("hidden_size", 'hidden_size = "96"', r"\[model\] key 'hidden_size' should be a valid integer, got '96'"),
+        ("hidden_size", "hidden_size = 96.5", r"\[model\] key 'hidden_size' should be a valid integer"),
+        ("hidden_size", "hidden_size = true", r"\[model\] key 'hidden_size' should be a valid integer"),
+        ("hidden_size", "hidden_size = 0", r"\[model\] key 'hidden_size' should be greater than 0, got 0"),
+        ("head_dim", "head_dim = 31", r"\[model\] key 'head_dim' should be a multiple of 2"),
         ("num_key_value_heads", "num_key_value_heads = 3", r"\[model\] key 'num_key_value_heads' must divide"),
-        ("tie_word_embeddings", "tie_word_embeddings = 1", r"'tie_word_embeddings' must be true or false"),
-        ("dtype", 'dtype = "fp8"', r"\[run\] key 'dtype' must be one of float32, bfloat16, got 'fp8'"),
-        ("dtype", 'dtype = "auto"', r"\[run\] key 'dtype' must be one of float32, bfloat16, got 'auto'"),
-        ("eval_every", "eval_every = 0", r"\[measure\] key 'eval_every' must be above 0"),
-        ("best_of", "best_of = 1", r"\[measure\] key 'best_of' must be at least 2"),
+        ("num_attention_heads", "num_attention_heads = 4\ntie_word_embeddings = 1", "should be a valid boolean, got 1"),
+        ("dtype", 'dtype = "fp8"', r"\[run\] key 'dtype' should be 'float32' or 'bfloat16', got 'fp8'"),
+        ("dtype", 'dtype = "auto"', r"\[run\] key 'dtype' should be 'float32' or 'bfloat16', got 'auto'"),
+        ("eval_every", "eval_every = 0", r"\[measure\] key 'eval_every' should be greater than 0"),
+        ("best_of", "best_of = 1", r"\[measure\] key 'best_of' should be greater than 1"),
+        ("tokens", "tokens = 0", r"\[pretraining.phases.0\] key 'tokens' should be greater than 0"),
         ("side_steps", "", r"own.toml: \[measure\] lacks the key 'side_steps'"),
-        ("clip_norm", "clip_norm = 1.0\neval_every = 100", r"\[pretraining\] has an unknown key 'eval_every'"),
-        ("beta2", "beta2 = 0.9\ncheckpoint_every = 5", r"\[pretraining\] has an unknown key 'checkpoint_every'"),
-        ("sources", 'sources = "python"', r"\[corpus\] key 'sources' must be a list"),
-        ("sources", "sources = [1]", r"\[corpus\] key 'sources' must be a string"),
+        (
+            "decay_fraction",
+            "decay_fraction = 0.5\neval_every = 100",
+            r"\[pretraining\] has an unknown key 'eval_every'",
+        ),
+        (
+            "decay_fraction",
+            "decay_fraction = 0.5\ncheckpoint_every = 5",
+            r"\[pretraining\] has an unknown key 'checkpoint_every'",
+        ),
+        ("sources", 'sources = "python"', r"\[corpus\] key 'sources' should be a valid array"),
+        ("sources", "sources = [1]", r"\[corpus.sources\] key 0 should be a valid string"),
         ("heldout_fraction", "heldout_fraction = 1.5", r"\[corpus\] key 'heldout_fraction'"),
-        ("beta2", "beta2 = 1.0", r"\[pretraining\] key 'beta2'"),
+        ("decay_fraction", "decay_fraction = 0.5\nbeta2 = 1.0", r"\[pretraining\] key 'beta2'"),
         ("batch_tokens", "batch_tokens = 1000", r"\[pretraining\] key 'batch_tokens' must be a multiple"),
         ("max_position_embeddings", "max_position_embeddings = 8", r"\[model\] key 'max_position_embeddings'"),
         ("factors", "factors = [1, 2]", r"\[dual_chunk\] key 'factors' must hold 1 and 4"),
         ("chunk_tokens", "chunk_tokens = 1000", r"\[sparse_prefill\] key 'chunk_tokens' must be a multiple of 768"),
-        ("[tokenizer]", "[tokeniser]", "top level has an unknown key 'tokeniser'"),
+        ("[tokenizer]", "[tokeniser]", "own.toml: has an unknown key 'tokeniser'"),
         ("[run]", "[run", "own.toml is not valid TOML"),
     ],
 )
@@ -89,7 +101,7 @@ def test_mistakes_are_named(tmp_path, old, new, message):
 
 
 def test_mixtures_must_sum_to_one():
-    with pytest.raises(course.ScaleError, match="mixture must sum to 1"):
+    with pytest.raises(ValueError, match="'mixture' must sum to 1"):
         Phase(tokens=1, length=1, mixture={"python": 0.5})
 
 

@@ -64,8 +64,17 @@ def differences(nb: Notebook, scale_name: str = SCALE) -> list[str]:
             continue
         before, now = _texts(cell.outputs), _texts(anew.get(cell.id, []))
         if before != now:
-            line = next((pair for pair in itertools.zip_longest(before.split("\n"), now.split("\n"), fillvalue="") if pair[0] != pair[1]), ("", ""))
-            found.append(f"{nb.path.name}, cell {number}: was {line[0]!r:.100}, is {line[1]!r:.100}: run `make outputs`")
+            line = next(
+                (
+                    pair
+                    for pair in itertools.zip_longest(before.split("\n"), now.split("\n"), fillvalue="")
+                    if pair[0] != pair[1]
+                ),
+                ("", ""),
+            )
+            found.append(
+                f"{nb.path.name}, cell {number}: was {line[0]!r:.100}, is {line[1]!r:.100}: run `make outputs`"
+            )
     return found
 
 
@@ -75,7 +84,9 @@ def publish(nb: Notebook, scale_name: str = SCALE) -> None:
     target = home() / "data" / "records" / scale_name / nb.name
     kept = set()
     for name, key in keys["records"].items():
-        source, place = (records.record_path(folder, nb.name, name) for folder in (runs() / scale_name / "records", target.parent))
+        source, place = (
+            records.record_path(folder, nb.name, name) for folder in (runs() / scale_name / "records", target.parent)
+        )
         kept.add(place)
         if source.exists() and records.read(source)["key"] == key:
             write_file(place, source.read_text(encoding="utf-8"))
@@ -116,7 +127,9 @@ def _texts(outputs: list) -> str:
         if output.output_type == "stream":
             texts.append(output.text)
         else:
-            texts += ["".join(text) for kind, text in sorted(output.get("data", {}).items()) if kind.startswith("text/")]
+            texts += [
+                "".join(text) for kind, text in sorted(output.get("data", {}).items()) if kind.startswith("text/")
+            ]
     return "\n".join(texts)
 
 

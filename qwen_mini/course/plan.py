@@ -38,7 +38,10 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
     return [
         ("parameters", f"{parameters:,} ({count_parameters(shape, embedding=False):,} without embeddings)"),
         ("tokens", f"{tokens:,} in {tokens // training.batch_tokens:,} steps, {tokens / parameters:.1f} per parameter"),
-        ("weights, gradients, optimizer", f"{state / GIB:.2f} GiB a device ({STATE_BYTES} bytes a parameter, on every device)"),
+        (
+            "weights, gradients, optimizer",
+            f"{state / GIB:.2f} GiB a device ({STATE_BYTES} bytes a parameter, on every device)",
+        ),
         ("activations", f"{activations / GIB:.2f} GiB a device ({micro:,} tokens at once, rule of thumb)"),
         ("memory", _verdict((state + activations) / GIB, config.run.memory_gib)),
         ("KV cache", f"{kv_cache_bytes_per_token(shape):,} bytes a token in bfloat16"),

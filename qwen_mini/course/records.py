@@ -238,7 +238,9 @@ def record_path(folder: Path, notebook: str, name: str) -> Path:
 
 def write(path: Path, record: dict) -> None:
     """Store a record: a line per entry, so that a change is a small one."""
-    artifacts.write_file(path, json.dumps(record, ensure_ascii=False, indent=0, separators=(",", ":")).replace("\n", "") + "\n")
+    artifacts.write_file(
+        path, json.dumps(record, ensure_ascii=False, indent=0, separators=(",", ":")).replace("\n", "") + "\n"
+    )
 
 
 def read(path: Path) -> dict:
@@ -454,8 +456,12 @@ class Trace:
         if isinstance(value, types.FunctionType | type):
             return self.function(value)
         if isinstance(value, functools.partial):
-            return ["partial", self.function(value.func), [self.value(a, what) for a in value.args],
-                    {k: self.value(v, what) for k, v in sorted(value.keywords.items())}]
+            return [
+                "partial",
+                self.function(value.func),
+                [self.value(a, what) for a in value.args],
+                {k: self.value(v, what) for k, v in sorted(value.keywords.items())},
+            ]
         if dataclasses.is_dataclass(value):
             if chapter := self._chapter(type(value)):
                 self.modules.add(chapter)
@@ -538,5 +544,7 @@ def _globals_read(source: str) -> set[str]:
     top = symtable.symtable(source, "experiment", "exec")
     for child in top.get_children():
         look(child)
-    names |= {s.get_name() for s in top.get_symbols() if s.is_referenced() and not s.is_assigned()}  # decorators, defaults
+    names |= {
+        s.get_name() for s in top.get_symbols() if s.is_referenced() and not s.is_assigned()
+    }  # decorators, defaults
     return names

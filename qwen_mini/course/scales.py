@@ -1,52 +1,49 @@
-"""Scales: one TOML file each, read into frozen dataclasses that accept no unknown, missing or impossible value."""
+"""Scales: one TOML file each, read into frozen dataclasses that accept no unknown, missing or impossible value.
+
+What is the same at most scales is a default here; a file holds what differs.
+"""
 
 import dataclasses
 import hashlib
 import json
 import tomllib
-import typing
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 from .errors import CourseError
 
 FOLDER = Path(__file__).parent / "scales"
 CONTROL_TOKENS = 22
+UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for it
+STRICT = ConfigDict(strict=True, extra="forbid")
+
+Count = Annotated[int, Field(gt=0)]
+CountOrNone = Annotated[int, Field(ge=0)]  # 0 for none
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Inside = Annotated[float, Field(gt=0, lt=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ScaleError(CourseError):
     """A scale that does not exist or does not make sense; the message names the file, the section and the key."""
 
 
-class _Impossible(ScaleError):
-    """A value of the right type that cannot work."""
-
-    def __init__(self, key: str, reason: str):
-        super().__init__(f"{key} {reason}")
-        self.key, self.reason = key, reason
-
-
 def _require(holds: bool, key: str, reason: str) -> None:
+    section, _, name = key.rpartition(".")
     if not holds:
-        raise _Impossible(key, reason)
+        raise ValueError(f"[{section}] key {name!r} {reason}" if section else f"key {name!r} {reason}")
 
 
-def _positive(section, *keys: str) -> None:
-    for key in keys:
-        _require(getattr(section, key) > 0, key, f"must be above 0, got {getattr(section, key)}")
+def _sums_to_one(shares, key: str) -> None:
+    _require(abs(sum(shares) - 1) < 1e-6, key, f"must sum to 1, got {sum(shares):g}")
 
 
-def _share(section, *keys: str) -> None:
-    for key in keys:
-        _require(0 <= getattr(section, key) <= 1, key, f"must lie between 0 and 1, got {getattr(section, key)}")
-
-
-def _not_negative(section, *keys: str) -> None:
-    for key in keys:
-        _require(getattr(section, key) >= 0, key, f"must not be negative, got {getattr(section, key)}")
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Run:
     """The machine: `threads` 0 means all cores, `memory_gib` is the budget of one notebook.
 
@@ -54,161 +51,136 @@ class Run:
     bfloat16 faster where the processor has instructions for it. It is provenance, and part of no key.
     """
 
-    threads: int
-    memory_gib: float
-    dtype: typing.Literal["float32", "bfloat16"]
-
-    def __post_init__(self):
-        _not_negative(self, "threads")
-        _positive(self, "memory_gib")
+    memory_gib: Positive
+    dtype: Literal["float32", "bfloat16"]
+    threads: CountOrNone = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class TokenizerScale:
     """`vocab_size` counts every id, the 22 control tokens included."""
 
-    vocab_size: int
-    training_bytes: int
-
-    def __post_init__(self):
-        least = 256 + CONTROL_TOKENS
-        _require(self.vocab_size >= least, "vocab_size", f"must be at least {least}: 256 bytes and 22 control tokens")
-        _positive(self, "training_bytes")
+    vocab_size: Annotated[int, Field(ge=256 + CONTROL_TOKENS)]
+    training_bytes: Count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Model:
     """The architecture, with the field names of Hugging Face's `Qwen2Config`."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rope_theta: float
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    initializer_range: float
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Annotated[int, Field(gt=0, multiple_of=2)]  # channels are rotated in pairs
+    max_position_embeddings: Count
+    rope_theta: Positive
+    rms_norm_eps: Positive = 1e-6
+    tie_word_embeddings: bool = True
+    initializer_range: Positive = 0.02
 
-    def __post_init__(self):
-        _positive(self, *(field.name for field in dataclasses.fields(self) if field.name != "tie_word_embeddings"))
+    @model_validator(mode="after")
+    def _heads_share_keys(self):
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         _require(heads % groups == 0, "num_key_value_heads", f"must divide the {heads} query heads, got {groups}")
-        _require(self.head_dim % 2 == 0, "head_dim", f"must be even to form channel pairs, got {self.head_dim}")
+        return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Corpus:
     """What is read and made; `max_bytes_per_source` 0 means everything."""
 
-    sources: tuple[str, ...]
-    max_bytes_per_source: int
-    heldout_fraction: float
-    max_heldout_bytes: int
-    task_documents: int
-    chat_documents: int
-    needle_rows: int
-    needle_lengths: tuple[int, ...]
-
-    def __post_init__(self):
-        _not_negative(self, "max_bytes_per_source", "task_documents", "chat_documents", "needle_rows")
-        _positive(self, "max_heldout_bytes")
-        _require(0 < self.heldout_fraction < 1, "heldout_fraction", "must lie strictly between 0 and 1")
-        _require(len(self.sources) > 0, "sources", "must name at least one source")
-        _require(all(length > 0 for length in self.needle_lengths), "needle_lengths", "must all be above 0")
+    sources: Annotated[tuple[str, ...], Field(min_length=1)]
+    heldout_fraction: Inside
+    max_heldout_bytes: Count
+    task_documents: CountOrNone
+    chat_documents: CountOrNone
+    needle_rows: CountOrNone
+    needle_lengths: tuple[Count, ...]
+    max_bytes_per_source: CountOrNone = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Phase:
     """One phase of pre-training: `tokens` in windows of `length`, drawn from the domains by the shares of `mixture`."""
 
-    tokens: int
-    length: int
-    mixture: dict[str, float]
+    tokens: Count
+    length: Count
+    mixture: dict[str, Positive]
 
-    def __post_init__(self):
-        _positive(self, "tokens", "length")
-        total = sum(self.mixture.values())
-        _require(all(share > 0 for share in self.mixture.values()), "mixture", "must hold shares above 0 only")
-        _require(abs(total - 1) < 1e-6, "mixture", f"must sum to 1, got {total:g}")
+    @model_validator(mode="after")
+    def _whole(self):
+        _sums_to_one(self.mixture.values(), "mixture")
+        return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Pretraining:
     """The training loop's numbers; `matrix_learning_rate` is read by the optimizer `muon` alone."""
 
-    batch_tokens: int
-    optimizer: typing.Literal["adamw", "muon"]
-    learning_rate: float
-    matrix_learning_rate: float
-    min_lr_ratio: float
-    warmup_steps: int
-    schedule: typing.Literal["cosine", "wsd"]
-    decay_fraction: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
-    grad_accumulation: int
-    phases: tuple[Phase, ...]
+    batch_tokens: Count
+    optimizer: Literal["adamw", "muon"]
+    learning_rate: Positive
+    min_lr_ratio: Share
+    warmup_steps: CountOrNone
+    schedule: Literal["cosine", "wsd"]
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    matrix_learning_rate: Positive = 0.02
+    decay_fraction: Share = 0.2
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.1
+    clip_norm: Positive = 1.0
+    grad_accumulation: Count = 1
 
-    def __post_init__(self):
-        _positive(self, "batch_tokens", "learning_rate", "matrix_learning_rate", "eps", "clip_norm")
-        _positive(self, "grad_accumulation")
-        _not_negative(self, "warmup_steps", "weight_decay")
-        _share(self, "min_lr_ratio", "decay_fraction")
+    @model_validator(mode="after")
+    def _fits(self):
         _require(self.schedule != "wsd" or self.decay_fraction > 0, "decay_fraction", "must be above 0 for wsd")
-        for key in ("beta1", "beta2"):
-            _require(0 <= getattr(self, key) < 1, key, f"must be at least 0 and below 1, got {getattr(self, key)}")
-        _require(len(self.phases) > 0, "phases", "must hold at least one phase")
         for phase in self.phases:
             rows, rest = divmod(self.batch_tokens, phase.length * self.grad_accumulation)
             reason = f"must be a multiple of length x grad_accumulation = {phase.length} x {self.grad_accumulation}"
             _require(rows > 0 and rest == 0, "batch_tokens", reason)
+        return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Stage:
     """One stage of context extension: `tokens` at base `rope_theta`, `shares[i]` of them in windows of `lengths[i]`."""
 
-    tokens: int
-    rope_theta: float
-    lengths: tuple[int, ...]
-    shares: tuple[float, ...]
+    tokens: Count
+    rope_theta: Positive
+    lengths: Annotated[tuple[Count, ...], Field(min_length=1)]
+    shares: tuple[Positive, ...]
 
-    def __post_init__(self):
-        _positive(self, "tokens", "rope_theta")
-        _require(len(self.lengths) > 0 and min(self.lengths) > 0, "lengths", "must name window lengths above 0")
+    @model_validator(mode="after")
+    def _whole(self):
         _require(len(self.shares) == len(self.lengths), "shares", "must hold one share for every length")
-        _require(all(share > 0 for share in self.shares), "shares", "must hold shares above 0 only")
-        _require(abs(sum(self.shares) - 1) < 1e-6, "shares", f"must sum to 1, got {sum(self.shares):g}")
+        _sums_to_one(self.shares, "shares")
+        return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class LongContext:
     """Context extension by training, of the scale's own model or (`start`) of the one that ships with the course."""
 
-    start: typing.Literal["own", "shipped"]
-    batch_tokens: int
-    learning_rate: float
-    matrix_learning_rate: float
-    warmup_steps: int
-    needle_share: float
-    needle_rows: int
-    stages: tuple[Stage, ...]
+    batch_tokens: Count
+    learning_rate: Positive
+    warmup_steps: CountOrNone
+    needle_share: Inside
+    needle_rows: Count
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    matrix_learning_rate: Positive = 0.004
+    start: Literal["own", "shipped"] = "own"
 
-    def __post_init__(self):
-        _positive(self, "batch_tokens", "learning_rate", "matrix_learning_rate", "needle_rows")
-        _not_negative(self, "warmup_steps")
-        _require(0 < self.needle_share < 1, "needle_share", "must lie strictly between 0 and 1")
-        _require(len(self.stages) > 0, "stages", "must hold at least one stage")
+    @model_validator(mode="after")
+    def _fits(self):
         for stage in self.stages:
             fits = all(self.batch_tokens % length == 0 for length in stage.lengths)
             _require(fits, "batch_tokens", "must be a multiple of every window length")
+        return self
 
     @property
     def trained_length(self) -> int:
@@ -216,33 +188,29 @@ class LongContext:
         return max(max(stage.lengths) for stage in self.stages)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class DualChunk:
     """How far chapter 11 measures: multiples of the trained length, and prompts per task and length."""
 
-    factors: tuple[int, ...]
-    tries: int
+    factors: tuple[Count, ...]
+    tries: Count
 
-    def __post_init__(self):
-        _positive(self, "tries")
-        _require(min(self.factors, default=0) > 0, "factors", "must name multiples above 0")
+    @model_validator(mode="after")
+    def _comparable(self):
         _require({1, 4} <= set(self.factors), "factors", "must hold 1 and 4, which the claims compare")
+        return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SparsePrefill:
     """How far chapter 12 measures: prompt lengths in tokens, tokens per prefill chunk, prompts per length and depth."""
 
-    lengths: tuple[int, ...]
-    chunk_tokens: int
-    tries: int
-
-    def __post_init__(self):
-        _positive(self, "chunk_tokens", "tries")
-        _require(len(self.lengths) > 1 and min(self.lengths) > 0, "lengths", "must name two lengths or more")
+    lengths: Annotated[tuple[Count, ...], Field(min_length=2)]
+    tries: Count
+    chunk_tokens: Count = 49_152
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Sft:
     """Fine-tuning: `demonstrations` gold responses per task, and the numbers of the run.
 
@@ -250,23 +218,18 @@ class Sft:
     rates at the end, of those at the beginning.
     """
 
-    demonstrations: int
-    replay: float
-    replay_weight: float
-    epochs: int
-    batch_rows: int
-    learning_rate: float
-    matrix_learning_rate: float
-    min_lr_ratio: float
-    warmup_steps: int
-
-    def __post_init__(self):
-        _positive(self, "demonstrations", "epochs", "batch_rows", "learning_rate", "matrix_learning_rate")
-        _not_negative(self, "replay", "replay_weight", "warmup_steps")
-        _share(self, "min_lr_ratio")
+    demonstrations: Count
+    epochs: Count
+    batch_rows: Count
+    learning_rate: Positive
+    matrix_learning_rate: Positive
+    warmup_steps: CountOrNone
+    min_lr_ratio: Share = 0.1
+    replay: NotNegative = 0.25
+    replay_weight: NotNegative = 0.3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class RewardModelScale:
     """Preference data and training of chapter 15's reward models.
 
@@ -274,51 +237,39 @@ class RewardModelScale:
     `center`: the weight that keeps rewards around zero.
     """
 
-    start: typing.Literal["own", "shipped"]
-    demonstrations: int
-    problems: int
-    samples: int
-    epochs: int
-    batch_pairs: int
-    learning_rate: float
-    warmup_steps: int
-    center: float
-
-    def __post_init__(self):
-        _positive(self, "demonstrations", "problems", "epochs", "batch_pairs", "learning_rate")
-        _not_negative(self, "warmup_steps", "center")
-        _require(self.samples > 1, "samples", "must be at least 2, or there is no pair")
+    demonstrations: Count
+    problems: Count
+    learning_rate: Positive
+    warmup_steps: CountOrNone = 3
+    samples: Annotated[int, Field(gt=1)] = 8  # of one there is no pair
+    epochs: Count = 1
+    batch_pairs: Count = 32
+    center: NotNegative = 0.01
+    start: Literal["own", "shipped"] = "own"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Dpo:
     """Preference optimisation: `problems` a task give up to `pairs_per_problem` pairs each of `samples` answers.
 
     `alpha`, `keep`: the Online Merging Optimizer's.
     """
 
-    start: typing.Literal["own", "shipped"]
-    problems: int
-    samples: int
-    pairs_per_problem: int
-    max_new_tokens: int
-    epochs: int
-    batch_pairs: int
-    beta: float
-    learning_rate: float
-    warmup_steps: int
-    alpha: float
-    keep: float
-
-    def __post_init__(self):
-        _positive(self, "problems", "pairs_per_problem", "max_new_tokens", "epochs", "batch_pairs", "beta")
-        _positive(self, "learning_rate", "keep")
-        _not_negative(self, "warmup_steps")
-        _share(self, "alpha", "keep")
-        _require(self.samples > 1, "samples", "must be at least 2, or there is no pair")
+    problems: Count
+    pairs_per_problem: Count
+    batch_pairs: Count
+    beta: Positive
+    learning_rate: Positive
+    warmup_steps: CountOrNone
+    alpha: Share
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.5
+    samples: Annotated[int, Field(gt=1)] = 8
+    max_new_tokens: Count = 128
+    epochs: Count = 1
+    start: Literal["own", "shipped"] = "own"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Grpo:
     """Reinforcement learning: `steps` updates on `queries` fresh problems with `group_size` answers each.
 
@@ -326,29 +277,22 @@ class Grpo:
     weight of the KL term, 0 for none.
     """
 
-    start: typing.Literal["own", "shipped"]
-    steps: int
-    queries: int
-    group_size: int
-    micro_groups: int
-    levels: tuple[int, ...]
-    probe: int
-    max_new_tokens: int
-    learning_rate: float
-    warmup_steps: int
-    epsilon: float
-    epsilon_high: float
-    beta: float
-
-    def __post_init__(self):
-        _positive(self, "steps", "queries", "micro_groups", "max_new_tokens", "learning_rate", "epsilon")
-        _positive(self, "epsilon_high", "probe")
-        _not_negative(self, "warmup_steps", "beta")
-        _require(self.group_size > 1, "group_size", "must be at least 2, or there is nothing to compare")
-        _require(set(self.levels) <= {1, 2, 3, 4, 5} and self.levels, "levels", "must name levels from 1 to 5")
+    steps: Count
+    queries: Count
+    learning_rate: Positive
+    warmup_steps: CountOrNone = 5
+    group_size: Annotated[int, Field(gt=1)] = 8  # of one there is nothing to compare
+    micro_groups: Count = 6
+    levels: Annotated[tuple[Literal[1, 2, 3, 4, 5], ...], Field(min_length=1)] = (1, 2, 3)
+    probe: Count = 6
+    max_new_tokens: Count = 128
+    epsilon: Positive = 0.2
+    epsilon_high: Positive = 0.28
+    beta: NotNegative = 0.0
+    start: Literal["own", "shipped"] = "own"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Measure:
     """Sizes of measurements, which no training depends on.
 
@@ -360,27 +304,23 @@ class Measure:
     training runs that are compared; `side_steps`: of the small runs that show what goes wrong.
     """
 
-    eval_every: int
-    eval_tokens: int
-    needle_tries: int
-    sft_problems: int
-    sft_fresh: int
-    ablation_demonstrations: int
-    long_rows: int
-    reward_heldout: int
-    best_of: int
-    dpo_heldout: int
-    dpo_seeds: int
-    grpo_heldout: int
-    grpo_seeds: int
-    side_steps: int
-
-    def __post_init__(self):
-        _positive(self, *(field.name for field in dataclasses.fields(self)))
-        _require(self.best_of > 1, "best_of", "must be at least 2")
+    eval_every: Count
+    eval_tokens: Count
+    needle_tries: Count
+    sft_problems: Count
+    sft_fresh: Count
+    ablation_demonstrations: Count
+    long_rows: Count
+    reward_heldout: Count
+    dpo_heldout: Count
+    grpo_heldout: Count
+    side_steps: Count
+    best_of: Annotated[int, Field(gt=1)] = 64
+    dpo_seeds: Count = 3
+    grpo_seeds: Count = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ScaleConfig:
     """One scale, whole: `config.model.hidden_size`, `config.pretraining.phases[0].tokens`, …"""
 
@@ -399,23 +339,18 @@ class ScaleConfig:
     grpo: Grpo
     measure: Measure
 
-    def __post_init__(self):
-        _require(
-            self.model.vocab_size >= self.tokenizer.vocab_size,
-            "model.vocab_size",
-            f"must be at least the tokenizer's {self.tokenizer.vocab_size}, got {self.model.vocab_size}",
-        )
+    @model_validator(mode="after")
+    def _fits(self):
+        ids, longest = self.tokenizer.vocab_size, max(phase.length for phase in self.pretraining.phases)
         trained = self.long_context.trained_length
         stride = trained - trained // 4  # of the dual chunks, chapter 11
+        reason = f"must be at least the tokenizer's {ids}, got {self.model.vocab_size}"
+        _require(self.model.vocab_size >= ids, "model.vocab_size", reason)
         reason = f"must be a multiple of {stride}, the stride of dual chunks at {trained} tokens"
         _require(self.sparse_prefill.chunk_tokens % stride == 0, "sparse_prefill.chunk_tokens", reason)
-        longest = max(phase.length for phase in self.pretraining.phases)
-        _require(
-            longest <= self.model.max_position_embeddings,
-            "model.max_position_embeddings",
-            f"must reach the longest training window, {longest}, got {self.model.max_position_embeddings}",
-        )
-
+        reason = f"must reach the longest training window, {longest}, got {self.model.max_position_embeddings}"
+        _require(longest <= self.model.max_position_embeddings, "model.max_position_embeddings", reason)
+        return self
 
     @property
     def digest(self) -> str:
@@ -483,55 +418,23 @@ def load_scale(scale: str | Path) -> ScaleConfig:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ScaleError(f"{where} is not valid TOML: {error}") from None
-    return _build(ScaleConfig, {"name": path.stem, **table}, where, "")
-
-
-def _build(kind, table: dict, where: str, section: str):
-    """`kind(**table)` after checking names and types; `section` is the dotted name of the table, for messages."""
-    hints = typing.get_type_hints(kind)
-    inside = f"{where}: [{section}]" if section else f"{where}: top level"
-    for key in table:
-        if key not in hints:
-            raise ScaleError(f"{inside} has an unknown key {key!r}; known keys: {', '.join(hints)}")
-    for key in hints:
-        if key not in table:
-            raise ScaleError(f"{inside} lacks the key {key!r}")
-    values = {
-        key: _value(hint, table[key], where, f"{section}.{key}" if section else key) for key, hint in hints.items()
-    }
     try:
-        return kind(**values)
-    except _Impossible as problem:
-        place, _, key = f"{section}.{problem.key}".strip(".").rpartition(".")
-        raise ScaleError(f"{where}: [{place}] key {key!r} {problem.reason}") from None
+        # as JSON, where a list may be a tuple and 1 a float, but nothing else is converted
+        return TypeAdapter(ScaleConfig).validate_json(json.dumps({"name": path.stem, **table}, default=str))
+    except ValidationError as error:
+        unknown_first = sorted(error.errors(), key=lambda one: one["type"] != UNKNOWN)
+        raise ScaleError(f"{where}: {_sentence(unknown_first[0])}") from None
 
 
-def _value(hint, value, where: str, key: str):
-    """`value` as the type `hint`, or a ScaleError."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    section, _, last = key.rpartition(".")
-
-    def wrong(expected: str) -> ScaleError:
-        return ScaleError(f"{where}: [{section}] key {last!r} must be {expected}, got {value!r}")
-
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ScaleError(f"{where}: {key!r} must be a section [{key}], got {value!r}")
-        return _build(hint, value, where, key)
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise wrong("one of " + ", ".join(arguments))
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise wrong("a list")
-        return tuple(_value(arguments[0], item, where, key) for item in value)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise wrong("a table")
-        return {name: _value(arguments[1], item, where, f"{key}.{name}") for name, item in value.items()}
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise wrong({int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[hint])
-    return value
+def _sentence(problem: dict) -> str:
+    """`[model] key 'hidden_size' should be greater than 0, got 0`."""
+    *section, key = problem["loc"] or ("",)
+    inside = f"[{'.'.join(map(str, section))}] " if section else ""
+    if problem["type"] == "value_error":  # of a whole section, which names its key itself
+        own = f"[{'.'.join(map(str, problem['loc']))}] " if problem["loc"] else ""
+        return own + str(problem["ctx"]["error"])
+    if problem["type"] == UNKNOWN:
+        return f"{inside}has an unknown key {key!r}"
+    if problem["type"] == "missing":
+        return f"{inside}lacks the key {key!r}"
+    return f"{inside}key {key!r} {problem['msg'].removeprefix('Input ')}, got {problem['input']!r}"
