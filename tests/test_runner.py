@@ -140,10 +140,34 @@ def test_a_slow_cell_and_a_dead_kernel_are_failures(bench):
 
 
 def test_the_first_failure_stops_unless_told_otherwise(tmp_path, runs_folder):
-    books = [write(tmp_path, "01_bad", "1 / 0"), write(tmp_path, "02_good")]
-    assert [one.status for one in runner.run(books, "quick")] == ["failed"]
+    bad, slow = write(tmp_path, "01_bad", "1 / 0"), write(tmp_path, "02_slow", "import time\ntime.sleep(600)")
+    begun = time.monotonic()
+    assert [one.status for one in runner.run([bad, slow], "quick")] == ["failed"]
+    assert time.monotonic() - begun < 60 and eventually(lambda: not kernels_of(str(runs_folder)))
+    books = [bad, write(tmp_path, "03_good")]
     assert [one.status for one in runner.run(books, "quick", keep_going=True)] == ["failed", "passed"]
-    assert list(runner.last_seconds("quick")) == ["02_good"]
+    assert list(runner.last_seconds("quick")) == ["03_good"]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or hardware.cores() < 2, reason="one after the other there")
+def test_two_notebooks_run_at_a_time_with_a_thread_each(tmp_path, runs_folder, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    meet = """
+        import os, pathlib, time
+        here = pathlib.Path(os.environ["QWEN_MINI_RUNS"])
+        (here / "{own}").touch()
+        until = time.monotonic() + 60
+        while not (here / "{other}").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        course.claim("the other one runs at the same time", (here / "{other}").exists())
+        course.claim("one thread", os.environ["OMP_NUM_THREADS"] == "1")"""
+    places = [("01_a", "02_b"), ("02_b", "01_a")]
+    books = [write(tmp_path, own, textwrap.dedent(meet.format(own=own, other=other))) for own, other in places]
+    results = runner.run(books, "quick")
+    assert [(one.notebook, one.status, one.claims) for one in results] == [("01_a", "passed", 2), ("02_b", "passed", 2)]
+    report = json.loads((runs_folder / "quick" / "report.json").read_text())
+    assert report["peak_mib"] > 1.5 * max(one.peak_mib for one in results)
+    assert report["seconds"] < sum(one.seconds for one in results)
 
 
 def test_a_wish_for_records_alone_or_none_reaches_the_kernel(tmp_path, runs_folder, monkeypatch):
@@ -163,6 +187,11 @@ def processes_of(word: str) -> list[psutil.Process]:
             if process.status() != psutil.STATUS_ZOMBIE and word in process.environ().get("QWEN_MINI_RUNS", ""):
                 found.append(process)
     return found
+
+
+def kernels_of(word: str) -> list[psutil.Process]:
+    """Kernels alone: this process has the same environment."""
+    return [process for process in processes_of(word) if "ipykernel_launcher" in process.cmdline()]
 
 
 def eventually(look, seconds=60):
@@ -207,7 +236,7 @@ def long_run(tmp_path, runs_folder):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
 def test_whatever_ends_a_run_ends_its_kernel_and_forks(tmp_path, runs_folder, long_run, name):
     assert "01_fast" in long_run.stdout.readline()
-    assert eventually(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists())
+    assert eventually((tmp_path / "a").exists)
     assert len(processes_of(str(runs_folder))) >= 4
     with pytest.raises(CourseError, match=rf"^a run of scale quick is under way \(process {long_run.pid}, since "):
         runner.run([write(tmp_path, "03_other")], "quick")

@@ -124,6 +124,18 @@ def test_a_file_with_the_name_of_a_scale_of_the_course_is_refused(tmp_path):
     assert course.load_scale(FOLDER / "quick.toml").name == "quick"
 
 
+def test_a_scale_file_cannot_choose_where_results_go(tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text(f'name = "{tmp_path}/thesis"\n{QUICK}', encoding="utf-8")
+    with pytest.raises(course.ScaleError, match="unknown key 'name': a scale has the name of its file"):
+        course.load_scale(path)
+    for stem in ("..", "a b", "a\nb", "a."):
+        path = tmp_path / f"{stem}.toml"
+        path.write_text(QUICK, encoding="utf-8")
+        with pytest.raises(course.ScaleError, match="needs a name of letters"):
+            course.load_scale(path)
+
+
 def test_models_and_tokenizers_tell_scales_of_one_name_apart(tmp_path):
     one = load_with(tmp_path, "training_bytes", "training_bytes = 7")
     assert load_with(tmp_path, "training_bytes", "training_bytes = 8").digest != one.digest

@@ -42,13 +42,13 @@ def calm_threads() -> None:
         os.environ.setdefault(name, value)
 
 
-def kernel_environment(config, records_only: bool = False, fresh: bool = False) -> dict[str, str | None]:
+def kernel_environment(config, records_only: bool = False, fresh: bool = False, jobs: int = 1) -> dict[str, str | None]:
     """What a kernel does not take over from its caller: variables and their values, None for none.
 
     `records_only` refuses to compute what is not recorded, `fresh` computes everything anew; without
-    either the caller's own wish holds.
+    either the caller's own wish holds. `jobs`: kernels that share the machine's threads.
     """
-    own, threads = _own_folder(), str(hardware.threads(config))
+    own, threads = _own_folder(), str(max(1, hardware.threads(config) // jobs))
     search = [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]
     foreign = {name for name in os.environ if name.startswith("PYTHON")} - PYTHON_FILES
     wish = {"QWEN_MINI_RECORDS": "only" if records_only else None, "FRESH": "1" if fresh else None}

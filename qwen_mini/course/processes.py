@@ -35,7 +35,14 @@ def side_by_side(
     """
     if "WORLD_SIZE" in os.environ or hardware.device() != "cpu" or sys.platform != "linux":
         return _one_after_the_other(calls, on_done)
-    return _in_forks(calls, on_done)
+    import torch
+
+    results = {}
+    for name, result, seconds in in_forks(calls, torch.get_num_threads()):
+        results[name] = result
+        if on_done:
+            on_done(name, seconds)
+    return {name: results[name] for name in calls}
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -84,14 +91,13 @@ def generators_kept() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _in_forks(calls, on_done) -> dict:
+def in_forks(calls: Mapping[Hashable, Callable[[], object]], at_once: int) -> Iterator[tuple[Hashable, object, float]]:
+    """Name, result and seconds of each call as it ends, `at_once` running beside each other; the rest ends with this."""
     import multiprocessing  # here, because every start of the command line imports this module
     from multiprocessing import connection
 
-    import torch
-
-    fork, at_once = multiprocessing.get_context("fork"), torch.get_num_threads()
-    waiting, running, results = list(calls), {}, {}
+    fork = multiprocessing.get_context("fork")
+    waiting, running = list(calls), {}
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -106,25 +112,23 @@ def _in_forks(calls, on_done) -> dict:
                 running[receiver] = name, process, time.monotonic()
             for receiver in connection.wait(list(running)):
                 name, process, begun = running[receiver]
-                results[name] = _received(receiver, process)
+                result = _received(receiver, process)
                 del running[receiver]
-                if on_done:
-                    on_done(name, time.monotonic() - begun)
+                yield name, result, time.monotonic() - begun
     finally:
         _end([process for _, process, _ in running.values()])  # one has failed: the others are of no use
-    return {name: results[name] for name in calls}
 
 
 def _compute(call: Callable[[], object], sender, parent: int, generator: tuple) -> None:
     """In the fork: one thread, since those of the parent are not there."""
-    import torch
-
     from . import sandbox
 
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the parent, too, which ends its forks
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the sandbox leaves nothing behind
     die_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it would wait for threads that are not there
-    torch.set_num_threads(1)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
     random.setstate(generator)  # Python seeds its own generator anew in every fork, from nowhere
     try:
         with contextlib.redirect_stdout(io.StringIO()):

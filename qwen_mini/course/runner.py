@@ -10,18 +10,21 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
 from .. import __version__
+from . import hardware
 from .artifacts import check_writable, write_file
 from .claims import forget, read_claims
 from .environment import applied, kernel_environment, kernel_manager
 from .errors import CourseError
 from .nb import Notebook, source
 from .paths import home, runs, shown
+from .processes import in_forks
 from .progress import clock
 from .scales import ScaleConfig, load_scale, scale_file
 
@@ -59,31 +62,50 @@ def run(
 ) -> list[Result]:
     """Execute `books` at a scale, print progress and a table, write reports; returns what each did.
 
-    After a failure the rest is left out unless `keep_going`. `timeout` is in seconds per cell.
+    As many at once as the scale's `jobs`, each with its share of the threads (on Linux; elsewhere one by one). After a failure the rest is left out unless `keep_going`. `timeout` is in seconds per cell.
     `records_only` makes a result that is not recorded an error, `fresh` computes everything anew.
     """
     if records_only and fresh:
         raise CourseError("a run from records alone cannot compute anew: ask for one of the two")
     config = load_scale(scale)
     check_writable(config.name)
-    environment = applied(kernel_environment(config, records_only, fresh))
+    jobs = min(config.run.jobs, hardware.threads(config), len(books)) if sys.platform == "linux" else 1
+    environment = applied(kernel_environment(config, records_only, fresh, jobs))
+
+    def one(nb: Notebook) -> Result:
+        with Watch(nb.name, last_seconds(config.name).get(nb.name), live=jobs == 1) as watch:
+            problem = execute(nb, scale, config, seed, timeout, environment)
+        return _judge(nb, config.name, problem, watch)
+
     results = []
-    with _only_runner(config.name), _orderly_end():
-        for number, nb in enumerate(books, start=1):
-            expected = last_seconds(config.name).get(nb.name)
-            with Watch(f"[{number}/{len(books)}] {nb.name}", expected) as watch:
-                problem = execute(nb, scale, config, seed, timeout, environment)
-            results.append(_judge(nb, config.name, problem, watch))
-            watch.finish(results[-1])
-            if results[-1].ok:
-                _note_seconds(results[-1], config.name)
+    with _only_runner(config.name), _orderly_end(), Watch("running", None, live=jobs > 1) as whole:
+        for result in _each(books, one, jobs):
+            results.append(result)
+            _print_line(result, f"[{len(results)}/{len(books)}]", last_seconds(config.name).get(result.notebook))
+            if result.ok:
+                _note_seconds(result, config.name)
             else:
-                _print_failure(results[-1], config.name)
+                _print_failure(result, config.name)
                 if not keep_going:
                     break
-        print(table(results, config.name, seed))
-        _write_reports(results, config.name, seed)
+    results.sort(key=lambda result: [nb.name for nb in books].index(result.notebook))
+    print(table(results, config.name, seed, whole))
+    _write_reports(results, config.name, seed, whole)
     return results
+
+
+def _each(books: list[Notebook], one: Callable[[Notebook], Result], jobs: int) -> Iterator[Result]:
+    """Results as they come: here one after the other, or `jobs` at a time in forks of this process.
+
+    Beside each other the longest begin, so that none of them is left to run alone at the end.
+    """
+    if jobs == 1:
+        yield from map(one, books)
+    else:
+        longest_first = sorted(books, key=lambda nb: sum(map(len, nb.code)), reverse=True)
+        calls = {nb.name: partial(one, nb) for nb in longest_first}
+        with contextlib.closing(in_forks(calls, jobs)) as finished:
+            yield from (result for _, result, _ in finished)
 
 
 @contextlib.contextmanager
@@ -248,14 +270,14 @@ def _proportional(process, resident: int) -> int:
 
 
 class Watch:
-    """Time and peak memory of the block, with a live line on a terminal.
+    """Time and peak memory of the block, with a line on a terminal that is renewed while it lasts if `live`.
 
-    Memory is the resident size of the processes the block starts, summed, sampled ten times a second. What forks
+    Memory is the resident size of the processes the block starts, summed, sampled four times a second. What forks
     share is counted once; while they run, once a second.
     """
 
-    def __init__(self, label: str, expected: float | None):
-        self.label, self.expected = label, expected
+    def __init__(self, label: str, expected: float | None, live: bool):
+        self.label, self.expected, self.live = label, expected, live and sys.stdout.isatty()
         self.seconds = self.peak_mib = 0.0
         self._stop = threading.Event()
 
@@ -278,7 +300,7 @@ class Watch:
         import psutil
 
         shown_at = shared_at = 0.0
-        while not self._stop.wait(0.1):
+        while not self._stop.wait(0.25):
             sizes = {}
             with contextlib.suppress(psutil.Error):
                 for child in set(self._process.children(recursive=True)) - self._others:
@@ -291,18 +313,20 @@ class Watch:
                 shared_at = time.monotonic()
                 total = sum(_proportional(child, size) for child, size in sizes.items())
             self.peak_mib = max(self.peak_mib, total / 2**20)
-            if sys.stdout.isatty() and time.monotonic() - shown_at > 1:
+            if self.live and time.monotonic() - shown_at > 1:
                 shown_at = time.monotonic()
-                print(f"\r{self._line(shown_at - self._begin)}", end="", flush=True)
+                print(f"\r{_timed(self.label, shown_at - self._begin, self.expected)}", end="", flush=True)
 
-    def _line(self, seconds: float) -> str:
-        expected = f" (last time {clock(self.expected)})" if self.expected else ""
-        return f"{self.label}: {clock(seconds)}{expected}"
 
-    def finish(self, result: Result) -> None:
-        """The notebook's line, final."""
-        line = f"{self._line(self.seconds)} · {self.peak_mib:.0f} MiB · claims {_claims(result)} · {result.status}"
-        print(("\r" if sys.stdout.isatty() else "") + line, flush=True)
+def _timed(label: str, seconds: float, expected: float | None) -> str:
+    return f"{label}: {clock(seconds)}" + (f" (last time {clock(expected)})" if expected else "")
+
+
+def _print_line(result: Result, number: str, expected: float | None) -> None:
+    """The notebook's line, final."""
+    line = f"{number} {_timed(result.notebook, result.seconds, expected)} · {result.peak_mib:.0f} MiB"
+    begin = "\r" if sys.stdout.isatty() else ""
+    print(f"{begin}{line} · claims {_claims(result)} · {result.status}", flush=True)
 
 
 def last_seconds(scale_name: str) -> dict[str, float]:
@@ -327,16 +351,15 @@ def _claims(result: Result) -> str:
     return f"{result.claims_held}/{result.claims}"
 
 
-def table(results: list[Result], scale_name: str, seed: int) -> str:
-    """The closing table: one row per notebook and the sums."""
+def table(results: list[Result], scale_name: str, seed: int, whole: Watch) -> str:
+    """The closing table: one row per notebook, then the whole run."""
     width = max([len(result.notebook) for result in results], default=8)
     rows = [f"\nscale {scale_name} · seed {seed}", f"{'notebook':{width}}  {'time':>6}  {'memory':>9}  {'claims':>6}"]
     for result in results:
         memory = f"{result.peak_mib:.0f} MiB"
         row = f"{result.notebook:{width}}  {clock(result.seconds):>6}  {memory:>9}  {_claims(result):>6}"
         rows.append(f"{row}  {result.status}")
-    spent = clock(sum(result.seconds for result in results))
-    peak = f"{max([result.peak_mib for result in results], default=0):.0f} MiB"
+    spent, peak = clock(whole.seconds), f"{whole.peak_mib:.0f} MiB"
     held, count = sum(result.claims_held for result in results), sum(result.claims for result in results)
     failed = sum(not result.ok for result in results)
     verdict = f"{failed} of {len(results)} failed" if failed else f"{len(results)} passed"
@@ -348,10 +371,11 @@ def _print_failure(result: Result, scale_name: str) -> None:
     print(f"  executed notebook: {shown(runs() / scale_name / 'notebooks' / result.notebook)}.ipynb\n", flush=True)
 
 
-def _write_reports(results: list[Result], scale_name: str, seed: int) -> None:
+def _write_reports(results: list[Result], scale_name: str, seed: int, whole: Watch) -> None:
     """`report.json` for programs and `junit.xml` for CI systems."""
     folder = runs() / scale_name
-    report = {"scale": scale_name, "seed": seed, "version": __version__, "notebooks": [asdict(one) for one in results]}
+    report = {"scale": scale_name, "seed": seed, "version": __version__}
+    report |= {"seconds": whole.seconds, "peak_mib": whole.peak_mib, "notebooks": [asdict(one) for one in results]}
     write_file(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     failures = sum(not one.ok for one in results)
     suite = ElementTree.Element("testsuite", name=f"qwen-mini {scale_name}", tests=str(len(results)))

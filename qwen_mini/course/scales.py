@@ -6,6 +6,7 @@ What is the same at most scales is a default here; a file holds what differs.
 import dataclasses
 import hashlib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
@@ -45,7 +46,7 @@ def _sums_to_one(shares, key: str) -> None:
 
 @dataclass(frozen=True, config=STRICT)
 class Run:
-    """The machine: `threads` 0 means all cores, `memory_gib` is the budget of one notebook.
+    """The machine: `threads` 0 means all cores, `memory_gib` is the budget of a run, `jobs` of its notebooks run at once.
 
     `dtype`: what training and sampling compute in; `QWEN_MINI_DTYPE` overrides it. float32 is right on every CPU,
     bfloat16 faster where the processor has instructions for it. It is provenance, and part of no key.
@@ -54,6 +55,7 @@ class Run:
     memory_gib: Positive
     dtype: Literal["float32", "bfloat16"]
     threads: CountOrNone = 0
+    jobs: Count = 1
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -405,6 +407,8 @@ def scale_file(scale: str | Path) -> Path:
             raise ScaleError(
                 f"{own} has the name of a scale of the course, and both would share runs/{own.stem}: rename the file"
             )
+        if not re.fullmatch(r"[\w-]+", own.stem):  # it names the folder of the results
+            raise ScaleError(f"{own} needs a name of letters, digits, _ and - before .toml: rename the file")
         return own.resolve()
     known = ", ".join(scale_names())
     raise ScaleError(f"there is no scale {str(scale)!r}: use one of {known}, or the path of a .toml file")
@@ -418,9 +422,11 @@ def load_scale(scale: str | Path) -> ScaleConfig:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ScaleError(f"{where} is not valid TOML: {error}") from None
+    if "name" in table:  # results go to runs/<name>
+        raise ScaleError(f"{where}: has an unknown key 'name': a scale has the name of its file")
     try:
         # as JSON, where a list may be a tuple and 1 a float, but nothing else is converted
-        return TypeAdapter(ScaleConfig).validate_json(json.dumps({"name": path.stem, **table}, default=str))
+        return TypeAdapter(ScaleConfig).validate_json(json.dumps(table | {"name": path.stem}, default=str))
     except ValidationError as error:
         unknown_first = sorted(error.errors(), key=lambda one: one["type"] != UNKNOWN)
         raise ScaleError(f"{where}: {_sentence(unknown_first[0])}") from None
