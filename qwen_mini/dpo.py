@@ -29,7 +29,6 @@ from qwen_mini.sft import (
     evaluate_tasks,
     start_checkpoint,
     to_batch,
-    update,
 )
 from .tasks import TASKS, Example
 from .tokenizer import Tokenizer
@@ -331,7 +330,7 @@ def preference_steps(
             whole = len(plan.plan[number])
             yield dpo_loss(*now, *then, settings.beta).sum() / whole
 
-        return update(trainer, losses()) | facts
+        return trainer.update(losses()) | facts
 
     return plan.total_steps, step
 

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['DROP_SHARE', 'BLOCK', 'candidates', 'penalize_repetition', 'sample', 'Sampling', 'left_pad', 'grow', 'FusedDecoder',
-           'rollout', 'Completion', 'check_request', 'generate', 'sample_group', 'sample_groups', 'inference_copy',
-           'stream']
+           'rollout', 'Completion', 'id_list', 'check_request', 'generate', 'sample_group', 'sample_groups',
+           'inference_copy', 'stream']
 
 # %% ../notebooks/05_generation.ipynb #b411e386
 import codecs
@@ -36,6 +36,8 @@ def candidates(
     """
     vocab_size = logits.shape[-1]
     limit = min(top_k or vocab_size, vocab_size)
+    if top_p == 1:
+        return logits.topk(limit)
     for width in [limit] if top_k else sorted({min(128, limit), limit}):
         values, ids = logits.topk(width)
         total = (values if top_k else logits).logsumexp(-1, keepdim=True)
@@ -43,7 +45,9 @@ def candidates(
         mass = probs.cumsum(-1)
         if width == limit or bool((mass[:, -1] >= top_p).all()):
             break
-    return values.masked_fill(mass - probs >= top_p, -math.inf), ids
+    better = F.pad(mass[:, :-1], (1, 0))      # of all better ids; mass − probs would round
+    reached = better >= top_p * (1 - 2**-22)  # up to the rounding of a sum in float32
+    return values.masked_fill(reached, -math.inf), ids
 
 
 
@@ -87,7 +91,7 @@ class Sampling:
     """How the next token is chosen, in the order of application below.
 
     vocab_size: ids from there on are padding of the embedding table and never come out.
-    forbidden_ids: neither do these, such as control tokens. Then repetition_penalty,
+    forbidden_ids: neither do these, such as control tokens. repetition_penalty,
     temperature (0 takes the best id: greedy), top_k (0: off), top_p (1: off).
     """
 
@@ -108,6 +112,7 @@ class Sampling:
              1e-15 <= self.repetition_penalty <= 1e15),
             ("vocab_size", "at least 1",
              self.vocab_size is None or self.vocab_size >= 1),
+            ("forbidden_ids", "ids from 0 on", all(i >= 0 for i in self.forbidden_ids)),
         ]
         for name, rule, kept in rules:
             if not kept:
@@ -115,15 +120,16 @@ class Sampling:
 
     def adjust(self, logits: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
         """What precedes top-k. logits: (batch, vocab), history: (batch, length)."""
+        if self.repetition_penalty != 1:                   # a prompt may hold any id
+            logits = penalize_repetition(logits, history, self.repetition_penalty)
         logits = logits[:, :self.vocab_size]
         if len(self.forbidden_ids):
             columns = torch.as_tensor(self.forbidden_ids, device=logits.device)
+            columns = columns[columns < logits.shape[1]]   # others never come out
             logits = logits.index_fill(1, columns, -math.inf)
             if len(columns) >= logits.shape[1] and not bool((logits > -math.inf).any()):
                 raise ValueError("forbidden_ids must leave at least one id, but they are "
                                  f"all of the {logits.shape[1]} that may be chosen")
-        if self.repetition_penalty != 1:
-            logits = penalize_repetition(logits, history, self.repetition_penalty)
         return logits / self.temperature if self.temperature not in (0, 1) else logits
 
     def choose(self, logits, history, uniform) -> torch.Tensor:
@@ -325,6 +331,12 @@ class Completion:
     logprobs: list[float] | None = None
 
 
+def id_list(ids: int | Sequence[int] | torch.Tensor) -> list[int]:
+    """One id, several, or a tensor of them, as a list."""
+    ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
 def check_request(
     model, prompts, max_new_tokens: int, stop_ids: Sequence[int], context: int | None
 ) -> list[list[int]]:
@@ -363,14 +375,15 @@ def generate(
 ) -> list[Completion]:
     """Continue every prompt, `num_return_sequences` times each, in the prompts' order.
 
-    prompts: lists of ids of any lengths, or a (batch, length) tensor. stop_ids: any of
-    them ends a row. generator: on the CPU; same seed, same request, same samples.
+    prompts: lists of ids of any lengths, or a (batch, length) tensor. stop_ids: a list, a
+    tensor or one id, as in a generation_config.json; any of them ends a row.
+    generator: on the CPU; same seed, same request, same samples.
     context: how many tokens the model holds, if its attention function reaches further
     than `max_position_embeddings`. sampling: fields of `Sampling` (temperature, top_k,
     top_p, repetition_penalty, vocab_size, forbidden_ids); default greedy. Raises
     ValueError with one sentence.
     """
-    sampling = Sampling(**sampling)
+    sampling, stop_ids = Sampling(**sampling), id_list(stop_ids)
     prompts = check_request(model, prompts, max_new_tokens, stop_ids, context)
     if num_return_sequences < 1:
         raise ValueError("num_return_sequences must be at least 1, "
@@ -437,6 +450,7 @@ def stream(
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     if stop_ids is None:
         stop_ids = tokenizer.im_end_id, tokenizer.endoftext_id
+    stop_ids = id_list(stop_ids)
     known = min(tokenizer.vocab_size, model.config.vocab_size)
     sampling = Sampling(**{"vocab_size": known, **sampling})
     prompts = check_request(model, [ids], max_new_tokens, stop_ids, context)

@@ -45,7 +45,6 @@ from qwen_mini.sft import (
     rows_stage,
     slower,
     training_rows,
-    update,
 )
 from .tasks import TASKS, Example
 from .tokenizer import Tokenizer
@@ -394,7 +393,7 @@ def policy_update(
                     facts[name] += value * weights[number]
                 yield loss
 
-        record |= update(trainer, losses())
+        record |= trainer.update(losses())
         *sums, computed = summed(*facts.values(), sum(weights))
         record |= {name: x / computed for name, x in zip(names, sums, strict=True)}
     return record

@@ -2,8 +2,7 @@
 
 # %% auto #0
 __all__ = ['QWEN2_5', 'ModelConfig', 'DecoderLayer', 'Decoder', 'rope_frequencies_on_cpu', 'Qwen', 'count_parameters',
-           'flops_per_token', 'kv_cache_bytes_per_token', 'save_checkpoint', 'read_config', 'read_weights',
-           'load_weights']
+           'flops_per_token', 'kv_cache_bytes_per_token', 'save_checkpoint', 'read_config', 'load_weights']
 
 # %% ../notebooks/04_model.ipynb #3756f68c
 import dataclasses
@@ -12,12 +11,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
 from .attention import GroupedQueryAttention, KVCache, causal_attention
 from .course import artifacts
+from .course.folders import qwen2_values, read_json, read_weights
 from .layers import RMSNorm, SwiGLU, rope_frequencies
 
 # %% ../notebooks/04_model.ipynb #37ed9b47
@@ -47,34 +46,10 @@ class ModelConfig:
     def from_dict(cls, values: dict) -> "ModelConfig":
         """Read a `config.json`, of transformers before 5 (`rope_theta`) or since.
 
-        Without any base it is 10,000, as in transformers. A file of another
-        architecture, or one that asks for what `Qwen` can't compute, is a ValueError.
+        A file of another architecture, one that asks for what `Qwen` can't compute, or
+        one whose sizes can't be is a ValueError.
         """
-        if values.get("model_type") != "qwen2":
-            raise ValueError(f"not a Qwen2 checkpoint: config.json says model_type "
-                             f"{values.get('model_type')!r}, not 'qwen2'")
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ValueError("config.json asks for scaled RoPE: load the plain "
-                             "checkpoint and choose the scaling as an attention "
-                             "function")
-        silu = values.get("hidden_act", "silu") == "silu"
-        if values.get("use_sliding_window") or not silu:
-            raise ValueError("config.json asks for a sliding window or an activation "
-                             "other than silu: Qwen2.5 has neither")
-        values = {name: value for name, value in values.items() if value is not None}
-        values["rope_theta"] = (rope.get("rope_theta") or values.get("rope_theta")
-                                or 10_000.0)
-        if "head_dim" not in values and values.get("num_attention_heads"):
-            width = values.get("hidden_size", 0)
-            values["head_dim"] = width // values["num_attention_heads"]
-        fields = dataclasses.fields(cls)
-        missing = [field.name for field in fields
-                   if field.default is dataclasses.MISSING and field.name not in values]
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}")
-        return cls(**{field.name: values[field.name] for field in fields
-                      if field.name in values})
+        return cls(**qwen2_values(values))
 
     def to_dict(self) -> dict:
         """The `config.json` that `AutoModelForCausalLM` reads, in both dialects."""
@@ -275,49 +250,14 @@ def save_checkpoint(model: "Qwen", folder: str | Path, dtype: torch.dtype | None
         artifacts.write_file(folder / name, json.dumps(values, indent=2) + "\n")
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:                     # no JSON, or not even text
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return values
-
-
 def read_config(folder: str | Path) -> ModelConfig:
     """The `ModelConfig` of a checkpoint folder; else an error in one sentence."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no checkpoint: it has no config.json")
-    return ModelConfig.from_dict(_read_json(path))
+        raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
+    return ModelConfig.from_dict(read_json(path))
 
 # %% ../notebooks/04_model.ipynb #454de0f5
-def read_weights(folder: str | Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, converted to `dtype`.
-
-    They come from `model.safetensors`, else from the shards that
-    `model.safetensors.index.json` names. A missing or cut file is an error.
-    """
-    folder = Path(folder)
-    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if index.exists() and not (folder / files[0]).exists():
-        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    state = {}
-    for name in files:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no complete checkpoint: "
-                                    f"{name} is missing")
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                for key in file.keys():
-                    state[key] = file.get_tensor(key).to(dtype)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / name} is truncated or no safetensors file "
-                             f"({error}): make or download it again") from None
-    return state
-
-
 def load_weights(model: "Qwen", folder: str | Path,
                  dtype: torch.dtype = torch.float32) -> None:
     """Give `model` the weights of a checkpoint folder, which must fit name by name.
@@ -327,7 +267,11 @@ def load_weights(model: "Qwen", folder: str | Path,
     """
     state = read_weights(folder, dtype)
     if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)           # an alias that some writers store
+        head = state.pop("lm_head.weight", None)    # an alias that some writers store
+        embedding = state.get("model.embed_tokens.weight")
+        if head is not None and not torch.equal(head, embedding):
+            raise ValueError(f"{folder} holds a head of its own, but its config.json says "
+                             "that the head is tied: set tie_word_embeddings to false")
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in sorted(expected.keys() | found.keys()):

@@ -14,6 +14,7 @@ import hashlib
 import json
 import lzma
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +59,10 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Head and loss in one pass over chunks of tokens, gradients included: no (tokens,
     vocab_size) matrix outlives its chunk.
 
-    With p = softmax(h Wᵀ): ∂loss/∂h = p W − W[target] and ∂loss/∂W = pᵀ h − h at the
-    target's row, each times the token's weight. Backward only scales what forward has
-    already computed.
+    With d = softmax(h Wᵀ) − 1 at the target: ∂loss/∂h = d W and ∂loss/∂W = dᵀ h, each
+    times the token's weight. d is taken in float32 and rounded afterwards: on a token that
+    the model is sure of, d is the small difference of two numbers near one. Backward only
+    scales what forward has already computed.
     """
 
     CHUNK = 512
@@ -77,15 +79,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(len(targets), device=hidden.device)
         for start in range(0, len(targets), LinearCrossEntropy.CHUNK):
             chunk = slice(start, start + LinearCrossEntropy.CHUNK)
-            logits = F.linear(hidden[chunk], weight)  # (chunk, vocab_size)
-            probabilities = torch.softmax(logits, -1)
-            # log p(target) by way of the likeliest token: exact even where p(target) is 0
-            total = logits.amax(-1).float() - probabilities.amax(-1).float().log()
-            losses[chunk] = total - logits.gather(1, targets[chunk, None])[:, 0].float()
-            torch.mm(probabilities, weight, out=grad_hidden[chunk])
-            grad_weight += probabilities.t() @ scaled[chunk]
-        grad_hidden -= weight[targets]
-        grad_weight.index_add_(0, targets, scaled.float(), alpha=-1)
+            logits = F.linear(hidden[chunk], weight).float()  # (chunk, vocab_size)
+            losses[chunk] = F.cross_entropy(logits, targets[chunk], reduction="none")
+            difference = torch.softmax(logits, -1)
+            difference[torch.arange(len(logits)), targets[chunk]] -= 1
+            difference = difference.to(weight.dtype)
+            torch.mm(difference, weight, out=grad_hidden[chunk])
+            grad_weight += difference.t() @ scaled[chunk]
         if weights is not None:
             grad_hidden *= weights.to(hidden.dtype)[:, None]
             losses *= weights
@@ -490,20 +490,21 @@ class Trainer:
         ]
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """Forward, backward and update on one batch; gradients are summed over
-        micro-batches and processes so that the loss is the weighted mean over all tokens of
-        the whole batch, however it is cut.
+        """Forward, backward and update on one batch of text."""
+        return self.update(self.losses(batch))
+
+    def losses(self, batch: Batch) -> Iterator[torch.Tensor]:
+        """The loss of each micro-batch, times its share of the whole batch's tokens: their
+        sum is the weighted mean over all tokens, however the batch is cut and shared out.
         """
-        distributed = world()[1] > 1
         device = self.working[0].device
         total = batch.weights.sum().double()
-        if distributed:
+        if world()[1] > 1:
             dist.all_reduce(total)
         if total == 0:
             raise CourseError(
                 "this batch trains no token, because every weight is 0: look at the rows' masks and at replay_weight"
             )
-        loss_sum = torch.zeros((), dtype=torch.float64)
         parts = self.settings.grad_accumulation
         for ids, targets, weights in zip(
             *(x.chunk(parts) for x in (batch.input_ids, batch.targets, batch.weights)),
@@ -511,20 +512,26 @@ class Trainer:
         ):
             hidden = self.model.hidden_states(ids.to(device)).flatten(0, 1)
             weights = weights.flatten().to(device)
+            targets = targets.flatten().to(device)
             share = (weights.sum() / total.to(device)).float()
-            loss = (
-                linear_cross_entropy(
-                    hidden,
-                    self.model.lm_head.weight,
-                    targets.flatten().to(device),
-                    weights,
-                )
-                * share
+            yield share * linear_cross_entropy(
+                hidden, self.model.lm_head.weight, targets, weights
             )
+
+    def update(self, losses: Iterable[torch.Tensor]) -> dict[str, float]:
+        """One optimiser step on the sum of `losses`, whatever they are; its numbers.
+
+        losses: the shares of micro-batches, each freed as soon as its gradient is there;
+        gradients are summed in float32. Under torchrun each process brings its own shares.
+        FloatingPointError if the loss or the gradient is not finite: the weights are
+        untouched then.
+        """
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        for loss in losses:
             loss.backward()
             loss_sum += loss.item()
-        self._collect_gradients()
-        if distributed:
+            self._collect_gradients()
+        if world()[1] > 1:
             dist.all_reduce(loss_sum)
             for p in self.masters:
                 dist.all_reduce(p.grad)
@@ -545,9 +552,14 @@ class Trainer:
         }
 
     def _collect_gradients(self):
+        """Add the working weights' gradients to the masters' (zeros where a loss reaches none)."""
         for master, p in zip(self.masters, self.working, strict=True):
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
             if master is not p:
-                master.grad, p.grad = p.grad.float(), None
+                wide = p.grad.float()
+                master.grad = wide if master.grad is None else master.grad.add_(wide)
+                p.grad = None
 
     def _publish_weights(self):
         if self.masters is not self.working:

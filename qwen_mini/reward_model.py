@@ -39,7 +39,6 @@ from qwen_mini.sft import (
     rows_stage,
     slower,
     start_checkpoint,
-    update,
 )
 from .tasks import TASKS, Example, Verdict, final_answer
 from .tokenizer import Tokenizer
@@ -286,7 +285,7 @@ def reward_steps(trainer: Trainer, pairs: Sequence[Pair], settings, seed: int = 
                 len(mine) / len(plan.plan[number])
             )
 
-        return update(trainer, losses()) | facts
+        return trainer.update(losses()) | facts
 
     return plan.total_steps, step
 

@@ -4,7 +4,7 @@
 __all__ = ['MASKS', 'Answers', 'TRAIN_SYSTEM', 'OTHER_SYSTEM', 'chat_example', 'loss_mask', 'Row', 'row_of', 'make_rows',
            'with_system', 'to_batch', 'pack_best_fit', 'pack_rows', 'RowSampler', 'draw_examples', 'Answer',
            'length_batches', 'evaluate_tasks', 'verdicts', 'part_of', 'share', 'accuracy', 'pass_any', 'by_area',
-           'by_problem', 'standard_error', 'mean_gain', 'update', 'start_checkpoint', 'optimizer_settings', 'slower',
+           'by_problem', 'standard_error', 'mean_gain', 'start_checkpoint', 'optimizer_settings', 'slower',
            'train_rows', 'rows_stage', 'replay_rows', 'demonstrations', 'training_rows', 'sft_stage', 'finetune',
            'long_instructions', 'score_long', 'rejection_sample']
 
@@ -20,8 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import nn
 
 from .corpus import corpus_inputs, needle_pieces, prepare_corpus
 from .course import CourseError, hardware, stages
@@ -402,39 +400,6 @@ def mean_gain(differences: np.ndarray, other_runs: int = 0) -> tuple[float, floa
     return float(runs.mean()), error
 
 # %% ../notebooks/14_sft.ipynb #f87ded51
-def update(trainer: Trainer, losses: Iterable[torch.Tensor]) -> dict[str, float]:
-    """One optimiser step on the sum of `losses`, whatever they are; returns what `Trainer.step` returns.
-
-    losses: the shares of micro-batches, each freed as soon as its gradient is there. Under torchrun each process
-    brings its own shares of the whole batch's loss. FloatingPointError if the loss or the gradient is not finite:
-    the weights are untouched then.
-    """
-    total = torch.zeros((), dtype=torch.float64)
-    for loss in losses:
-        loss.backward()
-        total += loss.item()
-    for p in trainer.working:  # a loss need not reach every weight
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    trainer._collect_gradients()
-    if world()[1] > 1:
-        dist.all_reduce(total)
-        for p in trainer.masters:
-            dist.all_reduce(p.grad)
-    norm = nn.utils.clip_grad_norm_(trainer.masters, trainer.settings.clip_norm).item()
-    if not math.isfinite(norm + total.item()):
-        raise FloatingPointError(
-            f"at step {trainer.step_count} the loss is {total.item()} and its gradient {norm}: lower the learning "
-            "rate; the last training state is unharmed"
-        )
-    factor = trainer._set_learning_rate()
-    for optimizer in trainer.optimizers:
-        optimizer.step()
-    trainer._publish_weights()
-    trainer.step_count += 1
-    numbers = {"step": trainer.step_count, "loss": total.item()}
-    return numbers | {"grad_norm": norm, "lr_factor": factor}
-
-
 def start_checkpoint(config, stage: str, start: str, seed: int = 0) -> Path | Stage:
     """Where a later stage begins: what ships with the course, or the scale's own stage `sft`."""
     ready = stages.shipped(stage) if start == "shipped" else None

@@ -8,6 +8,7 @@ __all__ = ['PIECES', 'PATTERN', 'BYTE_ORDER', 'BYTE_CHARS', 'CONTROL_TOKENS', 'S
 
 # %% ../notebooks/01_tokenizer.ipynb #aadfc52f
 import base64
+import functools
 import heapq
 import json
 import unicodedata
@@ -171,16 +172,20 @@ CONTROL_TOKENS = (
 SPECIAL_TOKENS = frozenset(CONTROL_TOKENS[:14])
 """Those that `skip_special_tokens` leaves out; tool calls and code markers stay visible."""
 
-_CONTROL = regex.compile("(" + "|".join(map(regex.escape, CONTROL_TOKENS)) + ")")
+
+@functools.cache
+def _any_of(tokens: tuple[str, ...]) -> regex.Pattern:
+    return regex.compile("(" + "|".join(map(regex.escape, sorted(tokens, key=len, reverse=True))) + ")")
 
 
 class Control(str):
     """A control token among segments of text; everything that is only a `str` stays text."""
 
 
-def split_control(text: str) -> list[str]:
-    """Segments of text that is allowed to hold control tokens, which become `Control`."""
-    return [Control(part) if i % 2 else part for i, part in enumerate(_CONTROL.split(_is_str(text))) if part]
+def split_control(text: str, tokens: tuple[str, ...] = CONTROL_TOKENS) -> list[str]:
+    """Segments of text that is allowed to hold the control tokens `tokens`, which become `Control`."""
+    parts = _any_of(tokens).split(_is_str(text))
+    return [Control(part) if i % 2 else part for i, part in enumerate(parts) if part]
 
 # %% ../notebooks/01_tokenizer.ipynb #4a9e3b27
 def padded_vocab_size(vocab_size: int, multiple: int = 128) -> int:
@@ -206,7 +211,8 @@ def chat_segments(
     """A conversation as segments of ChatML: the template's own control tokens are `Control`, all else is text.
 
     messages: dicts with role (system, user, assistant, tool) and content; an assistant may have `tool_calls`, each with
-    name and arguments, directly or under `function`. tools: OpenAI-style dicts.
+    name and arguments (an object, or its JSON text as OpenAI's histories have it; none is an empty object), directly or
+    under `function`. tools: OpenAI-style dicts.
     Joined, the segments are what `CHAT_TEMPLATE` renders.
     """
     segments: list[str] = []
@@ -232,10 +238,9 @@ def chat_segments(
             template("<|im_start|>assistant")
             said("\n" + message["content"] if message.get("content") else "")
             for call in message["tool_calls"]:
-                call = call.get("function", call)
-                arguments = json.dumps(call["arguments"], ensure_ascii=False)
+                name, arguments = _checked_call(call, i)
                 template("\n<tool_call>\n")
-                said(f'{{"name": "{call["name"]}", "arguments": {arguments}}}')
+                said(f'{{"name": "{name}", "arguments": {arguments}}}')
                 template("\n</tool_call>")
             template("<|im_end|>\n")
         elif i or roles[i] != "system":
@@ -245,6 +250,22 @@ def chat_segments(
     if add_generation_prompt:
         template("<|im_start|>assistant\n")
     return segments
+
+
+def _checked_call(call: Mapping, i: int) -> tuple[str, str]:
+    """Name and arguments, as JSON text, of a tool call of message `i`; text that is JSON already stays as it is."""
+    call = call.get("function", call) if isinstance(call, Mapping) else call
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+        raise ValueError(f"message {i} has a tool call without a name: it must be a dict with name and arguments")
+    arguments = given = call.get("arguments") or {}
+    if isinstance(given, str):
+        try:
+            arguments = json.loads(given)
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"message {i} calls {call['name']} with arguments that are not a JSON object: {given!r:.60}")
+    return call["name"], given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
 def _checked_roles(messages: Sequence[Mapping]) -> list[str]:
@@ -289,7 +310,8 @@ CHAT_TEMPLATE = """\
         {%- for tool_call in message.tool_calls -%}
             {%- set call = tool_call.function if tool_call.function is defined else tool_call -%}
             {{- '\\n<tool_call>\\n{"name": "' -}}{{- call.name -}}
-            {{- '", "arguments": ' -}}{{- call.arguments | tojson -}}{{- '}\\n</tool_call>' -}}
+            {%- set given = call.arguments if call.arguments is defined and call.arguments else {} -%}
+            {{- '", "arguments": ' -}}{{- given if given is string else given | tojson -}}{{- '}\\n</tool_call>' -}}
         {%- endfor -%}
         {{- '<|im_end|>\\n' -}}
     {%- elif not (loop.first and first_is_system) -%}
@@ -378,19 +400,23 @@ class TokenizerError(CourseError):
 class Tokenizer:
     """Byte-level BPE with Qwen2.5's pattern, control tokens and chat format.
 
-    merges: (left id, right id) in the order learned; merge i makes token 256 + i, the 22 control tokens follow.
+    merges: (left id, right id) in the order learned; merge i makes token 256 + i, the control tokens follow.
     fast: encode and train with `tokenizers` on all cores, not with the functions of this module (same ids).
+    control_tokens: Qwen2.5's 22; Qwen2 has the first three of them, many fine-tunes have some more.
     """
 
-    def __init__(self, merges: Sequence[tuple[int, int]], fast: bool = True):
+    def __init__(
+        self, merges: Sequence[tuple[int, int]], fast: bool = True, control_tokens: Sequence[str] = CONTROL_TOKENS
+    ):
         self.merges = [tuple(pair) for pair in merges]
         self.fast = fast
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._bytes = [bytes([byte]) for byte in BYTE_ORDER]
         for left, right in self.merges:
             self._bytes.append(self._bytes[left] + self._bytes[right])
-        self.control_tokens = {token: len(self._bytes) + i for i, token in enumerate(CONTROL_TOKENS)}
-        self._bytes.extend(token.encode() for token in CONTROL_TOKENS)
+        self.control_tokens = {token: len(self._bytes) + i for i, token in enumerate(control_tokens)}
+        self.special_tokens = {t for t in control_tokens if t in SPECIAL_TOKENS or t not in CONTROL_TOKENS}
+        self._bytes.extend(token.encode() for token in control_tokens)
         self._known: dict[str, list[int]] = {}
 
     @classmethod
@@ -450,7 +476,8 @@ class Tokenizer:
         """`encode` for many texts, in parallel on the fast path."""
         if isinstance(texts, str | bytes):
             raise TypeError(f"texts must be an iterable of str, not one {type(texts).__name__}")
-        return self._encode_segments([split_control(text) if allow_control else [_is_str(text)] for text in texts])
+        known = tuple(self.control_tokens)
+        return self._encode_segments([split_control(t, known) if allow_control else [_is_str(t)] for t in texts])
 
     def encode_chat(
         self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, add_generation_prompt: bool = False
@@ -467,7 +494,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of ids; bytes that are no UTF-8 (a character cut in half) become U+FFFD."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        skipped = {self.control_tokens[token] for token in SPECIAL_TOKENS} if skip_special_tokens else ()
+        skipped = {self.control_tokens[token] for token in self.special_tokens} if skip_special_tokens else ()
         return b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
@@ -483,14 +510,14 @@ class Tokenizer:
         """
         added = {
             str(id): {"content": token, "lstrip": False, "normalized": False, "rstrip": False,
-                      "single_word": False, "special": token in SPECIAL_TOKENS}
+                      "single_word": False, "special": token in self.special_tokens}
             for token, id in self.control_tokens.items()
         }  # fmt: skip
         settings = {
             "tokenizer_class": "Qwen2Tokenizer",
             "add_prefix_space": False,
             "added_tokens_decoder": added,
-            "additional_special_tokens": list(CONTROL_TOKENS[1:14]),
+            "additional_special_tokens": [t for t in list(self.control_tokens)[1:] if t in self.special_tokens],
             "bos_token": None,
             "chat_template": CHAT_TEMPLATE,
             "clean_up_tokenization_spaces": False,
@@ -503,9 +530,10 @@ class Tokenizer:
         full = _backend(self._bytes, self.merges)
         full.normalizer = normalizers.NFC()
         full.post_processor = processors.ByteLevel(trim_offsets=False)
-        for token in CONTROL_TOKENS:
-            added_token = tokenizers.AddedToken(token, special=token in SPECIAL_TOKENS, normalized=False)
-            (full.add_special_tokens if token in SPECIAL_TOKENS else full.add_tokens)([added_token])
+        for token in self.control_tokens:
+            special = token in self.special_tokens
+            added_token = tokenizers.AddedToken(token, special=special, normalized=False)
+            (full.add_special_tokens if special else full.add_tokens)([added_token])
         write_file(Path(folder) / "tokenizer.json", full.to_str(pretty=False) + "\n")
         settings_text = json.dumps(settings, indent=2, ensure_ascii=False)
         write_file(Path(folder) / "tokenizer_config.json", settings_text + "\n")
@@ -523,12 +551,14 @@ class Tokenizer:
         try:
             vocabulary, pairs = data["model"]["vocab"], data["model"]["merges"]
             pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in pairs]
-            loaded = cls([(vocabulary[left], vocabulary[right]) for left, right in pairs], fast)
-            regular = {name: i for i, name in enumerate(_names(loaded._bytes[: 256 + len(pairs)]))}
             control = {token["content"]: token["id"] for token in data["added_tokens"]}
+            merges = [(vocabulary[left], vocabulary[right]) for left, right in pairs]
+            loaded = cls(merges, fast, sorted(control, key=control.get))
+            regular = {name: i for i, name in enumerate(_names(loaded._bytes[: 256 + len(pairs)]))}
             steps = data["pre_tokenizer"].get("pretokenizers", [data["pre_tokenizer"]])
             same = (
                 control == loaded.control_tokens
+                and {"<|endoftext|>", "<|im_start|>", "<|im_end|>"} <= set(control)
                 and regular == {name: i for name, i in vocabulary.items() if name not in control}
                 and {"Regex": PATTERN.pattern} in [step.get("pattern") for step in steps]
                 and data["normalizer"] == {"type": "NFC"}
@@ -544,7 +574,8 @@ class Tokenizer:
         rows = []
         for segments in batch:
             row = []
-            for is_control, group in groupby(segments, key=lambda part: isinstance(part, Control)):
+            is_known = lambda part: isinstance(part, Control) and part in self.control_tokens
+            for is_control, group in groupby(segments, key=is_known):
                 parts = list(group)
                 row.extend(parts if is_control else [checked("".join(parts))])
             rows.append(row)

@@ -440,13 +440,13 @@ def _():
     return rates(found) | {"epochs": sft.slower(Tuning(), epochs=5).epochs}
 
 
-@golden("sft", "update")
+@golden("pretraining", "update")
 def _():
     trainer = p.Trainer(tiny(), Numbers(), 8)
     records = []
     for step in range(4):
         losses = (trainer.model(ids(1, 12, seed=step + i)).square().mean() for i in range(2))
-        records.append(sft.update(trainer, losses))
+        records.append(trainer.update(losses))
     return columns(records) | {
         "weights": moves(trainer),
         "logits": summary(trainer.model(ids(1, 6))),

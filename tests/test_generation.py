@@ -498,3 +498,41 @@ def test_distributions_equal_the_logits_processors(transformers, temperature, to
     expected = torch.softmax(processors(history, logits.clone()), -1)
     found = Sampling(temperature, top_k, top_p, penalty).probabilities(logits, history)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_stop_ids_in_every_form():
+    """As a generation_config.json has them: a number or a list; and a tensor."""
+    model = make()
+    free = generate(model, [[5, 6]], 8)[0].tokens
+    want = generate(model, [[5, 6]], 8, stop_ids=[free[2]])[0]
+    assert want.finished and len(want.tokens) <= 3
+    for stops in (free[2], torch.tensor(free[2]), torch.tensor([free[2]]), (free[2],)):
+        assert generate(model, [[5, 6]], 8, stop_ids=stops)[0] == want
+
+
+def test_top_p_at_exact_sums_and_off():
+    transformers = pytest.importorskip("transformers")
+    rng = torch.Generator().manual_seed(1)
+    logits = torch.randn(64, 4_096, generator=rng) * 3
+    values, _ = generation.candidates(logits, 0, 1.0)
+    assert values.isfinite().all(), "top_p = 1 is off"
+    exact = torch.tensor([[0.3, 0.1, 0.1, 0.5]]).log()
+    for rows, top_p in ((exact, 0.8), (exact, 0.5), (exact, 0.9), (logits, 0.9), (logits, 0.999)):
+        kept = generation.candidates(rows, 0, top_p)[0].isfinite().sum(-1)
+        theirs = transformers.TopPLogitsWarper(top_p)(None, rows.clone()).isfinite().sum(-1)
+        assert (kept - theirs).abs().max() <= 1 and (rows is not exact or torch.equal(kept, theirs)), (kept, theirs)
+
+
+@pytest.mark.parametrize(
+    "options", [{"repetition_penalty": 1.2}, {"forbidden_ids": [95]}, {"forbidden_ids": [95, 3], "temperature": 1.0}]
+)
+def test_ids_among_the_padded_rows(options):
+    """Allowed in a prompt, and never sampled."""
+    model = Qwen(ModelConfig(128, 32, 64, 1, 2, 1, 16, 64)).eval()
+    tokens = generate(model, [[100, 5]], 4, vocab_size=90, **options)[0].tokens
+    assert max(tokens) < 90 and not set(tokens) & set(options.get("forbidden_ids", []))
+
+
+def test_a_negative_forbidden_id_is_named():
+    with pytest.raises(ValueError, match="forbidden_ids must be ids from 0 on"):
+        generate(make(), [[5]], 2, forbidden_ids=[-1])

@@ -100,7 +100,7 @@ def test_another_beta_2_of_an_optimiser_is_seen(optimizer, module, name, monkeyp
         ("pretraining", "steps with Muon"),
         ("pretraining", "steps with AdamW"),
         ("long_context", "steps"),
-        ("sft", "update"),
+        ("pretraining", "update"),
         ("sft", "training on rows"),
         ("reward_model", "steps"),
         ("dpo", "steps"),

@@ -474,9 +474,10 @@ def test_damaged_index(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": ')
     with pytest.raises(ValueError, match="index.json is damaged"):
         Qwen.from_pretrained(folder)
-    (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is missing, expected"):
-        Qwen.from_pretrained(folder)
+    for content in ("{}", '{"weight_map": {"a": "../elsewhere.safetensors"}}', '{"weight_map": {"a": 3}}'):
+        (folder / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ValueError, match="index.json is damaged"):
+            Qwen.from_pretrained(folder)
 
 
 def test_truncated_weights_anywhere(folder):
@@ -535,6 +536,86 @@ def test_missing_and_surplus_tensors(folder):
 def test_scaled_rope_is_refused(folder, change):
     rewrite(folder, **change)
     with pytest.raises(ValueError, match="scaled RoPE"):
+        Qwen.from_pretrained(folder)
+
+
+FORMS = {  # what other writers make of a folder -> how its logits compare with transformers', or the refusal
+    "a tied head that is stored": (
+        lambda state: {"lm_head.weight": state["model.embed_tokens.weight"].clone()},
+        {},
+        None,
+    ),
+    "a head of its own": (lambda state: {"lm_head.weight": state["model.embed_tokens.weight"] * 0.5}, {}, "own.*tied"),
+    "old buffers": (lambda state: {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, {}, None),
+    "keys that say nothing": (
+        lambda state: {},
+        {"use_cache": True, "sliding_window": 4096, "torch_dtype": "float16"},
+        None,
+    ),
+    "all layers look at all": (lambda state: {}, {"layer_types": ["full_attention"] * 3}, None),
+    "a layer with a window": (
+        lambda state: {},
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "sliding window",
+    ),
+    "dual chunks": (
+        lambda state: {},
+        {"dual_chunk_attention_config": {"chunk_size": 8}},
+        "dual chunk attention: remove",
+    ),
+    "quantised": (lambda state: {}, {"quantization_config": {"quant_method": "awq"}}, "quantised"),
+    "a key of another model": (
+        lambda state: {},
+        {"attn_logit_softcapping": 50.0},
+        "attn_logit_softcapping, which Qwen2.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_gives_the_logits_of_transformers_or_is_refused(folder, form):
+    """Never silently other numbers."""
+    added, change, refusal = FORMS[form]
+    state = load_file(folder / "model.safetensors")
+    save_file(state | added(state), folder / "model.safetensors", metadata={"format": "pt"})
+    rewrite(folder, **change)
+    if refusal:
+        with pytest.raises(ValueError, match=refusal):
+            Qwen.from_pretrained(folder)
+        return
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        want, got = theirs(token_ids()).logits, Qwen.from_pretrained(folder).eval()(token_ids())
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("value", ["x", [], None, -1, 0, 1e400, 10**30, True, {}])
+@pytest.mark.parametrize(
+    "key",
+    "hidden_size num_hidden_layers num_attention_heads head_dim rope_theta rms_norm_eps vocab_size "
+    "tie_word_embeddings layer_types rope_parameters".split(),
+)
+def test_no_value_of_a_config_ends_in_a_traceback(folder, key, value):
+    """A config that loads, or one sentence."""
+    rewrite(folder, **{key: value})
+    try:
+        config = read_config(folder)
+    except ValueError as error:
+        assert str(error).startswith("config.json") and "\n" not in str(error)
+    else:
+        assert config.num_hidden_layers <= 1000 and 0 < config.rope_theta < float("inf")
+
+
+@pytest.mark.parametrize("damage", [torch.int8, torch.bool, float("nan"), float("inf")])
+def test_weights_are_finite_floating_point_numbers(folder, damage):
+    state = load_file(folder / "model.safetensors")
+    norm = state["model.norm.weight"]
+    state["model.norm.weight"] = norm.to(damage) if isinstance(damage, torch.dtype) else torch.full_like(norm, damage)
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(
+        ValueError, match="model.norm.weight (is of .*floating-point|holds numbers that are not finite)"
+    ):
         Qwen.from_pretrained(folder)
 
 

@@ -422,9 +422,7 @@ def test_step_equals_a_loop_written_by_hand(prepared):
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), s.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = s.learning_rate * learning_rate_factor(
-                step, 30, s.warmup_steps, s.schedule, s.min_lr_ratio
-            )
+            group["lr"] = s.learning_rate * learning_rate_factor(step, 30, s.warmup_steps, s.schedule, s.min_lr_ratio)
         optimizer.step()
         assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
     for ours, theirs in zip(trainer.masters, model.parameters(), strict=True):
@@ -475,6 +473,45 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_told_apart(prepare
     with pytest.raises(FloatingPointError, match="the gradient at step 0 is (inf|nan) though the loss is .*: lower"):
         trainer.step(MixtureSampler(corpus, config.pretraining.phases, 512).batch(0))
     assert all(torch.equal(p, old) for p, old in zip(trainer.masters, before, strict=True))
+
+
+@pytest.mark.parametrize("scale", [0.4, 0.8, 1.2, 1.6])
+def test_linear_cross_entropy_in_bfloat16_of_tokens_that_the_model_is_sure_of(scale):
+    """Of a loss of 1 to 1e-4 the gradient has the relative error of 16 bits, not of a difference after rounding."""
+    torch.manual_seed(0)
+    head = torch.randn(64, 48)
+    targets = torch.randint(64, (200,))
+    hidden = scale * head[targets] / head[targets].norm(dim=1, keepdim=True) + 0.1 * torch.randn(200, 48)
+    hidden, head = hidden.bfloat16(), head.bfloat16()
+    exact = [t.double().requires_grad_() for t in (hidden, head)]
+    want = nn.functional.cross_entropy(exact[0] @ exact[1].t(), targets)
+    want.backward()
+    ours = [t.clone().requires_grad_() for t in (hidden, head)]
+    loss = linear_cross_entropy(*ours, targets)
+    loss.backward()
+    for one, other in zip(ours, exact, strict=True):
+        assert (one.grad.double() - other.grad).norm() < 0.05 * other.grad.norm()
+
+
+def test_micro_batches_are_summed_in_float32(prepared):
+    """64 of them in bfloat16: no worse than their gradients added up in float32."""
+    config, _, corpus, _ = prepared
+
+    def gradient(dtype, parts, rows=slice(None)):
+        trainer, seen = fresh(config, dtype, grad_accumulation=parts, clip_norm=1e9, batch_tokens=128 * 64), []
+        batch = MixtureSampler(corpus, config.pretraining.phases, 64 * 64).batch(0)
+        cut = {name: getattr(batch, name)[rows] for name in ("input_ids", "targets", "weights")}
+        for optimizer in trainer.optimizers:
+            optimizer.step = lambda *_: None
+        trainer._publish_weights = lambda: seen.extend(p.grad.double().flatten() for p in trainer.masters)
+        trainer.step(dataclasses.replace(batch, **cut))
+        return torch.cat(seen)
+
+    count = len(MixtureSampler(corpus, config.pretraining.phases, 64 * 64).batch(0).input_ids)
+    exact = gradient(torch.float32, 1)
+    error = lambda found: ((found - exact).norm() / exact.norm()).item()
+    apart = sum(gradient(torch.bfloat16, 1, slice(i, i + 1)) for i in range(count)) / count
+    assert error(gradient(torch.bfloat16, count)) < 1.05 * error(apart)
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -623,9 +660,7 @@ def test_a_full_disk_keeps_the_previous_state(prepared, saved_often, monkeypatch
     before = state.read_bytes()
     monkeypatch.setattr(artifacts, "check_writable", lambda _: None)  # it is full only later
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(
-        artifacts.ArtifactError, match="the disk is full; the previous version, if any, is kept"
-    ):
+    with pytest.raises(artifacts.ArtifactError, match="the disk is full; the previous version, if any, is kept"):
         pretrain(config, stage="full_disk")
     monkeypatch.undo()
     assert state.read_bytes() == before
@@ -683,9 +718,7 @@ def test_domains_that_could_not_be_fetched_leave_the_mixture(prepared):
         (),
         {"domains": corpus.domains, "manifest": corpus.manifest | {"left_out": {"wiki_en": "?"}}},
     )
-    assert pretraining.available_phases(phases, monkey)[0].mixture == pytest.approx(
-        {"python": 0.6, "tasks": 0.4}
-    )
+    assert pretraining.available_phases(phases, monkey)[0].mixture == pytest.approx({"python": 0.6, "tasks": 0.4})
     with pytest.raises(ValueError, match="names the domain 'wiki_en'"):
         MixtureSampler(corpus, pretraining.available_phases(phases, corpus), 512)
 

@@ -79,7 +79,13 @@ def test_programs_that_misbehave_end(name):
 
 
 def test_a_sleeper_is_ended_by_the_clock():
-    assert run("import time\n" + body("time.sleep(60)"), 1, wall_seconds=0.3).status == "timeout"
+    waits = "import _thread\n" + body("lock = _thread.allocate_lock()\nlock.acquire()\nlock.acquire()")
+    assert run(waits, 1, wall_seconds=0.3).status == "timeout"
+
+
+@pytest.mark.skipif(not LINUX, reason="the filter is Linux's")
+def test_sleeping_is_no_computing():
+    assert "PermissionError" in run("import time\n" + body("time.sleep(60)"), 1).error
 
 
 REACH = {
@@ -126,7 +132,7 @@ def test_nothing_outside_can_be_reached(name, tmp_path):
 def test_the_kernel_refuses_what_python_s_hooks_would_miss(attempt, monkeypatch):
     """The worker without its audit hook: the second lock taken off, the first still holds."""
     source = open(sandbox.__file__).read()
-    assert source.count("sys.addaudithook(_refuse)") == 1
+    assert source.count("sys.addaudithook(_second_lock())") == 1
     monkeypatch.setattr(sandbox, "_workers", [])
     loose = sandbox._Worker()
     monkeypatch.setattr(sandbox, "__file__", str(_loosened(source)))
@@ -141,12 +147,13 @@ def _loosened(source: str):
     import tempfile
 
     path = pathlib.Path(tempfile.mkdtemp()) / "loose.py"
-    path.write_text(source.replace("sys.addaudithook(_refuse)", "pass"))
+    path.write_text(source.replace("sys.addaudithook(_second_lock())", "pass"))
     return path
 
 
 def test_a_program_that_closes_its_handle_and_sleeps_is_ended_with_its_worker():
-    program = "import os, time\nfor h in range(3, 64):\n    try: os.close(h)\n    except OSError: pass\ntime.sleep(40)"
+    program = "import os, _thread\nfor h in range(3, 64):\n    try: os.close(h)\n    except OSError: pass\n"
+    program += "lock = _thread.allocate_lock()\nlock.acquire()\nlock.acquire()"
     begin = time.perf_counter()
     assert run(program, 1, wall_seconds=0.2).status == "killed"
     assert time.perf_counter() - begin < 5
@@ -159,7 +166,7 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next():
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
         with pytest.raises(KeyboardInterrupt):
-            run("import time\n" + body("time.sleep(0.4)\nreturn 'late'"), 1)
+            run("import time\n" + body("end = time.time() + 0.4\nwhile time.time() < end: pass\nreturn 'late'"), 1)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
@@ -294,3 +301,64 @@ def test_a_killed_process_leaves_no_folder(tmp_path):
     while list(tmp_path.glob("qwen_mini_sandbox_*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert list(tmp_path.glob("qwen_mini_sandbox_*")) == []
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_nothing_of_a_program_stays_in_its_worker():
+    """Neither its source nor what it returned: a later program of the same group could find and return it."""
+    secrets = [f"secret_{kind}_{os.getpid()}" for kind in ("name", "value")]
+    program = body(f"{secrets[0]} = x\nreturn [{secrets[0]}[::-1]] * 3")
+    assert run(program, secrets[1][::-1]).values == [[secrets[1]] * 3]
+    for worker in sandbox._workers:
+        pid = worker.process.pid
+        try:
+            with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as memory:
+                areas = [line.split()[0].split("-") for line in maps if line.split()[1].startswith("rw")]
+                content = b""
+                for low, high in areas:
+                    memory.seek(int(low, 16))
+                    content += memory.read(int(high, 16) - int(low, 16))
+        except PermissionError:
+            pytest.skip("this system does not let us look into the worker")
+        assert b"PRELOADED" in content, "the search sees what is there"
+        assert not [secret for secret in secrets if secret.encode() in content or secret[::-1].encode() in content]
+
+
+UNLOCK = {
+    "a name of the module": "main = sys.modules['__main__']\nfor n in list(vars(main)):\n"
+    "    if n.isupper() or n.startswith('_'): setattr(main, n, ())",
+    "the hook's frame": "try: open('x')\nexcept PermissionError as e:\n    frame = e.__traceback__\n"
+    "    while frame.tb_next: frame = frame.tb_next\n    frame.tb_frame.f_locals.update(event='')\n"
+    "    frame.tb_frame.f_globals['PermissionError'] = str",
+    "the hook's code": "import gc\nfor o in gc.get_objects():\n"
+    "    if getattr(o, '__name__', '') == 'refuse': o.__code__ = (lambda e, a: None).__code__",
+}
+
+
+@pytest.mark.parametrize("name", UNLOCK)
+def test_the_second_lock_holds_alone(name, tmp_path, monkeypatch, capfd):
+    """Where the kernel has no filter; not against everything (see the module), but against assignments."""
+    source = open(sandbox.__file__).read()
+    loose = tmp_path / "loose.py"
+    loose.write_text(source.replace("    filter_ = _seccomp_filter()\n", "    filter_ = None\n"))
+    assert loose.read_text() != source
+    alone = sandbox._Worker()
+    monkeypatch.setattr(sandbox, "__file__", str(loose))
+    monkeypatch.setattr(sandbox, "_workers", [alone])
+    (tmp_path / "canary").write_text("hunter2")
+    unlock = "\n".join(f"    {line}" for line in UNLOCK[name].split("\n"))
+    program = "import sys\ndef f(x):\n    try:\n" + unlock.replace("    ", "        ", 1).replace("\n", "\n    ")
+    program += f"\n    except Exception: pass\n    return open({str(tmp_path / 'canary')!r}).read()"
+    outcome = run(program, 1)
+    alone.stop()
+    assert outcome.status == "error" and outcome.values == [], outcome
+
+
+def test_a_machine_without_a_filter_is_told_once(monkeypatch, capsys):
+    monkeypatch.setattr(sandbox, "_seccomp_filter", lambda: None)
+    monkeypatch.setattr(sandbox, "_warned", [])
+    for _ in range(2):
+        worker = sandbox._Worker()
+        worker.start()
+        worker.stop()
+    assert capsys.readouterr().err.count("run untrusted models in a virtual machine") == 1

@@ -358,3 +358,12 @@ def test_a_task_of_one_s_own_can_be_added(monkeypatch):
     assert list(tasks.TASKS) == ["own"]
     example = tasks.TASKS["own"].generate(random.Random(0))
     assert tasks.TASKS["own"].verify(example, example.response).correct
+
+
+def test_checkers_answer_on_numbers_and_nesting_beyond_reason():
+    """They say no; they do not raise, which would end a training run."""
+    for name, task in TASKS.items():
+        example = task.generate(random.Random(0), 1)
+        for text in ("1" * 5_000, "1" * 5_000 + "+1=2\nAnswer: x", '{"a":' * 993 + "1" + "}" * 993, "[" * 100_000):
+            assert not task.verify(example, text).correct, name
+            assert consistent(example, text) in (True, False), name

@@ -551,7 +551,8 @@ def test_folders_that_hold_no_tokenizer(folder, tmp_path):
     for change in (
         {"model": {"type": "WordPiece", "vocab": {"a": 0}}},
         {"model": good["model"] | {"merges": good["model"]["merges"][::-1]}},
-        {"added_tokens": good["added_tokens"][:-1]},
+        {"added_tokens": good["added_tokens"][:2]},
+        {"added_tokens": good["added_tokens"][3:]},
         {"normalizer": None},
         {"pre_tokenizer": {"type": "Whitespace"}},
     ):
@@ -659,3 +660,49 @@ def test_no_index_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(downloads.SourceUnavailable, match="no-such-pack==1.0 could not be downloaded"):
         downloads.fetch_wheel("no-such-pack", "1.0", "0" * 64)
+
+
+@pytest.mark.parametrize("count", [3, 22, 23])
+def test_other_numbers_of_control_tokens(folder, tmp_path, count):
+    """Qwen2 has three; many fine-tunes add one for padding. What is not known is plain text."""
+    transformers = pytest.importorskip("transformers")
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    last = data["added_tokens"][-1]
+    data["added_tokens"] = [*data["added_tokens"], last | {"content": "<|PAD|>", "id": last["id"] + 1}][:count]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    ours = Tokenizer.from_pretrained(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    text = "a<|im_start|>b<tool_call>c<|fim_pad|>d<|PAD|>e"
+    ids = ours.encode(text, allow_control=True)
+    assert ids == theirs.encode(text) and ours.decode(ids) == text
+    assert len(ours.control_tokens) == count and ours.vocab_size == 256 + len(ours.merges) + count
+    assert not set(ours.encode(text)) & set(ours.control_tokens.values())
+    ours.save_pretrained(tmp_path / "again")
+    assert Tokenizer.from_pretrained(tmp_path / "again").control_tokens == ours.control_tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"city": "Paris"}, '{"city": "Paris"}'),
+        ('{"city":"Paris"}', '{"city":"Paris"}'),  # as OpenAI's histories have it: not encoded a second time
+        (None, "{}"),
+        ("", "{}"),
+    ],
+)
+def test_arguments_of_a_tool_call(fast, tmp_path, arguments, text):
+    transformers = pytest.importorskip("transformers")
+    call = {"name": "weather"} | ({"arguments": arguments} if arguments is not None else {})
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [{"function": call}]}]
+    said = fast.apply_chat_template(chat)
+    assert f'<tool_call>\n{{"name": "weather", "arguments": {text}}}\n</tool_call>' in said
+    fast.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.apply_chat_template(chat, tokenize=False) == said
+
+
+@pytest.mark.parametrize("call", [None, "f", {}, {"name": 3}, {"name": "f", "arguments": "no JSON"},
+                                  {"name": "f", "arguments": "[1]"}, {"name": "f", "arguments": 5}])  # fmt: skip
+def test_a_wrong_tool_call_is_one_sentence(fast, call):
+    with pytest.raises(ValueError, match="message 0 (has a tool call without a name|calls f with arguments)"):
+        fast.encode_chat([{"role": "assistant", "content": "", "tool_calls": [call]}])

@@ -1,15 +1,17 @@
 """Run small programs that a model wrote, so that they can neither harm, nor learn, nor cheat.
 
 `run_sandboxed` sends a program and the inputs of its calls to a worker: this file again, started as `python -s -P -S` with
-no environment in an empty folder. The worker has imported what programs may use; for every program it forks, and
-the child gives up everything (limits on CPU time, memory and files; no system call but those that pure computation
-needs) before it runs a line. What comes back is plain JSON, bounded in size. **Expected answers never enter the
+no environment in an empty folder. The worker has imported what programs may use; for every request it forks before it
+reads it, so that nothing of one program stays in the memory of the next. That fork watches another one, which gives up
+everything (limits on CPU time, memory and files; no system call but those that pure computation needs) before it runs
+a line of the program. What comes back is plain JSON, bounded in size. **Expected answers never enter the
 sandbox**: the caller compares, so a program that patches `==`, exits early or forges a result earns nothing that it
 did not compute.
 
 What it does not protect from: flaws of the kernel or of the CPU, and side channels through timing. Where the kernel
 offers no seccomp (macOS, processors without a table below), Python's audit hooks are all there is, and a program that
-looks for them can get round them: run untrusted models in a virtual machine there. Windows cannot fork: use WSL.
+looks for them can get round them: the sandbox says so once, and untrusted models belong into a virtual machine there.
+Windows cannot fork: use WSL.
 """
 
 import atexit
@@ -34,7 +36,7 @@ class Limits:
     """What one program may use; `cpu_seconds` decides, `wall_seconds` only ends programs that sleep."""
 
     cpu_seconds: float = 0.5
-    wall_seconds: float = 5.0
+    wall_seconds: float = 2.0
     memory_mib: int = 128
     output_bytes: int = 65_536
 
@@ -97,6 +99,7 @@ def run_many(jobs: list[tuple[str, str, list[list]]], limits: Limits | None = No
 
 # ---------------------------------------------------------------------------------------------------- the caller's side
 _lock, _workers = threading.Lock(), []
+_warned: list[int] = []  # once a process
 
 
 def _forget() -> None:
@@ -167,6 +170,9 @@ class _Worker:
         if problem:
             self.stop()
             raise SandboxError(f"the sandbox does not work on this machine, so no program can be judged: {problem}")
+        if not _warned and _seccomp_filter() is None:
+            _warned.append(1)
+            print("the kernel here cannot lock programs in: run untrusted models in a virtual machine", file=sys.stderr)
 
     def stop(self) -> None:
         if self.process is not None:
@@ -222,15 +228,14 @@ SYSCALLS = {
     "x86_64": {
         "arch": 0xC000003E,
         "read": 0, "write": 1, "close": 3, "fstat": 5, "lseek": 8, "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12,
-        "rt_sigreturn": 15, "sched_yield": 24, "mremap": 25, "madvise": 28, "nanosleep": 35, "getpid": 39,
-        "exit": 60, "gettimeofday": 96, "gettid": 186, "futex": 202, "clock_gettime": 228,
-        "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "getrandom": 318, "rseq": 334,
+        "sched_yield": 24, "mremap": 25, "madvise": 28, "getpid": 39, "exit": 60, "gettimeofday": 96,
+        "gettid": 186, "futex": 202, "clock_gettime": 228, "clock_getres": 229, "exit_group": 231, "getrandom": 318,
+        "rseq": 334,
     },
     "aarch64": {
         "arch": 0xC00000B7,
         "close": 57, "lseek": 62, "read": 63, "write": 64, "fstat": 80, "exit": 93, "exit_group": 94, "futex": 98,
-        "nanosleep": 101, "clock_gettime": 113, "clock_getres": 114, "clock_nanosleep": 115, "sched_yield": 124,
-        "rt_sigreturn": 139, "gettimeofday": 169, "getpid": 172, "gettid": 178, "brk": 214, "munmap": 215,
+        "clock_gettime": 113, "clock_getres": 114, "sched_yield": 124, "gettimeofday": 169, "getpid": 172, "gettid": 178, "brk": 214, "munmap": 215,
         "mremap": 216, "mmap": 222, "mprotect": 226, "madvise": 233, "getrandom": 278, "rseq": 293,
     },
 }  # fmt: skip
@@ -250,8 +255,11 @@ def _seccomp_filter() -> bytes | None:
     return b"".join([*lines, operation(answer, 0, 0, 0x00050001), operation(answer, 0, 0, 0x7FFF0000)])
 
 
+ENDED = 3  # exit code of a fork whose caller has gone
+
+
 def _work() -> None:
-    """The worker's loop: a message in, a forked child, a message out."""
+    """The worker's loop: a fork for every request, which reads it, has it computed and answers."""
     import ctypes
     import importlib
 
@@ -261,16 +269,29 @@ def _work() -> None:
     libc = ctypes.CDLL(None, use_errno=True) if filter_ else None
     lock = _kernel_lock(ctypes, libc, filter_) if filter_ else None
     base = _virtual_bytes()
-    while True:
-        try:
-            request = json.loads(_receive(0))
-        except EOFError:  # the parent has ended, perhaps without a chance to clean up
-            folder = os.getcwd()
-            os.chdir(os.sep)
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
-            return
-        _send(1, json.dumps(_run_in_child(request, lock, base)).encode())
+    ended = False
+    while not ended:
+        select.select([0], [], [])  # the request stays unread: what the worker has read, later programs could find
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                os._exit(_serve(lock, base))
+            os._exit(1)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+    folder = os.getcwd()  # the caller has ended, perhaps without a chance to clean up
+    os.chdir(os.sep)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+
+def _serve(lock, base: int) -> int:
+    """In the worker's fork: one request; the exit code."""
+    try:
+        request = json.loads(_receive(0))
+    except EOFError:
+        return ENDED
+    _send(1, json.dumps(_run_in_child(request, lock, base)).encode())
+    return 0
 
 
 def _kernel_lock(ctypes, libc, filter_: bytes):
@@ -282,10 +303,12 @@ def _kernel_lock(ctypes, libc, filter_: bytes):
 
     program = Program(len(filter_) // 8, ctypes.addressof(buffer))
     program.keep = buffer  # the address alone does not keep it alive
+    version_3, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
 
     def lock() -> bool:
         death_signal, no_new_privileges, set_seccomp, mode_filter = 1, 38, 22, 2
         libc.prctl(death_signal, signal.SIGKILL, 0, 0, 0)  # no child outlives its worker
+        libc.capset(version_3, none)  # root's powers, where the worker has them
         return (
             libc.prctl(no_new_privileges, 1, 0, 0, 0) == 0
             and libc.prctl(set_seccomp, mode_filter, ctypes.byref(program), 0, 0) == 0
@@ -345,7 +368,9 @@ def _compute(request: dict, writer: int, lock, base: int) -> None:
     try:
         _give_up(request["limits"], writer, lock, base)
         sys.modules["random"].seed(0)  # after the fork, which seeds it by chance: same program, same result
-        space: dict = {"__name__": "program", "__builtins__": __builtins__}
+        module = sys.modules["program"] = type(sys)("program")  # dataclasses and typing look their module up
+        space = vars(module)
+        space["__builtins__"] = __builtins__
         exec(compile(request["program"], "program", "exec"), space)
         if not callable(space.get(request["function"])):
             raise NameError(f"the program defines no function {request['function']!r}")
@@ -387,16 +412,22 @@ def _give_up(limits: dict, writer: int, lock, base: int) -> None:
         sys.modules.pop(name, None)
     if lock is not None and not lock():
         raise OSError("the kernel refused the filter")
-    sys.addaudithook(_refuse)
+    sys.addaudithook(_second_lock())
 
 
-_REFUSED = ("open", "os.", "socket.", "subprocess.", "ctypes.", "shutil.", "fcntl.", "mmap.", "pty.", "signal.", "gc.")
+def _second_lock():
+    """An audit hook: the second lock, and the only one where there is no seccomp.
 
+    The hook has no name in this module, and what it refuses is a constant of its code: nothing to assign to.
+    """
 
-def _refuse(event: str, arguments) -> None:
-    """The second lock, and the only one where there is no seccomp: Python's own events."""
-    if event.startswith(_REFUSED):
-        raise PermissionError(f"not allowed in the sandbox: {event}")
+    def refuse(event: str, arguments) -> None:
+        if event.startswith(
+            ("open", "os.", "socket.", "subprocess.", "ctypes.", "shutil.", "fcntl.", "mmap.", "pty.", "signal.", "gc.")
+        ):
+            raise PermissionError(f"not allowed in the sandbox: {event}")
+
+    return refuse
 
 
 DEPTH = 50  # levels of lists and dicts in a result

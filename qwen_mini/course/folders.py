@@ -1,0 +1,167 @@
+"""Checkpoint folders in Hugging Face's layout: `config.json` and safetensors files, read and checked.
+
+What a file holds is used, or is known to say nothing, or is an error: numbers that are silently others are worse than
+a refusal.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+MOST_LAYERS = 1_000  # no public model has as many; a wrong number would build for hours
+
+# Keys of config.json that change no number of a plain forward pass.
+SILENT = frozenset(
+    "_name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id "
+    "finetuning_task hidden_dropout id2label is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id "
+    "layer_types max_window_layers num_labels output_attentions output_hidden_states pad_token_id problem_type "
+    "return_dict sliding_window task_specific_params tokenizer_class torch_dtype transformers_version unsloth_fixed "
+    "unsloth_version use_cache use_return_dict".split()
+)
+# Buffers that older trainers store; every loader computes them itself.
+SILENT_TENSORS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Qwen2Values(BaseModel):
+    """What a Qwen2 `config.json` may say; another key is an error."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model_type: Literal["qwen2"]
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, Field(gt=0, le=MOST_LAYERS)]
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Annotated[int, Field(gt=0, multiple_of=2)]
+    max_position_embeddings: Size = 32_768
+    rope_theta: Positive = 10_000.0
+    rms_norm_eps: Positive = 1e-6
+    tie_word_embeddings: bool = False
+    initializer_range: Positive = 0.02
+
+    @model_validator(mode="after")
+    def _heads_share_keys(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("key 'num_key_value_heads' must divide num_attention_heads")
+        return self
+
+
+def qwen2_values(values: dict) -> dict[str, Any]:
+    """The sizes in a `config.json`, of transformers before 5 (`rope_theta`) or since; checked.
+
+    Without any base it is 10,000, as in transformers. A file of another architecture, or one that asks for what `Qwen`
+    cannot compute, is a ValueError with one sentence.
+    """
+    if values.get("model_type") != "qwen2":
+        raise ValueError(
+            f"not a Qwen2 checkpoint: config.json says model_type {values.get('model_type')!r}, not 'qwen2'"
+        )
+    values = {key: value for key, value in values.items() if value is not None}
+    _refuse_more(values)
+    known = set(Qwen2Values.model_fields)
+    rope = values.pop("rope_parameters", None) or values.pop("rope_scaling", None) or {}
+    if "rope_theta" in rope:
+        values["rope_theta"] = rope["rope_theta"]
+    heads, width = values.get("num_attention_heads"), values.get("hidden_size")
+    if "head_dim" not in values and type(heads) is type(width) is int and heads > 0:
+        values["head_dim"] = width // heads
+    asked = {"rope_parameters", "rope_scaling", "hidden_act", "use_sliding_window", "quantization_config"}
+    told = {key: value for key, value in values.items() if key not in SILENT | asked and (key in known or value)}
+    try:
+        return Qwen2Values.model_validate_json(json.dumps(told)).model_dump(exclude={"model_type"})
+    except ValidationError as error:
+        raise ValueError(f"config.json {_sentence(error.errors())}") from None
+
+
+def _refuse_more(values: dict) -> None:
+    """ValueError for what other models have, and this one does not."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(
+            "config.json asks for scaled RoPE: load the plain checkpoint and choose the scaling as an attention function"
+        )
+    if values.get("dual_chunk_attention_config"):
+        raise ValueError(
+            "config.json asks for dual chunk attention: remove that section, set max_position_embeddings to its "
+            "original_max_position_embeddings, and choose the chunks as an attention function"
+        )
+    kinds = values.get("layer_types", [])
+    slides = not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}
+    if values.get("use_sliding_window") or slides or values.get("hidden_act", "silu") != "silu":
+        raise ValueError("config.json asks for a sliding window or an activation other than silu: Qwen2.5 has neither")
+    if values.get("quantization_config"):
+        raise ValueError("config.json says that the weights are quantised: load the checkpoint in 16 or 32 bits")
+
+
+def _sentence(problems: list[dict]) -> str:
+    missing = [str(problem["loc"][-1]) for problem in problems if problem["type"] == "missing"]
+    unknown = [str(problem["loc"][-1]) for problem in problems if problem["type"] == "extra_forbidden"]
+    if unknown:
+        return f"asks for {', '.join(unknown)}, which Qwen2.5 does not have: remove it if it changes no number"
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    problem = problems[0]
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"key {problem['loc'][-1]!r} {problem['msg'].removeprefix('Input ')}, got {str(problem['input'])[:60]!r}"
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; ValueError if the file is something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no JSON, or not even text
+        raise ValueError(f"{path} is damaged: {str(error)[:200]}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return values
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """`model.safetensors`, else the shards that `model.safetensors.index.json` names."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():
+        return [whole]
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index} is damaged: it names no shard")
+    for name in places.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index} is damaged: {str(name)[:60]!r} is not the name of a file beside it")
+    return [folder / name for name in sorted(set(places.values()))]
+
+
+def read_weights(folder: str | Path, dtype) -> dict:
+    """All tensors of a checkpoint by name, converted to `dtype`; finite floating-point numbers only.
+
+    FileNotFoundError for a missing file; ValueError for one that is cut, or that holds what no weight can be.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    folder, state = Path(folder), {}
+    for path in weight_files(folder):
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is not a complete checkpoint: {path.name} is missing")
+        try:
+            with safe_open(path, framework="pt") as file:
+                stored = {key: file.get_tensor(key) for key in file.keys() if not key.endswith(SILENT_TENSORS)}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is truncated or no safetensors file ({error}): make or download it again"
+            ) from None
+        for key, tensor in stored.items():
+            if not tensor.is_floating_point():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"{path}: tensor {key} is of {kind}, but weights are floating-point numbers")
+            state[key] = tensor.to(dtype)
+            if not bool(torch.isfinite(state[key].sum())) and not bool(torch.isfinite(state[key]).all()):
+                raise ValueError(f"{path}: tensor {key} holds numbers that are not finite: the checkpoint is damaged")
+    return state
