@@ -128,13 +128,21 @@ def test_a_missing_stage_names_the_command(runs_folder):
     commands = {
         ("quick", "corpus"): "qwen-mini run corpus --scale quick",
         ("quick", "tokenizer"): "qwen-mini run corpus --scale quick",
-        ("laptop", "toy"): "qwen-mini run toy --scale laptop",
         ("gpu", "reward_model_careless"): "qwen-mini run reward_model --scale gpu",
         ("quick", "pairs"): "qwen-mini train pairs --scale quick",
         ("my", "sft"): "qwen-mini train sft --scale my.toml",
     }
     for (scale, stage), command in commands.items():
         with pytest.raises(course.MissingStage, match=f"'{stage}' of scale '{scale}' is missing: .* `{command}`"):
+            artifacts.find(scale, stage)
+    with pytest.raises(course.MissingStage, match="'toy' .* no stage has that name; those that train are pretraining, "):
+        artifacts.find("laptop", "toy")
+
+
+@pytest.mark.parametrize("name", ["", "..", ".hidden", "/etc", "a/b", "a b"])
+def test_no_name_leads_out_of_the_folder_of_results(runs_folder, name):
+    for scale, stage in (("quick", name), (name, "sft")):
+        with pytest.raises(course.ArtifactError, match="is not the name of a stage or scale"):
             artifacts.find(scale, stage)
 
 

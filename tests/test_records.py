@@ -4,13 +4,14 @@ import functools
 import json
 import os
 import statistics
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from qwen_mini.course import CourseError, load_scale, records
+from qwen_mini.course import CourseError, load_scale, processes, records
 from qwen_mini.course.records import BadRecord, differs, experiment, experiments, key_of, plain, record_path
 
 FACTOR = 3
@@ -282,6 +283,18 @@ def test_another_notebooks_record_can_be_read():
     assert records.recall("99_probe", "a")["value"] == 3.0
     with pytest.raises(BadRecord, match="qwen-mini run 98_other"):
         records.recall("98_other", "a")
+
+
+def test_a_record_of_a_notebook_that_runs_at_the_same_time_is_waited_for(monkeypatch):
+    experiment("a", measure, x=2)
+    path = path_of("a")
+    content = path.read_text()
+    path.unlink()
+    monkeypatch.setenv(processes.BESIDE, "98_other:99_probe")
+    threading.Timer(1.0, lambda: path.write_text(content)).start()
+    assert records.recall("99_probe", "a")["value"] == 3.0
+    with pytest.raises(BadRecord, match="is missing"):
+        records.recall("97_third", "a")
 
 
 def test_a_recalled_record_is_noted():

@@ -273,10 +273,10 @@ def test_the_command_line_returns_codes_and_plain_sentences(tmp_path, runs_folde
     assert cli.main(["run", str(good.path), "--scale", "huge"]) == 2
     assert cli.main(["run", "no_such_notebook"]) == 2
     assert cli.main(["run", str(tmp_path / "99.ipynb")]) == 2
-    assert cli.main(["export", "evaluation", str(tmp_path / "out"), "--scale", "gpu"]) == 2
+    assert cli.main(["export", "pairs", str(tmp_path / "out"), "--scale", "gpu"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 4 and all(line.startswith("error: ") for line in lines)
-    assert "quick, laptop, gpu, cluster" in lines[0] and "qwen-mini run evaluation --scale gpu" in lines[3]
+    assert "quick, laptop, gpu, cluster" in lines[0] and "qwen-mini train pairs --scale gpu" in lines[3]
 
 
 def test_notebooks_are_found_by_name_number_and_subject(tmp_path):

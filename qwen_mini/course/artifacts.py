@@ -37,6 +37,7 @@ MAKERS = {
     **{"pairs": "dpo", "preferred": "dpo"},
     **dict.fromkeys(("probe", "more_sft", "rejection", "expert", "order"), "grpo"),
 }
+NAME = re.compile(r"[\w-][\w.-]*")
 PARTIAL = re.compile(r"\..+\.partial-(?:([0-9a-f]{8})-(\d+)-(\d+)-)?")
 FOREIGN_SECONDS = 3 * 24 * 3600.0  # of silence, after which a writer on another machine counts as dead
 
@@ -68,6 +69,9 @@ class MissingStage(CourseError):
 
 def stage_dir(scale_name: str, stage: str) -> Path:
     """Where the stage of a scale lives: `runs/<scale>/<stage>`, whether it exists or not."""
+    for name in (scale_name, stage):
+        if not NAME.fullmatch(name):  # results go nowhere else
+            raise ArtifactError(f"{name!r} is not the name of a stage or scale: letters, digits, _, - and . are")
     return runs() / scale_name / stage
 
 
@@ -101,13 +105,12 @@ def find(scale_name: str, stage: str, scale_digest: str | None = None) -> Path:
         if scale_digest and read_manifest(whole).get("scale_digest", scale_digest) != scale_digest:
             raise MissingStage(
                 f"{shown(path)} was made with another scale of the name {scale_name!r}: rename your scale's file, or "
-                f"make the stage anew with {_command(scale_name, stage)}"
+                f"{_remedy(scale_name, stage)}"
             )
         return whole
     if has(scale_name, stage):
         return shipped_dir(stage)
-    command = _command(scale_name, stage)
-    raise MissingStage(f"the stage {stage!r} of scale {scale_name!r} is missing: make it with {command}")
+    raise MissingStage(f"the stage {stage!r} of scale {scale_name!r} is missing: {_remedy(scale_name, stage)}")
 
 
 def find_by_key(scale_name: str, stage: str, key: str) -> Path | None:
@@ -127,14 +130,17 @@ def read_manifest(folder: Path) -> dict:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def _command(scale_name: str, stage: str) -> str:
+def _remedy(scale_name: str, stage: str) -> str:
     from .training import STAGES  # here: only a failure needs it
 
     scale = scale_name if scale_name in scale_names() else f"{scale_name}.toml"
     if stage in STAGES:
-        return f"`qwen-mini train {stage} --scale {scale}`"
-    chapter = next((chapter for name, chapter in MAKERS.items() if stage.startswith(name)), stage)
-    return f"`qwen-mini run {chapter} --scale {scale}`"
+        return f"make it with `qwen-mini train {stage} --scale {scale}`"
+    chapters = {"corpus": "corpus"} | MAKERS
+    chapter = next((chapter for name, chapter in chapters.items() if stage.startswith(name)), None)
+    if chapter is None:
+        return f"no stage has that name; those that train are {', '.join(STAGES)}"
+    return f"make it with `qwen-mini run {chapter} --scale {scale}`"
 
 
 # ---------------------------------------------------------------- writing
@@ -225,7 +231,8 @@ def settle(scale_name: str, stage: str) -> None:
     """
     path = stage_dir(scale_name, stage)
     with _alone(path) as alone:
-        if alone and (key := read_manifest(path).get("key")):
+        key = read_manifest(path).get("key")
+        if alone and isinstance(key, str) and re.fullmatch("[0-9a-f]+", key):
             with contextlib.suppress(OSError):
                 state_file(scale_name, stage, key).unlink(missing_ok=True)
 

@@ -4,6 +4,7 @@ import sys
 
 from . import artifacts
 from .errors import CourseError
+from .progress import printable
 from .scales import load_scale
 
 INSTRUCTED = ("grpo", "dpo", "sft")  # newest first
@@ -100,16 +101,16 @@ def talk(scale: str, stage: str | None, seed: int, temperature: float, max_token
         try:
             said = talker.answer(text)
         except (CourseError, ValueError) as error:
-            print(f"({error})")
+            print(printable(f"({error})"))
             continue
-        print(said if talker.instructed else text + said)
+        print(printable(said if talker.instructed else text + said))
     return 0
 
 
 def _ask() -> str:
     try:
         return input("> ").strip()
-    except EOFError:
+    except (EOFError, OSError, RuntimeError):  # closed, or lost, by whoever held the other end
         return ""
 
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from .artifacts import write_file
-from .paths import runs
+from .errors import CourseError
+from .paths import runs, shown
 
 _current: dict = {"notebook": None, "scale": None, "seed": None}
 _made: list[dict] = []
@@ -47,8 +48,17 @@ def read_claims(scale: str, notebook: str | None = None) -> list[dict]:
     """Recorded claims of a scale, by notebook and in order; of one notebook if given."""
     folder = runs() / scale / "claims"
     paths = [claims_file(scale, notebook)] if notebook else sorted(folder.glob("*.jsonl"))
-    texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
-    return [json.loads(line) for text in texts for line in text.splitlines()]
+    return [record for path in paths if path.exists() for record in _read(path)]
+
+
+def _read(path: Path) -> list[dict]:
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if all(isinstance(one["claim"], str) and isinstance(one["holds"], bool) for one in records):
+            return records
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise CourseError(f"{shown(path)} is damaged: delete it, and run the notebook again")
 
 
 def _line(record: dict) -> str:

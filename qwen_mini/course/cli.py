@@ -1,11 +1,14 @@
 """The command line: `qwen-mini run | outputs | verify | chat | plan | train | export`."""
 
 import argparse
+import os
 import sys
+import traceback
 from pathlib import Path
 
 from .errors import CourseError
-from .paths import home
+from .paths import PACKAGE, home, shown
+from .progress import printable
 from .scales import check_seed, load_scale, scale_names
 
 
@@ -31,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("notebooks", nargs="*", help="names, numbers, subjects or paths; all of them by default")
         sub.add_argument("--fresh", action="store_true", help="compute anew what is recorded")
         sub.add_argument("--keep-going", action="store_true", help="go on after a notebook that failed")
-        sub.add_argument("--timeout", type=float, default=3600, help="seconds that one cell may take (default 3600)")
+        sub.add_argument("--timeout", type=_seconds, default=3600, help="seconds that one cell may take (3600)")
     executing[0].add_argument("--records-only", action="store_true", help="a result without a record is an error")
     executing[1].add_argument("--dry-run", action="store_true", help="only say what is not current, and what it takes")
     sub = add(verify, "compute records anew and compare", None)
@@ -41,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     sub.add_argument("--max-tokens", type=int, default=128)
     sub = add(plan, "parameters, memory and FLOPs of a scale", "gpu")
-    sub.add_argument("--gpus", type=int, default=1, help="devices that share the work")
+    sub.add_argument("--gpus", type=_count, default=1, help="devices that share the work")
     sub = add(train, "train a stage, also under torchrun")
     sub.add_argument("stage", nargs="?", default="pretraining", help="pretraining (default), long_context, sft, dpo, …")
     sub.add_argument("--fresh", action="store_true", help="train it although it is there")
@@ -50,6 +53,24 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path)
     sub.add_argument("--bfloat16", action="store_true", help="store the weights in 16 bits")
     return top
+
+
+def _count(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of 1 or more is needed, not {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number of seconds above 0 is needed, not {text!r}")
+    return seconds
 
 
 def run(options) -> int:
@@ -105,8 +126,6 @@ def plan(options) -> int:
     """Build the model on the meta device and count."""
     from .plan import plan
 
-    if options.gpus < 1:
-        raise CourseError(f"--gpus must be at least 1, got {options.gpus}")
     for name, value in plan(load_scale(options.scale), options.gpus):
         print(f"{name:30} {value}")
     return 0
@@ -134,14 +153,30 @@ def main(words: list[str] | None = None) -> int:
     try:
         check_seed(getattr(options, "seed", 0))
         return options.function(options)
-    except CourseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        if error.name is None or error.name.startswith("qwen_mini"):
-            raise
-        print(f"error: {error.name} is not installed: pip install 'qwen-mini[dev]'", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        print(f"error: {printable(sentence)}", file=sys.stderr)
+        return 2
+
+
+def _sentence(error: Exception) -> str | None:
+    """What is wrong and what to do; None for an error that nobody foresaw, whose traceback says more."""
+    if isinstance(error, CourseError):
+        return str(error)
+    if isinstance(error, ImportError) and error.name and not error.name.startswith("qwen_mini"):
+        return f"{error.name} is not installed: pip install 'qwen-mini[dev]'"
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        return f"{shown(error.filename)}: {reason}" if isinstance(error.filename, str) else reason
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ValueError) and Path(frames[-1].filename).is_relative_to(PACKAGE):
+        return str(error)  # raised by the course's own code, for a reader
+    return None

@@ -8,8 +8,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from pydantic import BaseModel, StrictStr, ValidationError
+
 from .errors import CourseError
 from .syntax import normalised
+
+
+class _Cell(BaseModel):
+    cell_type: StrictStr
+    source: StrictStr | list[StrictStr]
+    metadata: dict
+
+
+class _Shape(BaseModel):
+    """What the course reads of a notebook's file."""
+
+    cells: list[_Cell]
+    metadata: dict
 
 
 @dataclass(frozen=True)
@@ -21,9 +36,14 @@ class Notebook:
     @cached_property
     def data(self) -> dict:
         try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise CourseError(f"{self.path} cannot be read as a notebook: {error}") from None
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+            _Shape.model_validate(data)
+        except (OSError, ValueError, RecursionError) as error:
+            reason = "a cell or its metadata is missing or of a wrong type"
+            if not isinstance(error, ValidationError):
+                reason = str(error)
+            raise CourseError(f"{self.path} cannot be read as a notebook: {reason}") from None
+        return data
 
     @property
     def name(self) -> str:
@@ -50,6 +70,11 @@ class Notebook:
         found = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(self.code), re.MULTILINE)
         return found.group(1) if found else None
 
+    @property
+    def recalls(self) -> set[str]:
+        """Notebooks whose records this one shows."""
+        return set(re.findall(r"course\.recall\(\s*[\"'](\w+)", "\n".join(self.code)))
+
     @cached_property
     def code_digest(self) -> str:
         """Digest of what the code cells compute; prose, comments, layout and local names do not count."""
@@ -57,7 +82,7 @@ class Notebook:
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
     def parameter_cells(self) -> list[dict]:
-        return [cell for cell in self.cells if "parameters" in cell["metadata"].get("tags", [])]
+        return [cell for cell in self.cells if "parameters" in (cell["metadata"].get("tags") or [])]
 
     def parameters(self) -> dict:
         """Names and values of the one `parameters` cell; ValueError says what is wrong with it."""

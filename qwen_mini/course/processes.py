@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from . import hardware
 from .errors import CourseError
 
+BESIDE = "QWEN_MINI_BESIDE"  # the notebooks that a run executes at the same time
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 GRACE = 10  # seconds between asking a fork to end and ending it
 

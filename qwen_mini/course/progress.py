@@ -1,6 +1,7 @@
 """One line that changes while something runs, and is gone when it has."""
 
 import multiprocessing
+import unicodedata
 
 MARK = {"qwen_mini": "progress"}  # in the output's metadata: such outputs are not kept
 
@@ -8,6 +9,11 @@ MARK = {"qwen_mini": "progress"}  # in the output's metadata: such outputs are n
 def clock(seconds: float) -> str:
     """`73` -> `1:13`."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def printable(text: str) -> str:
+    """Text without the characters that command a terminal (title, clipboard, colours): they become a question mark."""
+    return "".join("?" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 class Progress:

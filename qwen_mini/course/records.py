@@ -25,7 +25,7 @@ from pathlib import Path
 from . import artifacts, hardware
 from .errors import CourseError
 from .paths import home, runs, shown
-from .processes import side_by_side
+from .processes import BESIDE, side_by_side
 from .progress import Progress, clock
 from .provenance import provenance
 from .scales import ScaleConfig, Sections
@@ -34,6 +34,7 @@ from .syntax import normalised
 from .versions import imported_chapters, versions, versions_of
 
 TIMING = "timing"  # a tolerance: seconds and speeds are told, not compared
+PATIENCE = 900.0  # seconds that a notebook beside this one may take to leave a record
 MANY = 8  # lists of so many numbers are compared by their means
 
 
@@ -113,8 +114,12 @@ def experiments(calls: Mapping[str, functools.partial], *, tolerance: float | st
 def recall(notebook: str, name: str):
     """The result of another notebook's experiment, as that notebook left it."""
     scale = _book.scale if _book else "laptop"
-    for folder in (runs() / scale / "records", home() / "data" / "records" / scale):
-        path = record_path(folder, notebook, name)
+    folders = (runs() / scale / "records", home() / "data" / "records" / scale)
+    paths = [record_path(folder, notebook, name) for folder in folders]
+    until = time.monotonic() + (PATIENCE if notebook in os.environ.get(BESIDE, "").split(":") else 0)
+    while not any(path.exists() for path in paths) and time.monotonic() < until:
+        time.sleep(0.5)  # the other notebook runs at the same time
+    for path in paths:
         if path.exists():
             record = read(path)
             if _book:

@@ -24,8 +24,8 @@ from .environment import applied, kernel_environment, kernel_manager
 from .errors import CourseError
 from .nb import Notebook, source
 from .paths import home, runs, shown
-from .processes import in_forks
-from .progress import clock
+from .processes import BESIDE, in_forks
+from .progress import clock, printable
 from .scales import ScaleConfig, load_scale, scale_file
 
 CELL_TIMEOUT = 3600  # seconds
@@ -71,6 +71,8 @@ def run(
     check_writable(config.name)
     jobs = min(config.run.jobs, hardware.threads(config), len(books)) if sys.platform == "linux" else 1
     environment = applied(kernel_environment(config, records_only, fresh, jobs))
+    if jobs > 1:
+        environment[BESIDE] = ":".join(nb.name for nb in books)
 
     def one(nb: Notebook) -> Result:
         with Watch(nb.name, last_seconds(config.name).get(nb.name), live=jobs == 1) as watch:
@@ -97,13 +99,15 @@ def run(
 def _each(books: list[Notebook], one: Callable[[Notebook], Result], jobs: int) -> Iterator[Result]:
     """Results as they come: here one after the other, or `jobs` at a time in forks of this process.
 
-    Beside each other the longest begin, so that none of them is left to run alone at the end.
+    Beside each other the longest begin, so that none of them is left to run alone at the end; before them those whose
+    records another notebook shows.
     """
     if jobs == 1:
         yield from map(one, books)
     else:
-        longest_first = sorted(books, key=lambda nb: sum(map(len, nb.code)), reverse=True)
-        calls = {nb.name: partial(one, nb) for nb in longest_first}
+        waited_for = set().union(*(nb.recalls for nb in books))
+        order = sorted(books, key=lambda nb: (nb.name not in waited_for, -sum(map(len, nb.code))))
+        calls = {nb.name: partial(one, nb) for nb in order}
         with contextlib.closing(in_forks(calls, jobs)) as finished:
             yield from (result for _, result, _ in finished)
 
@@ -236,7 +240,7 @@ def _cell_report(cell: str, error: str, cell_lines: int = 12, error_lines: int =
     """A cell's first lines and its error's last ones, without colours."""
     code = cell.strip().splitlines()
     shortened = code[:cell_lines] + (["…"] if len(code) > cell_lines else [])
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", error).strip().splitlines()[-error_lines:]
+    plain = printable(re.sub(r"\x1b\[[0-9;]*m", "", error)).strip().splitlines()[-error_lines:]
     return "\n".join([*(f"  | {line}" for line in shortened), *(f"  {line}" for line in plain)])
 
 

@@ -1,0 +1,195 @@
+"""Every value of every kind of file, swapped for something else: it is read, or refused in one sentence."""
+
+import copy
+import json
+import random
+
+import pytest
+import torch
+from conftest import small_config
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from qwen_mini.course import CourseError, artifacts, claims, cli, home, load_scale, nb, records, runner
+from qwen_mini.course.scales import FOLDER
+from qwen_mini.model import Qwen
+from qwen_mini.pretraining import Trainer, load_training_state, save_training_state
+from qwen_mini.tokenizer import Tokenizer
+
+OTHERS = ["text", "", "../..", [], {}, None, True, -1, 0, 1e400, 10**30, [[[]]]]
+READABLE = (CourseError, ValueError, FileNotFoundError)
+
+
+def places(value, path=()):
+    """The way to every value of a JSON document."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+def swapped(document, most, seed=0):
+    """The document with one value swapped, at most `most` of all ways."""
+    ways = [(place, other) for place in places(document) for other in OTHERS]
+    for place, other in random.Random(seed).sample(ways, min(most, len(ways))):
+        changed = {"": copy.deepcopy(document)}
+        inside = changed
+        for key in ("", *place)[:-1]:
+            inside = inside[key]
+        inside[("", *place)[-1]] = other
+        yield changed[""], place, other
+
+
+def accepts(read, document, most=150):
+    """`read` each swapped document; whatever it raises must be a sentence for a reader."""
+    for changed, place, other in swapped(document, most):
+        try:
+            read(changed)
+        except READABLE as error:
+            assert str(error) and "\n" not in str(error).strip(), (place, other, error)
+        except RecursionError:
+            raise
+        except Exception as error:
+            pytest.fail(f"{place} = {other!r:.30}: {error!r}")
+
+
+def test_manifests(runs_folder):
+    shipped = artifacts.shipped_dir("sft") / "manifest.json"
+    path = runs_folder / "quick" / "sft" / "manifest.json"
+    path.parent.mkdir(parents=True)
+
+    def read(document):
+        path.write_text(json.dumps(document))
+        artifacts.settle("quick", "sft")
+        artifacts.find_by_key("quick", "sft", "0" * 16)
+        artifacts.find("quick", "sft", load_scale("quick").digest)
+
+    accepts(read, json.loads(shipped.read_text(encoding="utf-8")))
+
+
+def test_records(tmp_path):
+    path = tmp_path / "a.json"
+    good = records.sealed({"name": "a", "key": "k", "versions": {}, "tolerance": 0, "seconds": 1.0, "provenance": {},
+                           "result": {"x": [1, 2]}})  # fmt: skip
+
+    def read(document):
+        path.write_text(json.dumps(document))
+        records.read(path)
+
+    accepts(read, good)
+
+
+def test_claims_and_times(runs_folder):
+    claims.open_notebook("01_toy", "quick", 0)
+    claims.claim("two is even", True, value=[1.0])
+    path = claims.claims_file("quick", "01_toy")
+    good = json.loads(path.read_text())
+
+    def read(document):
+        path.write_text(json.dumps(document) + "\n")
+        claims.read_claims("quick", "01_toy")
+
+    accepts(read, good)
+    state = runs_folder / "quick" / "run_state.json"
+
+    def read_times(document):
+        state.write_text(json.dumps(document))
+        runner.last_seconds("quick")
+
+    accepts(read_times, {"seconds": {"01_toy": 2.0}})
+
+
+def test_notebooks(tmp_path):
+    path = tmp_path / "13_tasks.ipynb"
+    good = json.loads((home() / "notebooks" / path.name).read_text(encoding="utf-8"))
+    good["cells"] = good["cells"][:6]
+
+    def read(document):
+        path.write_text(json.dumps(document))
+        book = nb.Notebook(path)
+        _ = book.module, book.code, book.parameters(), book.code_digest
+
+    accepts(read, good)
+
+
+def test_tokenizers(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    good = json.loads(path.read_text(encoding="utf-8"))
+    good["model"]["merges"] = good["model"]["merges"][:4]
+    kept = {name: i for name, i in good["model"]["vocab"].items() if i < 260}
+    good["model"]["vocab"] = kept
+    good["added_tokens"] = [token | {"id": 260 + i} for i, token in enumerate(good["added_tokens"])]
+
+    def read(document):
+        path.write_text(json.dumps(document))
+        Tokenizer.from_pretrained(tmp_path).encode("some words")
+
+    read(good)
+    accepts(read, good, most=600)
+
+
+def test_training_states(tmp_path):
+    trainer = Trainer(Qwen(small_config()), load_scale("quick").pretraining, 10)
+    trainer.step_count = 1
+    path = tmp_path / "state.safetensors"
+    save_training_state(path, trainer, [{"loss": 1.0}])
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def read(document):
+        if isinstance(document, dict):
+            save_file(tensors, path, metadata={key: str(value) for key, value in document.items()})
+            load_training_state(path, trainer)
+
+    read(header)
+    accepts(read, header)
+    accepts(lambda text: read(header | {"metrics": json.dumps(text)}), [{"loss": 1.0}])
+    for name in list(tensors)[:5]:
+        for other in (tensors[name].flatten()[:1], torch.zeros(0)):
+            save_file(tensors | {name: other}, path, metadata=header)
+            with pytest.raises(CourseError, match="is no training state of this model"):
+                load_training_state(path, trainer)
+
+
+def test_scales(tmp_path):
+    lines = (FOLDER / "quick.toml").read_text(encoding="utf-8").splitlines()
+    path = tmp_path / "own.toml"
+    values = '"text" [] {} true -1 0 inf nan 1e400 1000000000000000000000000000000 1979-05-27 [[]] {a=1}'.split()
+    for number, line in enumerate(lines):
+        key, equals, _ = line.partition(" = ")
+        for value in values if equals else ():
+            path.write_text("\n".join([*lines[:number], f"{key} = {value}", *lines[number + 1 :]]), encoding="utf-8")
+            try:
+                config = load_scale(path)
+            except CourseError as error:
+                assert "own.toml" in str(error) and "\n" not in str(error).strip()
+            else:
+                assert config.name == "own"
+
+
+WORDS = ["", "-", "..", "../x", "/etc", "nosuch", "a b", "é", "-1", "0", "1e400", "9" * 20, "\n", "%s", "--", "laptop"]
+
+
+@pytest.mark.parametrize("command", ["plan", "train", "export", "chat", "verify", "run"])
+def test_commands(command, runs_folder, tmp_path, capsys, monkeypatch):
+    """A sentence and a code, whatever the words."""
+    monkeypatch.setattr("builtins.input", lambda *_: "")
+    monkeypatch.chdir(tmp_path)
+    if command == "run":
+        monkeypatch.setenv("QWEN_MINI_HOME", str(tmp_path))  # without notebooks
+    options = {"plan": ["--gpus", "--scale"], "train": ["", "--scale", "--seed"], "export": ["--scale"],
+               "chat": ["--stage", "--max-tokens", "--temperature", "--seed"], "verify": [""],
+               "run": ["", "--timeout", "--seed", "--scale"]}[command]  # fmt: skip
+    for option in options:
+        for word in WORDS:
+            if command == "verify" and word.isdigit() or command == "train" and word in ("0", "laptop"):
+                continue  # these are right, and compute
+            words = [command, *([option] if option else []), word, *(["sft", "x"] if command == "export" else [])]
+            try:
+                code = cli.main(words)
+            except SystemExit as end:  # argparse's own sentence
+                code = end.code
+            said = capsys.readouterr()
+            assert code in (0, 1, 2) and "Traceback" not in said.err, words
+            assert code == 0 or said.err.strip() or said.out.strip(), words
