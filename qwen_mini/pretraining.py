@@ -598,8 +598,15 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor], step: int) -> None:
-        """Take over what `state_dict` returned after `step` steps."""
+        """Take over what `state_dict` returned after `step` steps; RuntimeError, with nothing
+        changed, for a tensor of another shape.
+        """
         by_name = dict(zip(self.names, self.masters, strict=True))
+        for key, value in state.items():
+            kind, name = key.split(".", 1)
+            fits = value.shape == by_name[name].shape or (kind == "step" and not value.ndim)
+            if not fits:
+                raise RuntimeError(f"{key} has the shape {tuple(value.shape)}")
         with torch.no_grad():
             for name, p in by_name.items():
                 p.copy_(state[f"model.{name}"])
