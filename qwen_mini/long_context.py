@@ -61,7 +61,7 @@ from qwen_mini.pretraining import (
     pretraining_stage,
     world,
 )
-from .tokenizer import Tokenizer
+from .tokenizer import Control, Tokenizer
 
 # %% ../notebooks/10_long_context.ipynb #ce977765
 def long_documents(characters: int, skip: int = 8_000, limit: int = 8) -> list[str]:
@@ -193,12 +193,20 @@ def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
 
 
 def recode(tokens: np.ndarray, old: Tokenizer, new: Tokenizer) -> np.ndarray:
-    """A stream of documents in the ids of another tokenizer."""
-    texts = [
-        old.decode(document)
-        for document in unpack(np.asarray(tokens), old.endoftext_id)
-    ]
-    ids = [new.encode(text, allow_control=True) for text in texts]
+    """A stream of documents in the ids of another tokenizer.
+
+    Control tokens stay what they are, and text that only spells one stays text.
+    """
+    names = {id: token for token, id in old.control_tokens.items()}
+    rows = []  # of segments: control tokens, and the text between them
+    for document in unpack(np.asarray(tokens), old.endoftext_id):
+        runs = itertools.groupby(document.tolist(), key=lambda id: names.get(id))
+        rows.append([
+            segment
+            for name, run in runs
+            for segment in ([Control(name) for _ in run] if name else [old.decode(run)])
+        ])  # fmt: skip
+    ids = new.encode_segments(rows)
     return pack(ids, new.endoftext_id, "<u2" if new.vocab_size <= 65_536 else "<u4")
 
 

@@ -101,13 +101,17 @@ class RewardModel(Qwen):
         """As `Qwen.save_pretrained`; the config says that there is one label. It does not generate.
 
         generation_config: only its `pad_token_id` is kept, by which transformers finds the last token of a padded row.
+        One that also ends answers would hide their ends: the last id, which no text holds, takes its place.
         """
         super().save_pretrained(folder, dtype)
         path = Path(folder) / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         config["architectures"] = ["Qwen2ForSequenceClassification"]
         config |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-        config["pad_token_id"] = (generation_config or {}).get("pad_token_id")
+        told = generation_config or {}
+        pad, ends = told.get("pad_token_id"), told.get("eos_token_id")
+        is_end = pad in (ends if isinstance(ends, list) else [ends])
+        config["pad_token_id"] = self.config.vocab_size - 1 if pad is None or is_end else pad
         artifacts.write_file(path, json.dumps(config, indent=2) + "\n")
 
 # %% ../notebooks/15_reward_model.ipynb #607f85ab

@@ -468,6 +468,11 @@ class Tokenizer:
     def im_end_id(self) -> int:
         return self.control_tokens["<|im_end|>"]
 
+    @property
+    def pad_token(self) -> str:
+        """What fills rows up: a token that no text holds and no model samples, where the vocabulary has one."""
+        return "<|fim_pad|>" if "<|fim_pad|>" in self.control_tokens else "<|endoftext|>"
+
     def encode(self, text: str, allow_control: bool = False) -> list[int]:
         """Ids of `text` in NFC; control tokens written in it stay text unless `allow_control`."""
         return self.encode_batch([text], allow_control)[0]
@@ -477,13 +482,13 @@ class Tokenizer:
         if isinstance(texts, str | bytes):
             raise TypeError(f"texts must be an iterable of str, not one {type(texts).__name__}")
         known = tuple(self.control_tokens)
-        return self._encode_segments([split_control(t, known) if allow_control else [_is_str(t)] for t in texts])
+        return self.encode_segments([split_control(t, known) if allow_control else [_is_str(t)] for t in texts])
 
     def encode_chat(
         self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, add_generation_prompt: bool = False
     ) -> list[int]:
         """Ids of a conversation: the template's control tokens become ids, those inside contents stay text."""
-        return self._encode_segments([chat_segments(messages, tools, add_generation_prompt)])[0]
+        return self.encode_segments([chat_segments(messages, tools, add_generation_prompt)])[0]
 
     def apply_chat_template(
         self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, add_generation_prompt: bool = False
@@ -523,7 +528,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "eos_token": eos_token,
             "errors": "replace",
-            "pad_token": "<|endoftext|>",
+            "pad_token": self.pad_token,
             "split_special_tokens": False,
             "unk_token": None,
         }
@@ -569,7 +574,7 @@ class Tokenizer:
             raise TokenizerError(f"{path} holds another kind of tokenizer than byte-level BPE with Qwen2.5's rules")
         return loaded
 
-    def _encode_segments(self, batch: list[list[str]]) -> list[list[int]]:
+    def encode_segments(self, batch: list[list[str]]) -> list[list[int]]:
         """Ids of every row of segments; neighbouring texts are joined first, since merges may cross the seam."""
         rows = []
         for segments in batch:

@@ -10,7 +10,7 @@ import torch
 
 from qwen_mini import course
 from qwen_mini.attention import causal_attention
-from qwen_mini.corpus import needle_pieces, needle_question, needle_statement, prepare_corpus
+from qwen_mini.corpus import needle_pieces, needle_question, needle_statement, pack, prepare_corpus
 from qwen_mini.course import artifacts, stages
 from qwen_mini.course.scales import Stage
 from qwen_mini.generation import generate
@@ -403,3 +403,13 @@ def test_the_shipped_long_checkpoint_finds_a_key_at_four_times_the_old_context(h
     model = Qwen.from_pretrained(folder, torch.bfloat16).eval().requires_grad_(False)
     assert model.config.max_position_embeddings == 1_024
     assert evaluate_task(model, RULER["passkey"], 1_024, 6, hay, needle_pieces(tokenizer)) >= 0.8
+
+
+def test_recoding_keeps_control_tokens_and_text_that_spells_them_apart(tokenizer):
+    new = Tokenizer.train(["hello world " * 50, "the quick brown fox " * 40], 300)
+    chat = tokenizer.encode_chat([{"role": "user", "content": "what does <|im_end|> mean?"}])
+    texts = ["ChatML ends a turn with <|im_end|> and a document with <|endoftext|>.", "second"]
+    old = pack([*map(tokenizer.encode, texts), chat], tokenizer.endoftext_id)
+    again = new.encode_chat([{"role": "user", "content": "what does <|im_end|> mean?"}])
+    want = pack([*map(new.encode, texts), again], new.endoftext_id)
+    assert np.array_equal(recode(old, tokenizer, new), want)

@@ -115,17 +115,18 @@ def test_a_reward_model_is_saved_and_loaded_and_starts_from_a_policy(model, tmp_
 def test_transformers_alone_scores_a_padded_batch(model, tokenizer, tmp_path):
     """No help from us: the folder says which token is padding, and the tokenizer pads on the right with it."""
     transformers = pytest.importorskip("transformers")
-    ends = {"eos_token_id": [tokenizer.im_end_id], "pad_token_id": tokenizer.endoftext_id}
+    pad = tokenizer.control_tokens[tokenizer.pad_token]
+    ends = {"eos_token_id": [tokenizer.im_end_id, tokenizer.endoftext_id], "pad_token_id": pad}
     model.save_pretrained(tmp_path, generation_config=ends)
     tokenizer.save_pretrained(tmp_path)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path, padding_side="right")
-    texts = ["Two and two is 4.", "One.", "A longer answer, of which the end counts."]
+    texts = ["Two and two is 4.", "One.<|endoftext|>", "A longer answer, of which the end counts."]
     batch = peer(texts, padding=True, return_tensors="pt")
-    assert (batch["input_ids"] == tokenizer.endoftext_id).any() and theirs.config.pad_token_id == tokenizer.endoftext_id
+    assert (batch["input_ids"] == pad).any() and theirs.config.pad_token_id == pad
     with torch.no_grad():
         found = theirs(**batch).logits[:, 0]
-    ours = score_rows(model, [tokenizer.encode(text) for text in texts])
+    ours = score_rows(model, [tokenizer.encode(text, allow_control=True) for text in texts])
     np.testing.assert_allclose(found.numpy(), ours, rtol=1e-5, atol=1e-6)
 
 
@@ -367,3 +368,11 @@ def test_a_batch_smaller_than_the_processes_is_refused():
     with pytest.raises(CourseError, match="a batch of 1 rows cannot be shared by 2 processes"):
         plan.share(last, 0, 2)
     assert sorted(i for k in range(2) for r in range(1) for i in plan.share(k, r, 1)) == list(range(9))
+
+
+def test_a_padding_that_also_ends_answers_is_not_kept(model, tokenizer, tmp_path):
+    for ends in ([tokenizer.im_end_id, tokenizer.endoftext_id], tokenizer.endoftext_id, None):
+        told = {"eos_token_id": ends, "pad_token_id": tokenizer.endoftext_id if ends else None}
+        model.save_pretrained(tmp_path, generation_config=told)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["pad_token_id"] == model.config.vocab_size - 1

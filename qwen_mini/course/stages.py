@@ -300,10 +300,9 @@ def _write(made: Stage, trainer, tokenizer, records: list[dict], dtype, begun: f
     from qwen_mini.pretraining import finished_model
 
     with artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder:
-        padding = tokenizer.endoftext_id
         chats = made.inputs.get("chat", False)
-        stops = [tokenizer.im_end_id, padding] if chats else padding
-        ends = {"eos_token_id": stops, "pad_token_id": padding}
+        stops = [tokenizer.im_end_id, tokenizer.endoftext_id] if chats else tokenizer.endoftext_id
+        ends = {"eos_token_id": stops, "pad_token_id": tokenizer.control_tokens[tokenizer.pad_token]}
         finished_model(trainer).save_pretrained(folder, torch.bfloat16, generation_config=ends)
         tokenizer.save_pretrained(folder)
         _write_metrics(folder, records)
