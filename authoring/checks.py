@@ -81,7 +81,7 @@ def parameters_are_literal(root: Path) -> list[str]:
     for nb in notebooks(root):
         try:
             names = set(nb.parameters())
-        except ValueError as error:
+        except (ValueError, SyntaxError) as error:
             problems.append(f"{nb.path.name} {error}")
             continue
         if names != {"scale", "seed"}:

@@ -531,6 +531,8 @@ class Trainer:
             loss.backward()
             loss_sum += loss.item()
             self._collect_gradients()
+        for p in self.masters:  # a loss need not reach every weight, nor a process have one
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if world()[1] > 1:
             dist.all_reduce(loss_sum)
             for p in self.masters:
@@ -552,11 +554,9 @@ class Trainer:
         }
 
     def _collect_gradients(self):
-        """Add the working weights' gradients to the masters' (zeros where a loss reaches none)."""
+        """Add the working weights' gradients to the masters'."""
         for master, p in zip(self.masters, self.working, strict=True):
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            if master is not p:
+            if master is not p and p.grad is not None:
                 wide = p.grad.float()
                 master.grad = wide if master.grad is None else master.grad.add_(wide)
                 p.grad = None

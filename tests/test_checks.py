@@ -158,6 +158,20 @@ def record(project, key="k", versions=None, result=1.0):
     return path
 
 
+def test_exported_code_is_decided_by_goldens_and_versions(project, monkeypatch):
+    """A refactor makes nothing stale; a version that was raised does."""
+    path = project / "notebooks" / "01_one.ipynb"
+    code = "#| export\nfrom qwen_mini.sft import loss_mask\n\ndef twice(x):\n    return 2 * x"
+    edit(path, lambda data: data["cells"][-1].update(source=code))
+    before = nb.Notebook(path).code_digest
+    edit(path, lambda data: data["cells"][-1].update(source=code.replace("2 * x", "x + x")))
+    assert nb.Notebook(path).code_digest == before
+    raised = dict(versions.versions()) | {"tasks": 99}
+    monkeypatch.setattr(versions, "versions", lambda: raised)
+    monkeypatch.setattr(nb, "versions", lambda: raised)
+    assert nb.Notebook(path).code_digest != before
+
+
 def test_outputs_of_other_records_are_found(project):
     path = project / "notebooks" / "01_one.ipynb"
     edit(path, lambda data: data["metadata"]["qwen_mini"].update(records={"a": "k"}))

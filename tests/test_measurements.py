@@ -7,7 +7,6 @@ import pytest
 from authoring import measurements
 from authoring.measurements import NOT_YET, measurements_are_current, store_benchmarks, write
 from qwen_mini.course import CourseError, records
-from qwen_mini.course.stages import digest
 
 HOW = {"processor": "a processor", "precision": "bfloat16", "date": "2025-01-02"}
 MACHINE = {
@@ -37,9 +36,9 @@ def project(tmp_path):
 
 
 def _record(root, notebook, name, result):
-    record = {"name": f"{notebook}/{name}", "key": "k", "tolerance": 0.0, "seconds": 61.5, "provenance": HOW}
+    record = {"name": f"{notebook}/{name}", "key": "k", "versions": {}, "tolerance": 0.0, "seconds": 61.5}
     path = records.record_path(root / "data" / "records" / "laptop", notebook, name)
-    records.write(path, {**record, "sha256": digest(result), "result": result})
+    records.write(path, records.sealed(record | {"provenance": HOW, "result": result}))
     return path
 
 

@@ -203,3 +203,18 @@ def test_after_a_failure_the_others_are_ended(tmp_path, monkeypatch, deaf):
 def test_what_a_fork_prints_is_dropped(capfd):
     assert side_by_side({"a": lambda: print("there") or 1, "b": lambda: 2}) == {"a": 1, "b": 2}
     assert "there" not in capfd.readouterr().out
+
+
+def test_a_fork_computes_its_own_calls_one_after_the_other():
+    inner = lambda: side_by_side({"a": lambda: 1, "b": lambda: 2})
+    assert side_by_side({"outer": inner}) == {"outer": {"a": 1, "b": 2}}
+
+
+def test_errors_keep_their_class():
+    from qwen_mini.course.artifacts import MissingStage
+
+    def missing():
+        raise MissingStage("nobody has made it")
+
+    with pytest.raises(MissingStage, match="^nobody has made it$"):
+        side_by_side({"a": missing, "b": lambda: 1})

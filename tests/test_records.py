@@ -4,14 +4,13 @@ import functools
 import json
 import os
 import statistics
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from qwen_mini.course import CourseError, load_scale, processes, records
+from qwen_mini.course import CourseError, load_scale, records
 from qwen_mini.course.records import BadRecord, differs, experiment, experiments, key_of, plain, record_path
 
 FACTOR = 3
@@ -285,16 +284,31 @@ def test_another_notebooks_record_can_be_read():
         records.recall("98_other", "a")
 
 
-def test_a_record_of_a_notebook_that_runs_at_the_same_time_is_waited_for(monkeypatch):
+def test_a_record_of_another_version_is_not_recalled():
     experiment("a", measure, x=2)
-    path = path_of("a")
-    content = path.read_text()
-    path.unlink()
-    monkeypatch.setenv(processes.BESIDE, "98_other:99_probe")
-    threading.Timer(1.0, lambda: path.write_text(content)).start()
-    assert records.recall("99_probe", "a")["value"] == 3.0
+    record = json.loads(path_of("a").read_text())
+    records.write(path_of("a"), records.sealed(record | {"versions": {"tasks": 0}}))
     with pytest.raises(BadRecord, match="is missing"):
-        records.recall("97_third", "a")
+        records.recall("99_probe", "a")
+
+
+def test_names_of_other_letters_have_files_of_their_own():
+    assert experiment("arm/β 0.1", measure, x=2)["value"] == 3.0
+    assert experiment("arm/α 0.1", measure, x=4)["value"] == 6.0
+    assert path_of("arm/β 0.1") != path_of("arm/α 0.1") and path_of("arm/β 0.1").exists()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.tensor(16777216), torch.tensor(16777217)),
+        (np.array(1.0), np.array(1 + 1e-10)),
+        (np.zeros(3, np.int64), np.zeros(3)),
+        (torch.tensor(1 + 1j), torch.tensor(1 + 2j)),
+    ],
+)
+def test_arrays_count_by_all_their_digits_and_their_kind(one, other):
+    assert key(x=one) != key(x=other)
 
 
 def test_a_recalled_record_is_noted():

@@ -170,6 +170,31 @@ def test_two_notebooks_run_at_a_time_with_a_thread_each(tmp_path, runs_folder, m
     assert report["seconds"] < sum(one.seconds for one in results)
 
 
+@pytest.mark.skipif(sys.platform != "linux" or hardware.cores() < 2, reason="one after the other there")
+def test_a_notebook_whose_process_is_killed_has_failed(tmp_path, runs_folder, monkeypatch):
+    """And the others go on; the reports of an earlier run are gone."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    artifacts.write_file(runs_folder / "quick" / "report.json", "{}")
+    killing = "import os, pathlib, signal\n"
+    killing += f"assert not pathlib.Path({str(runs_folder)!r}, 'quick', 'report.json').exists()\n"
+    killing += "os.kill(os.getppid(), signal.SIGKILL)"
+    books = [write(tmp_path, "01_killer", killing), write(tmp_path, "02_good")]
+    killed, good = runner.run(books, "quick", keep_going=True)
+    assert (killed.status, good.status) == ("failed", "passed") and "memory was short" in killed.problem
+    report = json.loads((runs_folder / "quick" / "report.json").read_text())
+    assert [one["status"] for one in report["notebooks"]] == ["failed", "passed"]
+
+
+def test_two_notebooks_of_one_name_are_refused(tmp_path):
+    for who in ("alice", "bob"):
+        (tmp_path / who).mkdir()
+        write(tmp_path / who, "03_attention")
+    paths = [str(tmp_path / who / "03_attention.ipynb") for who in ("alice", "bob")]
+    with pytest.raises(CourseError, match="have the same name: run one after the other"):
+        select(tmp_path, paths)
+    assert len(select(tmp_path, [paths[0], paths[0]])) == 1
+
+
 def test_a_wish_for_records_alone_or_none_reaches_the_kernel(tmp_path, runs_folder, monkeypatch):
     monkeypatch.setenv("FRESH", "1")
     wish = "assert (os.environ.get('QWEN_MINI_RECORDS'), os.environ.get('FRESH')) == ('only', None)"
@@ -244,7 +269,7 @@ def test_whatever_ends_a_run_ends_its_kernel_and_forks(tmp_path, runs_folder, lo
     error = long_run.communicate(timeout=60)[1]
     assert eventually(lambda: not processes_of(str(runs_folder)))
     if name != "SIGKILL":
-        assert long_run.returncode == 130 and "the same command goes on" in error
+        assert long_run.returncode == 130 and "the same command finds what is finished" in error
     assert only(runner.run([write(tmp_path, "03_other")], "quick")).ok  # the lock went with the process
 
 

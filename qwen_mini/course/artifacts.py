@@ -125,7 +125,7 @@ def read_manifest(folder: Path) -> dict:
     """What a stage says about itself; nothing where there is no readable manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
 

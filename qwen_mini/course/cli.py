@@ -85,12 +85,12 @@ def run(options) -> int:
 
 
 def outputs(options) -> int:
-    """Render notebooks at laptop from stages and records, making what is missing; then ship outputs and records."""
+    """Render the named notebooks, or all whose outputs are not current, at laptop; then ship outputs and records."""
     from . import nb, runner
     from .outputs import SCALE, copy_outputs, publish
     from .progress import clock
     from .records import asked_anew
-    from .stale import stale
+    from .stale import stale, why_stale
 
     if options.dry_run:
         found = stale(home())
@@ -98,10 +98,16 @@ def outputs(options) -> int:
             print(f"{thing.what}: {thing.reason}" + (f"; about {clock(thing.seconds)}" if thing.seconds else ""))
         print(f"in all about {clock(sum(thing.seconds for thing in found))}" if found else "everything is current")
         return 0
-    books = runner.require_notebooks(nb.select(home(), options.notebooks))
     flags = {"keep_going": options.keep_going, "timeout": options.timeout, "fresh": options.fresh or asked_anew()}
+    books = runner.require_notebooks(nb.select(home(), options.notebooks))
+    if not options.notebooks and not flags["fresh"]:
+        books = [book for book in books if why_stale(home(), book)]
+        if not books:
+            print("all outputs are current")
+            return 0
     results = runner.run(books, SCALE, **flags)
-    passed = [book for book, result in zip(books, results, strict=False) if result.ok]
+    ended = {result.notebook for result in results if result.ok}
+    passed = [book for book in books if book.name in ended]
     for book in passed:
         publish(book)
         print(f"{book.name}: outputs {'written' if copy_outputs(book) else 'unchanged'}")
@@ -154,7 +160,7 @@ def main(words: list[str] | None = None) -> int:
         check_seed(getattr(options, "seed", 0))
         return options.function(options)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted: the same command finds what is finished, and goes on", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -33,7 +33,6 @@ FOREIGN = [
     *("OMP_DYNAMIC", "MKL_DYNAMIC", "OMP_THREAD_LIMIT"),
     # torchrun's and SLURM's: a notebook is one process
     *("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
-    "QWEN_MINI_BESIDE",  # of a run around this one
 ]
 
 

@@ -66,7 +66,7 @@ def qwen2_values(values: dict) -> dict[str, Any]:
     values = {key: value for key, value in values.items() if value is not None}
     _refuse_more(values)
     known = set(Qwen2Values.model_fields)
-    rope = values.pop("rope_parameters", None) or values.pop("rope_scaling", None) or {}
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if "rope_theta" in rope:
         values["rope_theta"] = rope["rope_theta"]
     heads, width = values.get("num_attention_heads"), values.get("hidden_size")
@@ -82,11 +82,13 @@ def qwen2_values(values: dict) -> dict[str, Any]:
 
 def _refuse_more(values: dict) -> None:
     """ValueError for what other models have, and this one does not."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(
-            "config.json asks for scaled RoPE: load the plain checkpoint and choose the scaling as an attention function"
-        )
+    for rope in (values.get("rope_parameters") or {}, values.get("rope_scaling") or {}):
+        kinds = {rope.get("rope_type", "default"), rope.get("type", "default")} if _is_flat(rope) else set()
+        if kinds != {"default"} or set(rope) - {"rope_type", "type", "rope_theta"}:
+            raise ValueError(
+                "config.json asks for scaled RoPE: load the plain checkpoint and choose the scaling as an attention "
+                "function"
+            )
     if values.get("dual_chunk_attention_config"):
         raise ValueError(
             "config.json asks for dual chunk attention: remove that section, set max_position_embeddings to its "
@@ -100,6 +102,10 @@ def _refuse_more(values: dict) -> None:
         raise ValueError("config.json says that the weights are quantised: load the checkpoint in 16 or 32 bits")
 
 
+def _is_flat(rope) -> bool:
+    return isinstance(rope, dict) and not any(isinstance(value, dict | list) for value in rope.values())
+
+
 def _sentence(problems: list[dict]) -> str:
     missing = [str(problem["loc"][-1]) for problem in problems if problem["type"] == "missing"]
     unknown = [str(problem["loc"][-1]) for problem in problems if problem["type"] == "extra_forbidden"]
@@ -110,7 +116,8 @@ def _sentence(problems: list[dict]) -> str:
     problem = problems[0]
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    return f"key {problem['loc'][-1]!r} {problem['msg'].removeprefix('Input ')}, got {str(problem['input'])[:60]!r}"
+    key = (problem["loc"] or ("",))[-1]
+    return f"key {key!r} {problem['msg'].removeprefix('Input ')}, got {str(problem['input'])[:60]!r}"
 
 
 def read_json(path: Path) -> dict:

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from pydantic import BaseModel, StrictStr, ValidationError
 
 from .errors import CourseError
 from .syntax import normalised
+from .versions import imported_chapters, versions, versions_of
+
+EXPORTED = re.compile(r"^#\|\s*export", re.MULTILINE)
 
 
 class _Cell(BaseModel):
@@ -70,15 +74,16 @@ class Notebook:
         found = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(self.code), re.MULTILINE)
         return found.group(1) if found else None
 
-    @property
-    def recalls(self) -> set[str]:
-        """Notebooks whose records this one shows."""
-        return set(re.findall(r"course\.recall\(\s*[\"'](\w+)", "\n".join(self.code)))
-
     @cached_property
     def code_digest(self) -> str:
-        """Digest of what the code cells compute; prose, comments, layout and local names do not count."""
-        texts = [text for text in map(_normalised_cell, self.code) if text]
+        """Digest of what the code cells compute; prose, comments, layout and local names do not count.
+
+        Nor does exported code: what it computes is decided by goldens, and stands here as the chapters' versions.
+        """
+        own = [code for code in self.code if not EXPORTED.search(code)]
+        texts = [text for text in map(_normalised_cell, own) if text]
+        chapters = {self.module}.union(*map(_imports, self.code)) & set(versions())
+        texts.append(json.dumps(versions_of(*chapters)))
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
     def parameter_cells(self) -> list[dict]:
@@ -98,6 +103,13 @@ class Notebook:
             except ValueError:
                 raise ValueError(f"has a parameter that is no literal: `{ast.unparse(node)}`") from None
         return values
+
+
+def _imports(code: str) -> set[str]:
+    try:
+        return imported_chapters(code)
+    except SyntaxError:  # lines for IPython
+        return set()
 
 
 def _normalised_cell(code: str) -> str:
@@ -147,4 +159,8 @@ def select(root: Path, wanted: list[str]) -> list[Notebook]:
         if not found:
             raise CourseError(f"there is no notebook {word!r}: use one of {', '.join(nb.name for nb in known)}")
         chosen += found
+    chosen = list(dict.fromkeys(chosen))
+    for first, second in itertools.combinations(chosen, 2):
+        if first.name == second.name:  # their results would share a place
+            raise CourseError(f"{first.path} and {second.path} have the same name: run one after the other")
     return chosen

@@ -15,7 +15,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from . import hardware
 from .errors import CourseError
 
-BESIDE = "QWEN_MINI_BESIDE"  # the notebooks that a run executes at the same time
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 GRACE = 10  # seconds between asking a fork to end and ending it
 
@@ -34,7 +33,10 @@ def side_by_side(
     each call that ends. Results come through a pipe: return numbers, arrays, answers or paths,
     neither models nor tensors. What a fork prints is dropped: its place would be chance.
     """
-    if "WORLD_SIZE" in os.environ or hardware.device() != "cpu" or sys.platform != "linux":
+    import multiprocessing
+
+    nested = multiprocessing.parent_process() is not None  # a fork cannot have forks
+    if nested or "WORLD_SIZE" in os.environ or hardware.device() != "cpu" or sys.platform != "linux":
         return _one_after_the_other(calls, on_done)
     import torch
 
@@ -92,8 +94,15 @@ def generators_kept() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def in_forks(calls: Mapping[Hashable, Callable[[], object]], at_once: int) -> Iterator[tuple[Hashable, object, float]]:
-    """Name, result and seconds of each call as it ends, `at_once` running beside each other; the rest ends with this."""
+def in_forks(
+    calls: Mapping[Hashable, Callable[[], object]],
+    at_once: int,
+    lost: Callable[[Hashable, Exception], object] | None = None,
+) -> Iterator[tuple[Hashable, object, float]]:
+    """Name, result and seconds of each call as it ends, `at_once` running beside each other; the rest ends with this.
+
+    A call that fails raises here, or gives what `lost` makes of its name and error.
+    """
     import multiprocessing  # here, because every start of the command line imports this module
     from multiprocessing import connection
 
@@ -113,8 +122,13 @@ def in_forks(calls: Mapping[Hashable, Callable[[], object]], at_once: int) -> It
                 running[receiver] = name, process, time.monotonic()
             for receiver in connection.wait(list(running)):
                 name, process, begun = running[receiver]
-                result = _received(receiver, process)
                 del running[receiver]
+                try:
+                    result = _received(receiver, process)
+                except Exception as error:
+                    if lost is None:
+                        raise
+                    result = lost(name, error)
                 yield name, result, time.monotonic() - begun
     finally:
         _end([process for _, process, _ in running.values()])  # one has failed: the others are of no use
@@ -135,8 +149,8 @@ def _compute(call: Callable[[], object], sender, parent: int, generator: tuple) 
         with contextlib.redirect_stdout(io.StringIO()):
             result = call()
         sender.send((result, None))
-    except CourseError as error:
-        sender.send((None, CourseError(str(error))))
+    except CourseError as error:  # of its own class: all of them are made of one sentence
+        sender.send((None, type(error)(*error.args)))
     except Exception:
         sender.send((None, RuntimeError(f"in a run beside this one:\n{traceback.format_exc()}")))
     finally:
@@ -149,9 +163,10 @@ def _received(receiver, process) -> object:
             result, error = receiver.recv()
     except (EOFError, OSError):
         process.join()
+        short = "memory was short: set OMP_NUM_THREADS=1 to run one after the other"
+        why = short if process.exitcode == -signal.SIGKILL else "somebody ended it"
         raise CourseError(
-            f"a run beside this one ended with exit code {process.exitcode} before its result was there: "
-            "if that is -9, memory was short; set OMP_NUM_THREADS=1 to run one after the other"
+            f"a run beside this one ended with exit code {process.exitcode} before its result was there: {why}"
         ) from None
     process.join()
     if error:

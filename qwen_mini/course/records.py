@@ -25,7 +25,7 @@ from pathlib import Path
 from . import artifacts, hardware
 from .errors import CourseError
 from .paths import home, runs, shown
-from .processes import BESIDE, side_by_side
+from .processes import side_by_side
 from .progress import Progress, clock
 from .provenance import provenance
 from .scales import ScaleConfig, Sections
@@ -34,7 +34,6 @@ from .syntax import normalised
 from .versions import imported_chapters, versions, versions_of
 
 TIMING = "timing"  # a tolerance: seconds and speeds are told, not compared
-PATIENCE = 900.0  # seconds that a notebook beside this one may take to leave a record
 MANY = 8  # lists of so many numbers are compared by their means
 
 
@@ -114,14 +113,10 @@ def experiments(calls: Mapping[str, functools.partial], *, tolerance: float | st
 def recall(notebook: str, name: str):
     """The result of another notebook's experiment, as that notebook left it."""
     scale = _book.scale if _book else "laptop"
-    folders = (runs() / scale / "records", home() / "data" / "records" / scale)
-    paths = [record_path(folder, notebook, name) for folder in folders]
-    until = time.monotonic() + (PATIENCE if notebook in os.environ.get(BESIDE, "").split(":") else 0)
-    while not any(path.exists() for path in paths) and time.monotonic() < until:
-        time.sleep(0.5)  # the other notebook runs at the same time
-    for path in paths:
-        if path.exists():
-            record = read(path)
+    for folder in (runs() / scale / "records", home() / "data" / "records" / scale):
+        path = record_path(folder, notebook, name)
+        record = read(path) if path.exists() else None
+        if record and all(versions().get(chapter) == number for chapter, number in record["versions"].items()):
             if _book:
                 _note("recalled", {f"{notebook}/{name}": record["key"]})
             return record["result"]
@@ -205,7 +200,7 @@ def _expected(name: str) -> float | None:
     for folder in (runs() / _book.scale / "records", home() / "data" / "records" / _book.scale):
         try:
             return json.loads(record_path(folder, _book.name, name).read_text(encoding="utf-8"))["seconds"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return None
 
@@ -237,8 +232,11 @@ def plain(value, name: str):
 
 
 def record_path(folder: Path, notebook: str, name: str) -> Path:
-    """`folder/<notebook>/<name>.json`; what does not fit into a file's name becomes `_`."""
-    return folder / notebook / f"{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}.json"
+    """`folder/<notebook>/<name>.json`; what does not fit into a file's name becomes `_`, other letters a digest."""
+    stem = re.sub(r"[^A-Za-z0-9.+-]+", "_", name)
+    if not name.isascii():
+        stem += "-" + digest(name)[:6]
+    return folder / notebook / f"{stem}.json"
 
 
 def write(path: Path, record: dict) -> None:
@@ -253,7 +251,8 @@ def read(path: Path) -> dict:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         whole = {"name", "key", "versions", "tolerance", "seconds", "provenance", "result", "sha256"} <= set(record)
-    except (OSError, ValueError, TypeError):
+        whole = whole and isinstance(record, dict)
+    except (OSError, ValueError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise BadRecord(f"{shown(path)} is not a whole record: delete it, and it is computed anew")
@@ -481,8 +480,11 @@ class Trace:
         if isinstance(value, range):
             return ["range", value.start, value.stop, value.step]
         if hasattr(value, "tolist") and hasattr(value, "shape"):
-            data = value.detach().cpu().float().numpy() if hasattr(value, "detach") else value
-            return ["array", list(value.shape), hashlib.sha256(data.tobytes()).hexdigest()[:16]]
+            if hasattr(value, "detach"):
+                value = value.detach().cpu()
+                value = value.float().numpy() if str(value.dtype) == "torch.bfloat16" else value.numpy()
+            kind = [] if str(value.dtype) == "float32" else [str(value.dtype)]
+            return ["array", list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()[:16], *kind]
         raise CourseError(
             f"the experiment {self.name!r} cannot tell {what} by its content: pass data, a stage or a folder instead of a "
             f"{type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Execute notebooks one after the other, each in its own kernel, and tell what ran, what it cost and what it showed."""
+"""Execute notebooks, each in its own kernel, and tell what ran, what it cost and what it showed."""
 
 import contextlib
 import json
@@ -24,11 +24,12 @@ from .environment import applied, kernel_environment, kernel_manager
 from .errors import CourseError
 from .nb import Notebook, source
 from .paths import home, runs, shown
-from .processes import BESIDE, in_forks
+from .processes import in_forks
 from .progress import clock, printable
 from .scales import ScaleConfig, load_scale, scale_file
 
 CELL_TIMEOUT = 3600  # seconds
+REPORTS = ("report.json", "junit.xml")
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 
 
@@ -69,10 +70,8 @@ def run(
         raise CourseError("a run from records alone cannot compute anew: ask for one of the two")
     config = load_scale(scale)
     check_writable(config.name)
-    jobs = min(config.run.jobs, hardware.threads(config), len(books)) if sys.platform == "linux" else 1
+    jobs = max(1, min(config.run.jobs, hardware.threads(config), len(books))) if sys.platform == "linux" else 1
     environment = applied(kernel_environment(config, records_only, fresh, jobs))
-    if jobs > 1:
-        environment[BESIDE] = ":".join(nb.name for nb in books)
 
     def one(nb: Notebook) -> Result:
         with Watch(nb.name, last_seconds(config.name).get(nb.name), live=jobs == 1) as watch:
@@ -80,6 +79,8 @@ def run(
         return _judge(nb, config.name, problem, watch)
 
     results = []
+    for name in REPORTS:  # of an earlier run: they would speak of notebooks that do not come to their end
+        (runs() / config.name / name).unlink(missing_ok=True)
     with _only_runner(config.name), _orderly_end(), Watch("running", None, live=jobs > 1) as whole:
         for result in _each(books, one, jobs):
             results.append(result)
@@ -99,16 +100,15 @@ def run(
 def _each(books: list[Notebook], one: Callable[[Notebook], Result], jobs: int) -> Iterator[Result]:
     """Results as they come: here one after the other, or `jobs` at a time in forks of this process.
 
-    Beside each other the longest begin, so that none of them is left to run alone at the end; before them those whose
-    records another notebook shows.
+    Beside each other the longest begin, so that none of them is left to run alone at the end.
     """
     if jobs == 1:
         yield from map(one, books)
     else:
-        waited_for = set().union(*(nb.recalls for nb in books))
-        order = sorted(books, key=lambda nb: (nb.name not in waited_for, -sum(map(len, nb.code))))
+        order = sorted(books, key=lambda nb: -sum(map(len, nb.code)))
         calls = {nb.name: partial(one, nb) for nb in order}
-        with contextlib.closing(in_forks(calls, jobs)) as finished:
+        lost = lambda name, error: Result(name, "failed", problem=f"  {error}")
+        with contextlib.closing(in_forks(calls, jobs, lost)) as finished:
             yield from (result for _, result, _ in finished)
 
 

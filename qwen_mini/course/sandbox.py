@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use; `cpu_seconds` decides, `wall_seconds` only ends programs that sleep."""
+    """What one program may use; `cpu_seconds` decides, `wall_seconds` only ends programs that wait."""
 
     cpu_seconds: float = 0.5
     wall_seconds: float = 2.0
@@ -105,6 +105,9 @@ _warned: list[int] = []  # once a process
 def _forget() -> None:
     """In a fork of the caller: its workers belong to the parent."""
     global _lock, _workers
+    for worker in _workers:
+        if worker.folder is not None:
+            worker.folder._finalizer.detach()  # which would remove the parent's folder
     _lock, _workers = threading.Lock(), []
 
 
@@ -351,7 +354,7 @@ def _run_in_child(request: dict, lock, base: int) -> dict:
     if len(content) > bound:
         return {"status": "output", "error": f"it returned more than {bound:,} bytes"}
     try:
-        answer = json.loads(content)
+        answer = json.loads(content, parse_constant=_no_number)
         kinds = {"status": str, "values": list, "error": str}
         if answer.keys() != kinds.keys() or not all(isinstance(answer[k], kind) for k, kind in kinds.items()):
             raise ValueError
@@ -361,6 +364,10 @@ def _run_in_child(request: dict, lock, base: int) -> dict:
         return {**answer, "error": ascii(answer["error"][:200])[1:-1]}
     except (ValueError, AttributeError, KeyError, RecursionError):
         return {"status": "killed", "error": "it ended without a result"}
+
+
+def _no_number(text: str):
+    raise ValueError(f"{text} is not a number")
 
 
 def _compute(request: dict, writer: int, lock, base: int) -> None:

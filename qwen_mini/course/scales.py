@@ -23,8 +23,8 @@ STRICT = ConfigDict(strict=True, extra="forbid")
 
 Count = Annotated[int, Field(gt=0)]
 CountOrNone = Annotated[int, Field(ge=0)]  # 0 for none
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Inside = Annotated[float, Field(gt=0, lt=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -420,7 +420,7 @@ def load_scale(scale: str | Path) -> ScaleConfig:
     where = path.name if path.parent == FOLDER else str(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ScaleError(f"{where} is not valid TOML: {error}") from None
     if "name" in table:  # results go to runs/<name>
         raise ScaleError(f"{where}: has an unknown key 'name': a scale has the name of its file")
