@@ -242,7 +242,8 @@ def digest(tmp_path, *cells: str) -> str:
     path = tmp_path / "book.ipynb"
     prose = {"cell_type": "markdown", "source": f"{len(cells)} cells"}
     code = [{"cell_type": "code", "source": cell.splitlines(keepends=True)} for cell in cells]
-    path.write_text(json.dumps({"cells": [prose, *code], "metadata": {}}))
+    cells = [cell | {"metadata": {}} for cell in (prose, *code)]
+    path.write_text(json.dumps({"cells": cells, "metadata": {}}))
     return Notebook(path).code_digest
 
 
@@ -253,7 +254,7 @@ CELLS = ["%matplotlib inline\nx = 1", "def f():\n    a = x\n    return a", "!ls 
     ("number", "cell"),
     [
         (0, "%matplotlib inline\n\n\nx = 1    # one"),
-        (1, '#| export\ndef f():\n    """X."""\n    b: int = x\n    return b'),
+        (1, 'def f():\n    """X."""\n    b: int = x\n    return b'),
         (2, "!ls data   \nf( )"),
         (2, "# what is there\n!ls data\nf()"),
     ],
