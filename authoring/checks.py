@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qwen_mini.course.nb import Notebook, notebooks, source
+from qwen_mini.course.nb import notebooks, source
 from qwen_mini.course.paths import home
 from qwen_mini.course.stale import record_files, stale
 from qwen_mini.course.versions import imported_chapters
@@ -52,11 +52,16 @@ def imports_point_backwards(root: Path) -> list[str]:
         if nb.module is None:  # the first page and the report look at everything
             continue
         path = root / "qwen_mini" / f"{nb.module}.py"
-        texts = {nb.path.name: (_code_of(nb), nb.number)}
+        try:
+            used = {nb.path.name: (set().union(*map(_cell_imports, nb.code)), nb.number)}
+        except SyntaxError as error:
+            line = (error.text or "").strip()
+            problems.append(f"{nb.path.name} has a cell that is not Python: {error.msg}: `{line}`")
+            continue
         if path.exists():
-            texts[f"qwen_mini/{path.name}"] = (path.read_text(encoding="utf-8"), nb.number - 1)
-        for where, (text, last) in texts.items():
-            for name in sorted(imported_chapters(text)):
+            used[f"qwen_mini/{path.name}"] = (imported_chapters(path.read_text(encoding="utf-8")), nb.number - 1)
+        for where, (names, last) in used.items():
+            for name in sorted(names):
                 if name in chapters and chapters[name] > last:
                     problems.append(f"{where} imports {name}, which is not an earlier chapter")
                 elif name not in chapters and name not in ("course", "__version__"):
@@ -69,10 +74,12 @@ def imports_point_backwards(root: Path) -> list[str]:
     return problems
 
 
-def _code_of(nb: Notebook) -> str:
-    """All code cells as one text; magics and shell lines become `pass`."""
-    lines = "\n".join(nb.code).splitlines()
-    return "\n".join(re.sub(r"^(\s*)[%!].*", r"\1pass", line) for line in lines)
+def _cell_imports(code: str) -> set[str]:
+    """Chapters that a cell imports; where it is not Python as it stands, magics and shell lines become `pass`."""
+    try:
+        return imported_chapters(code)
+    except SyntaxError:
+        return imported_chapters(re.sub(r"^(\s*)[%!].*", r"\1pass", code, flags=re.MULTILINE))
 
 
 def parameters_are_literal(root: Path) -> list[str]:

@@ -172,6 +172,16 @@ def test_exported_code_is_decided_by_goldens_and_versions(project, monkeypatch):
     assert nb.Notebook(path).code_digest != before
 
 
+def test_a_cell_that_is_not_python_is_one_sentence(project):
+    path = project / "notebooks" / "01_one.ipynb"
+    edit(path, lambda data: data["cells"][-1].update(source="x = (\n"))
+    assert any("01_one.ipynb has a cell that is not Python" in text for text in checks.imports_point_backwards(project))
+    edit(path, lambda data: data["cells"][-1].update(source='x = ("%d"\n % 3)\n'))
+    assert not [text for text in checks.imports_point_backwards(project) if "01_one" in text]
+    edit(path, lambda data: data["cells"][1].update(source="x = ("))
+    assert any("01_one" in text for text in checks.parameters_are_literal(project))
+
+
 def test_outputs_of_other_records_are_found(project):
     path = project / "notebooks" / "01_one.ipynb"
     edit(path, lambda data: data["metadata"]["qwen_mini"].update(records={"a": "k"}))
