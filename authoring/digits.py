@@ -31,19 +31,19 @@ NOT_YET = (
 )
 
 REMEDY = "let `course.say` or `course.table` say it, or mark what no run decides with `<!-- constant: why -->`"
-MARK = re.compile(r"<!--\s*(?:constant|report)\b[^>]*-->")
+MARK = re.compile(r"<!--\s*(?:constant|report)\b(?:(?!-->).)*-->", re.DOTALL)
 FILLED = re.compile(r"<!--\s*n:[\w.-]+\s*-->.*?<!--\s*/n\s*-->", re.DOTALL)
 GENERATED = "<!-- generated"
 REPORT_COLUMN = re.compile(r"qwen|report|published", re.IGNORECASE)
 
-NUMBER = r"(?<![\w.])\d[\d,]*(?:\.\d+)?"
+NUMBER = r"(?<![\w.])(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s(?:thousand|million|billion))?"
 UNITS = r"ns|µs|ms|s|seconds?|min|minutes?|h|hours?"
 TYPED = re.compile(
-    rf"{NUMBER}(?:\s?%|\s+per\s?cent\b|\s+(?:percentage\s+)?points?\b)"
+    rf"{NUMBER}(?:\s?%|\s+per\s?cent\b|\s+(?:percentage\s+)?points?\b|\s?pp\b)"
     rf"|{NUMBER}\s?(?:{UNITS})\b"
-    rf"|{NUMBER}\s+[\w-]+(?:/s\b|\s(?:a|per)\ssecond\b)"
-    rf"|{NUMBER}(?:\s?[x×]|\s+times)\s+(?:as\s|the\sspeed|faster|slower)"
-    r"|(?<![\w.])\d[\d,]*\.\d+(?!\.?\w)"
+    rf"|{NUMBER}\s+[\w-]+(?:/s\b|\s(?:a|per)\s(?:second|minute|hour)\b)"
+    rf"|(?:{NUMBER}(?:\s?[x×]|\s+times)|(?i:twice))\s+(?:as\s|the\s(?:speed|loss|time)|faster|slower)"
+    r"|(?<![\w.])\d*[\d,]*\.\d+(?!\.?\w)"
 )
 NOT_RESULTS = re.compile(
     r"""

@@ -105,3 +105,21 @@ def test_a_notebook_on_the_list_and_a_generated_page_are_left_alone(project):
 def test_the_list_holds_no_notebook_that_is_gone(project, monkeypatch):
     monkeypatch.setattr(digits, "NOT_YET", ("06_gone", "07_corpus"))
     assert len(problems := project()) == 1 and "06_gone" in problems[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It gains 12 pp.",
+        "About 3x the loss.",
+        "It reads 5 million tokens per second.",
+        "Twice as fast as before.",
+        "A rate of .53 here.",
+    ],
+)
+def test_other_spellings_of_results(text):
+    assert list(typed(text))
+
+
+def test_a_reason_may_hold_any_sign():
+    assert not list(typed("It holds 12 % of them <!-- constant: a > b -->. And more."))
