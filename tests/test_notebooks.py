@@ -1,13 +1,17 @@
 """Every notebook runs at quick scale and shows what it claims; skip with `pytest -m "not notebooks"`."""
 
 import json
+import os
 
 import pytest
 
 from qwen_mini.course import home, load_scale, runner
 from qwen_mini.course.nb import notebooks
+from qwen_mini.course.versions import closure
 
 BOOKS = notebooks(home())
+# chapter 13 and all that follow from it judge programs in a sandbox, which forks
+FORKING = {nb.name for nb in BOOKS if nb.module and "tasks" in closure(nb.module)} if os.name == "nt" else set()
 
 pytestmark = pytest.mark.notebooks
 
@@ -18,12 +22,14 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("course")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN_MINI_RUNS", str(folder))
-        runner.run(BOOKS, "quick", keep_going=True, timeout=600)
+        runner.run([nb for nb in BOOKS if nb.name not in FORKING], "quick", keep_going=True, timeout=600)
     return json.loads((folder / "quick" / "report.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", [nb.name for nb in BOOKS])
 def test_notebook(report, name):
+    if name in FORKING:
+        pytest.skip("the sandbox needs a system that can fork: on Windows use WSL")
     (result,) = [one for one in report["notebooks"] if one["notebook"] == name]
     assert result["status"] == "passed", f"\n{result['problem']}"
     assert result["claims_held"] == result["claims"]
