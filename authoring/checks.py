@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qwen_mini.course.nb import notebooks, source
+from qwen_mini.course.nb import cell_imports, notebooks, source
 from qwen_mini.course.paths import home
 from qwen_mini.course.stale import record_files, stale
 from qwen_mini.course.versions import imported_chapters
@@ -53,7 +53,7 @@ def imports_point_backwards(root: Path) -> list[str]:
             continue
         path = root / "qwen_mini" / f"{nb.module}.py"
         try:
-            used = {nb.path.name: (set().union(*map(_cell_imports, nb.code)), nb.number)}
+            used = {nb.path.name: (set().union(*map(cell_imports, nb.code)), nb.number)}
         except SyntaxError as error:
             line = (error.text or "").strip()
             problems.append(f"{nb.path.name} has a cell that is not Python: {error.msg}: `{line}`")
@@ -72,14 +72,6 @@ def imports_point_backwards(root: Path) -> list[str]:
                 if isinstance(node, ast.Import | ast.ImportFrom):
                     problems.append(f"qwen_mini/course/{path.name} imports the chapter {name} at import time")
     return problems
-
-
-def _cell_imports(code: str) -> set[str]:
-    """Chapters that a cell imports; where it is not Python as it stands, magics and shell lines become `pass`."""
-    try:
-        return imported_chapters(code)
-    except SyntaxError:
-        return imported_chapters(re.sub(r"^(\s*)[%!].*", r"\1pass", code, flags=re.MULTILINE))
 
 
 def parameters_are_literal(root: Path) -> list[str]:

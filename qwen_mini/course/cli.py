@@ -90,7 +90,7 @@ def outputs(options) -> int:
     from .outputs import SCALE, copy_outputs, publish
     from .progress import clock
     from .records import asked_anew
-    from .stale import stale, why_stale
+    from .stale import stale, stale_outputs
 
     if options.dry_run:
         found = stale(home())
@@ -101,7 +101,8 @@ def outputs(options) -> int:
     flags = {"keep_going": options.keep_going, "timeout": options.timeout, "fresh": options.fresh or asked_anew()}
     books = runner.require_notebooks(nb.select(home(), options.notebooks))
     if not options.notebooks and not flags["fresh"]:
-        books = [book for book in books if why_stale(home(), book)]
+        old = {thing.what for thing in stale_outputs(home())}
+        books = [book for book in books if book.name in old]
         if not books:
             print("all outputs are current")
             return 0

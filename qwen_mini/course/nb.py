@@ -15,6 +15,7 @@ from .errors import CourseError
 from .syntax import normalised
 from .versions import imported_chapters, versions, versions_of
 
+IPYTHON_LINE = re.compile(r"^(\s*)([%!].*)", re.MULTILINE)
 EXPORTED = re.compile(r"^#\|\s*export", re.MULTILINE)
 
 
@@ -82,7 +83,7 @@ class Notebook:
         """
         own = [code for code in self.code if not EXPORTED.search(code)]
         texts = [text for text in map(_normalised_cell, own) if text]
-        chapters = {self.module}.union(*map(_imports, self.code)) & set(versions())
+        chapters = {self.module}.union(*map(_imports_if_python, self.code)) & set(versions())
         texts.append(json.dumps(versions_of(*chapters)))
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
@@ -105,10 +106,18 @@ class Notebook:
         return values
 
 
-def _imports(code: str) -> set[str]:
+def cell_imports(code: str) -> set[str]:
+    """Chapters that a cell imports, lines for IPython aside; SyntaxError if the rest is not Python."""
     try:
         return imported_chapters(code)
-    except SyntaxError:  # lines for IPython
+    except SyntaxError:
+        return imported_chapters(IPYTHON_LINE.sub(r"\1pass", code))
+
+
+def _imports_if_python(code: str) -> set[str]:
+    try:
+        return cell_imports(code)
+    except SyntaxError:
         return set()
 
 
@@ -122,7 +131,7 @@ def _normalised_cell(code: str) -> str:
         text = normalised(code)
     except SyntaxError:
         try:
-            text = normalised(re.sub(r"^(\s*)([%!].*)", _as_call, code, flags=re.MULTILINE))
+            text = normalised(IPYTHON_LINE.sub(_as_call, code))
         except SyntaxError:
             return code
     return "" if text == "[]" else text + silent

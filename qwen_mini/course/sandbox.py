@@ -238,8 +238,8 @@ SYSCALLS = {
     "aarch64": {
         "arch": 0xC00000B7,
         "close": 57, "lseek": 62, "read": 63, "write": 64, "fstat": 80, "exit": 93, "exit_group": 94, "futex": 98,
-        "clock_gettime": 113, "clock_getres": 114, "sched_yield": 124, "gettimeofday": 169, "getpid": 172, "gettid": 178, "brk": 214, "munmap": 215,
-        "mremap": 216, "mmap": 222, "mprotect": 226, "madvise": 233, "getrandom": 278, "rseq": 293,
+        "clock_gettime": 113, "clock_getres": 114, "sched_yield": 124, "gettimeofday": 169, "getpid": 172,
+        "gettid": 178, "brk": 214, "munmap": 215, "mremap": 216, "mmap": 222, "mprotect": 226, "madvise": 233, "getrandom": 278, "rseq": 293,
     },
 }  # fmt: skip
 

@@ -56,11 +56,12 @@ def stale_records(root: Path) -> list[Stale]:
 
 def stale_outputs(root: Path) -> list[Stale]:
     """Notebooks without outputs, with outputs of other code, or of other stages and records than are shipped."""
-    return [Stale(nb.name, reason) for nb in notebooks(root) if (reason := why_stale(root, nb))]
+    stages, records = _stage_keys(root), _record_keys(root)
+    return [Stale(nb.name, reason) for nb in notebooks(root) if (reason := _why_stale(nb, stages, records))]
 
 
-def why_stale(root: Path, nb: Notebook) -> str:
-    """Why a notebook has to be rendered, '' if it need not."""
+def _why_stale(nb: Notebook, stages: dict[str, str], records: dict[str, str]) -> str:
+    """Why a notebook has to be rendered, '' if it need not; `stages`, `records`: the keys of those that are shipped."""
     facts = nb.data["metadata"].get("qwen_mini", {})
     if not any(cell.get("outputs") for cell in nb.cells):
         return "it has no outputs"
@@ -70,7 +71,6 @@ def why_stale(root: Path, nb: Notebook) -> str:
         return "its outputs are of other code"
     if facts.get("settings") != settings_digest():
         return f"its outputs are of other settings of {SCALE}"
-    stages, records = _stage_keys(root), _record_keys(root)
     for name, key in facts.get("stages", {}).items():
         if stages.get(name, key) != key:  # a stage that is not shipped is made where it is needed
             return f"the stage {name} is newer"

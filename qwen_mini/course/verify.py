@@ -58,7 +58,8 @@ def in_turn(root: Path, count: int, longest: float = LONGEST) -> list[str]:
 
     Timings are not compared, and notebooks left out whose stages would have to be trained first.
     """
-    found = [read(path) for path in record_files(root) if path.parent.name in _trained(root)]
+    trained = _trained(root)
+    found = [read(path) for path in record_files(root) if path.parent.name in trained]
     short = sorted(r["name"] for r in found if r["seconds"] <= longest and r["tolerance"] != TIMING)
     start = _commits(root) * count
     return [short[(start + i) % len(short)] for i in range(min(count, len(short)))]
