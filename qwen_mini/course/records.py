@@ -31,7 +31,7 @@ from .provenance import provenance
 from .scales import ScaleConfig, Sections
 from .stages import Stage, digest, weights_hash
 from .syntax import normalised
-from .versions import imported_chapters, versions, versions_of
+from .versions import imported_chapters, other_versions, versions, versions_of
 
 TIMING = "timing"  # a tolerance: seconds and speeds are told, not compared
 MANY = 8  # lists of so many numbers are compared by their means
@@ -113,10 +113,10 @@ def experiments(calls: Mapping[str, functools.partial], *, tolerance: float | st
 def recall(notebook: str, name: str):
     """The result of another notebook's experiment, as that notebook left it."""
     scale = _book.scale if _book else "laptop"
-    for folder in (runs() / scale / "records", home() / "data" / "records" / scale):
+    for folder in _folders(scale):
         path = record_path(folder, notebook, name)
         record = read(path) if path.exists() else None
-        if record and all(versions().get(chapter) == number for chapter, number in record["versions"].items()):
+        if record and not other_versions(record["versions"]):
             if _book:
                 _note("recalled", {f"{notebook}/{name}": record["key"]})
             return record["result"]
@@ -197,7 +197,7 @@ def sealed(record: dict) -> dict:
 
 def _expected(name: str) -> float | None:
     """Seconds that the last record of this name took, whatever it was made from."""
-    for folder in (runs() / _book.scale / "records", home() / "data" / "records" / _book.scale):
+    for folder in _folders(_book.scale):
         try:
             return json.loads(record_path(folder, _book.name, name).read_text(encoding="utf-8"))["seconds"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -229,6 +229,11 @@ def plain(value, name: str):
 
 
 # --- files -------------------------------------------------------------------------------------------------------
+
+
+def _folders(scale: str) -> tuple[Path, Path]:
+    """Where the records of a scale are looked for: its own runs, then those that ship with the course."""
+    return runs() / scale / "records", home() / "data" / "records" / scale
 
 
 def record_path(folder: Path, notebook: str, name: str) -> Path:
@@ -263,7 +268,7 @@ def read(path: Path) -> dict:
 
 def _find(name: str, key: str) -> dict | None:
     """The record of this key: of this scale's own runs, else of those that ship with the course."""
-    for folder in (runs() / _book.scale / "records", home() / "data" / "records" / _book.scale):
+    for folder in _folders(_book.scale):
         path = record_path(folder, _book.name, name)
         if path.exists():
             record = read(path)
@@ -505,7 +510,7 @@ def _class_source(cls: type) -> str:
 def _is_library(module: str) -> bool:
     """Whether code of this module is no part of a key: Python's own, or of a library that chapters build on."""
     package = module.partition(".")[0]
-    return package in ("qwen_mini", "torch", "numpy") or package in sys.stdlib_module_names and package != "__main__"
+    return package in ("qwen_mini", "torch", "numpy") or package in sys.stdlib_module_names
 
 
 def _is_precision(value) -> bool:

@@ -79,9 +79,9 @@ def run(
         return _judge(nb, config.name, problem, watch)
 
     results = []
-    for name in REPORTS:  # of an earlier run: they would speak of notebooks that do not come to their end
-        (runs() / config.name / name).unlink(missing_ok=True)
     with _only_runner(config.name), _orderly_end(), Watch("running", None, live=jobs > 1) as whole:
+        for name in REPORTS:  # of an earlier run: they would speak of notebooks that do not come to their end
+            (runs() / config.name / name).unlink(missing_ok=True)
         for result in _each(books, one, jobs):
             results.append(result)
             _print_line(result, f"[{len(results)}/{len(books)}]", last_seconds(config.name).get(result.notebook))
@@ -91,7 +91,8 @@ def run(
                 _print_failure(result, config.name)
                 if not keep_going:
                     break
-    results.sort(key=lambda result: [nb.name for nb in books].index(result.notebook))
+    place = {nb.name: number for number, nb in enumerate(books)}
+    results.sort(key=lambda result: place[result.notebook])
     print(table(results, config.name, seed, whole))
     _write_reports(results, config.name, seed, whole)
     return results

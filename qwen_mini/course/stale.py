@@ -11,7 +11,7 @@ from .paths import PACKAGE
 from .records import BadRecord, read
 from .scales import load_scale
 from .training import STAGES, handle
-from .versions import versions
+from .versions import other_versions
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def stale_stages(root: Path) -> list[Stale]:
     found = []
     for path in sorted((root / "data" / "checkpoints").glob("*/manifest.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
-        reason = _other_versions(facts.get("versions", {})) or _other_settings(root, path.parent.name, facts)
+        reason = other_versions(facts.get("versions", {})) or _other_settings(root, path.parent.name, facts)
         if reason:
             seconds = facts.get("provenance", {}).get("seconds", 0)
             found.append(Stale(f"stage {path.parent.name}", reason, seconds))
@@ -49,7 +49,7 @@ def stale_records(root: Path) -> list[Stale]:
         except BadRecord as problem:
             found.append(Stale(f"record {path.parent.name}/{path.stem}", str(problem)))
             continue
-        if reason := _other_versions(record["versions"]):
+        if reason := other_versions(record["versions"]):
             found.append(Stale(f"record {record['name']}", reason, record["seconds"]))
     return found
 
@@ -105,9 +105,3 @@ def _record_keys(root: Path) -> dict[str, str]:
             record = read(path)
             found[record["name"]] = record["key"]
     return found
-
-
-def _other_versions(made_with: dict[str, int]) -> str:
-    """`sft 1 → 2`, the chapters whose version has changed since."""
-    now = versions()
-    return ", ".join(f"{name} {old} → {now.get(name)}" for name, old in made_with.items() if now.get(name) != old)

@@ -18,8 +18,9 @@ LONGEST = 120  # seconds of a record that is chosen in turn
 
 def verify(root: Path, wanted: list[str], longest: float = LONGEST) -> int:
     """Verify records by name (`14_sft/…`), or so many in turn; returns 0 if all of them hold."""
-    count = next((int(word) for word in wanted if word.isdecimal() and word.isascii()), 0 if wanted else 1)
-    names = [word for word in wanted if not (word.isdecimal() and word.isascii())]
+    counts = [word for word in wanted if word.isdecimal() and word.isascii()]
+    names = [word for word in wanted if word not in counts]
+    count = int(counts[0]) if counts else int(not wanted)
     names += in_turn(root, count, longest) if count else []
     known = {r["name"]: r["provenance"]["precision"] for r in map(read, record_files(root))}
     if unknown := sorted(set(names) - set(known)):

@@ -25,6 +25,12 @@ def versions_of(*modules: str) -> dict[str, int]:
     return {module: known[module] for module in sorted(needed)}
 
 
+def other_versions(made_with: dict[str, int]) -> str:
+    """`sft 1 → 2`, the chapters whose version has changed since; '' if none has."""
+    now = versions()
+    return ", ".join(f"{name} {old} → {now.get(name)}" for name, old in made_with.items() if now.get(name) != old)
+
+
 @functools.cache
 def closure(module: str) -> frozenset[str]:
     """The chapter and all chapters that it imports, directly or not."""
