@@ -50,7 +50,7 @@ class Ratio:
 
 
 def _per_byte(column: str) -> Callable[[dict[str, Any]], float]:
-    """Bits per byte of all real text together, from the domains of chapter 08."""
+    """Bits per byte of all real text together, from the domains of chapter 09."""
 
     def value(found: dict[str, Any]) -> float:
         real = {name: facts for name, facts in found.items() if isinstance(facts, dict) and facts["kind"] == "real"}
@@ -88,23 +88,23 @@ NUMBERS = (
     Number(
         "bits",
         "bits per byte of held-out real text, by the base model",
-        ("08_pretraining/baselines_*.json", "08_pretraining/model_*.json"),
+        ("09_pretraining/baselines_*.json", "09_pretraining/model_*.json"),
         _per_byte("model"),
         ".2f",
     ),
     Number(
         "xz",
         "bits per byte of the same text, by `xz -9`",
-        ("08_pretraining/baselines_*.json",),
+        ("09_pretraining/baselines_*.json",),
         _per_byte("xz -9"),
         ".2f",
     ),
-    Number("sft", "held-out problems solved after fine-tuning", ("17_grpo/final_sft.json",), _solved, "{:.0%}"),
-    Number("grpo", "held-out problems solved after DPO and GRPO", ("17_grpo/final_grpo*.json",), _solved, "{:.0%}"),
+    Number("sft", "held-out problems solved after fine-tuning", ("19_grpo/final_sft.json",), _solved, "{:.0%}"),
+    Number("grpo", "held-out problems solved after DPO and GRPO", ("19_grpo/final_grpo*.json",), _solved, "{:.0%}"),
     Number(
         "million",
         "reading a prompt of 1,048,576 tokens, up to the first token of the answer",
-        ("12_sparse_prefill/time_sparse_1048576.json",),
+        ("14_sparse_prefill/time_sparse_1048576.json",),
         lambda found: found["time, sparse, 1048576"]["seconds"],
         "{:.0f} seconds",
     ),

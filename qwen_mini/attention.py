@@ -178,7 +178,7 @@ def causal_attention(q, k, v, position_ids=None, document_ids=None, cache=None, 
     q: (batch, heads, length, head_dim); k, v: (batch, kv_heads, length, head_dim), all *before* rotation; position_ids:
     (length,) or (batch, length), default: counting on from the cache; document_ids: (batch, length), a token sees only
     tokens of its own document; cache: a `LayerCache`, to which the new keys and values are appended. Returns the shape
-    of q. Chapters 11 and 12 will put other functions in its place. Source: report §2; GQA is arXiv 2305.13245.
+    of q. Chapters 13 and 14 will put other functions in its place. Source: report §2; GQA is arXiv 2305.13245.
     """
     length, start = q.shape[2], cache.parent.length if cache else 0
     if position_ids is None:

@@ -100,7 +100,7 @@ def test_claims_and_times(runs_folder):
 
 
 def test_notebooks(tmp_path):
-    path = tmp_path / "13_tasks.ipynb"
+    path = tmp_path / "15_tasks.ipynb"
     good = json.loads((home() / "notebooks" / path.name).read_text(encoding="utf-8"))
     good["cells"] = good["cells"][:6]
 

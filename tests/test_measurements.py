@@ -56,7 +56,7 @@ def test_what_was_not_measured_is_said(project):
 def test_numbers_come_from_benchmarks_and_records(project):
     store_benchmarks(project, MACHINE)
     for name, right in [("final/grpo", [[1, 0], [1, 1]]), ("final/grpo-1", [[1, 1], [0, 0]])]:
-        _record(project, "17_grpo", name, {kind: {"correct": right} for kind in ("shown", "asked")})
+        _record(project, "19_grpo", name, {kind: {"correct": right} for kind in ("shown", "asked")})
     write(project)
     readme, page = _texts(project)
     assert readme == "Training: <!-- n:training -->1.6 times as fast<!-- /n -->. GRPO: <!-- n:grpo -->62%<!-- /n -->.\n"
@@ -65,14 +65,14 @@ def test_numbers_come_from_benchmarks_and_records(project):
     )
     assert row in page
     assert "encoding \\| decoding | 0.8 |  |  | s |  |" in page
-    assert "| 17_grpo/final/grpo-1 | 61.5 | a processor | bfloat16 | 2025-01-02 |" in page
+    assert "| 19_grpo/final/grpo-1 | 61.5 | a processor | bfloat16 | 2025-01-02 |" in page
 
 
 def test_the_text_of_all_domains_counts_by_its_bytes(project):
     domains = [("a", "real", 100, 3.0, 2.0), ("b", "real", 300, 1.0, 1.0), ("c", "made", 9, 9.0, 9.0)]
     for domain, kind, size, xz, model in domains:
-        _record(project, "08_pretraining", f"baselines/{domain}", {"kind": kind, "bytes": size, "xz -9": xz})
-        _record(project, "08_pretraining", f"model/{domain}", model)
+        _record(project, "09_pretraining", f"baselines/{domain}", {"kind": kind, "bytes": size, "xz -9": xz})
+        _record(project, "09_pretraining", f"model/{domain}", model)
     write(project)
     page = _texts(project)[1]
     assert "by the base model | 1.25 |" in page and "by `xz -9` | 1.50 |" in page
@@ -111,6 +111,6 @@ def test_a_number_that_nobody_computes_and_a_record_of_another_form_are_named(pr
     with pytest.raises(CourseError, match="speed"):
         write(project)
     (project / "README.md").write_text(README, encoding="utf-8")
-    _record(project, "17_grpo", "final/grpo", {"shown": 1})
+    _record(project, "19_grpo", "final/grpo", {"shown": 1})
     with pytest.raises(CourseError, match="final_grpo"):
         write(project)

@@ -10,7 +10,7 @@ from qwen_mini.course.nb import notebooks
 from qwen_mini.course.versions import closure
 
 BOOKS = notebooks(home())
-# chapter 13 and all that follow from it judge programs in a sandbox, which forks
+# chapter 15 and all that follow from it judge programs in a sandbox, which forks
 FORKING = {nb.name for nb in BOOKS if nb.module and "tasks" in closure(nb.module)} if os.name == "nt" else set()
 
 pytestmark = pytest.mark.notebooks

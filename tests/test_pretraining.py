@@ -1,4 +1,4 @@
-"""Chapter 08: the loss, the schedule, the optimisers, the batches, exact resume, and the measures of held-out text."""
+"""Chapters 08 and 09: the loss, the schedule, the optimisers, the batches, exact resume, and the measures of held-out text."""
 
 import collections
 import dataclasses

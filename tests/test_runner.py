@@ -306,11 +306,11 @@ def test_the_command_line_returns_codes_and_plain_sentences(tmp_path, runs_folde
 
 def test_notebooks_are_found_by_name_number_and_subject(tmp_path):
     (tmp_path / "notebooks").mkdir()
-    for name in ("07_corpus", "08_pretraining"):
+    for name in ("07_corpus", "09_pretraining"):
         write(tmp_path / "notebooks", name)
-    for word in ("08_pretraining", "08", "pretraining"):
-        assert [nb.name for nb in select(tmp_path, [word])] == ["08_pretraining"]
-    assert [nb.name for nb in select(tmp_path, [])] == ["07_corpus", "08_pretraining"]
+    for word in ("09_pretraining", "08", "pretraining"):
+        assert [nb.name for nb in select(tmp_path, [word])] == ["09_pretraining"]
+    assert [nb.name for nb in select(tmp_path, [])] == ["07_corpus", "09_pretraining"]
 
 
 def test_module_entry_point_equals_the_command():

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     executing[0].add_argument("--records-only", action="store_true", help="a result without a record is an error")
     executing[1].add_argument("--dry-run", action="store_true", help="only say what is not current, and what it takes")
     sub = add(verify, "compute records anew and compare", None)
-    sub.add_argument("records", nargs="*", help="names such as 14_sft/base, or how many in turn (1)")
+    sub.add_argument("records", nargs="*", help="names such as 16_sft/base, or how many in turn (1)")
     sub = add(chat, "talk to the newest trained model", "laptop")
     sub.add_argument("--stage", help="a stage's name, instead of the newest")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")

@@ -32,7 +32,7 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
     training, phases = config.pretraining, config.pretraining.phases
     tokens = sum(phase.tokens for phase in phases)
     flops = sum(phase.tokens * flops_per_token(shape, phase.length, training=True) for phase in phases)
-    state = STATE_BYTES * parameters  # on every device: nothing is sharded before chapter 19
+    state = STATE_BYTES * parameters  # on every device: nothing is sharded before chapter 22
     micro = training.batch_tokens // (training.grad_accumulation * gpus)
     activations = micro * activation_bytes_per_token(config.model)
     return [

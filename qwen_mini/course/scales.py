@@ -192,7 +192,7 @@ class LongContext:
 
 @dataclass(frozen=True, config=STRICT)
 class DualChunk:
-    """How far chapter 11 measures: multiples of the trained length, and prompts per task and length."""
+    """How far chapter 13 measures: multiples of the trained length, and prompts per task and length."""
 
     factors: tuple[Count, ...]
     tries: Count
@@ -205,7 +205,7 @@ class DualChunk:
 
 @dataclass(frozen=True, config=STRICT)
 class SparsePrefill:
-    """How far chapter 12 measures: prompt lengths in tokens, tokens per prefill chunk, prompts per length and depth."""
+    """How far chapter 14 measures: prompt lengths in tokens, tokens per prefill chunk, prompts per length and depth."""
 
     lengths: Annotated[tuple[Count, ...], Field(min_length=2)]
     tries: Count
@@ -233,7 +233,7 @@ class Sft:
 
 @dataclass(frozen=True, config=STRICT)
 class RewardModelScale:
-    """Preference data and training of chapter 15's reward models.
+    """Preference data and training of chapter 17's reward models.
 
     `demonstrations`: careless responses per task; `problems`: per task for the pairs, `samples` answers each;
     `center`: the weight that keeps rewards around zero.
@@ -300,7 +300,7 @@ class Measure:
 
     `eval_every`, `eval_tokens`: steps between evaluations while pre-training, and tokens per domain; `needle_tries`:
     prompts per cell of a needle grid; `sft_problems`, `sft_fresh`: held-out problems, and new ones for rejection
-    sampling, per task; `ablation_demonstrations`: per task, of chapter 14's small arms; `long_rows`: long instructions
+    sampling, per task; `ablation_demonstrations`: per task, of chapter 16's small arms; `long_rows`: long instructions
     of its second stage; `reward_heldout`: problems per task of the reward benchmarks; `best_of`: samples per problem for
     best-of-n; `dpo_heldout`, `grpo_heldout`: held-out problems per task (and wording); `dpo_seeds`, `grpo_seeds`:
     training runs that are compared; `side_steps`: of the small runs that show what goes wrong.
@@ -345,7 +345,7 @@ class ScaleConfig:
     def _fits(self):
         ids, longest = self.tokenizer.vocab_size, max(phase.length for phase in self.pretraining.phases)
         trained = self.long_context.trained_length
-        stride = trained - trained // 4  # of the dual chunks, chapter 11
+        stride = trained - trained // 4  # of the dual chunks, chapter 13
         reason = f"must be at least the tokenizer's {ids}, got {self.model.vocab_size}"
         _require(self.model.vocab_size >= ids, "model.vocab_size", reason)
         reason = f"must be a multiple of {stride}, the stride of dual chunks at {trained} tokens"

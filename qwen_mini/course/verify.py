@@ -17,7 +17,7 @@ LONGEST = 120  # seconds of a record that is chosen in turn
 
 
 def verify(root: Path, wanted: list[str], longest: float = LONGEST) -> int:
-    """Verify records by name (`14_sft/…`), or so many in turn; returns 0 if all of them hold."""
+    """Verify records by name (`16_sft/…`), or so many in turn; returns 0 if all of them hold."""
     counts = [word for word in wanted if word.isdecimal() and word.isascii()]
     names = [word for word in wanted if word not in counts]
     count = int(counts[0]) if counts else int(not wanted)

@@ -1,0 +1,1 @@
+"""The small world that all chapters draw from: words, problems, needles; nothing here imports a chapter."""
