@@ -24,8 +24,10 @@ $(READY): pyproject.toml constraints.txt
 course: $(READY)
 	$(BIN)/qwen-mini run --scale $(or $(SCALE),quick)
 
+# what fits beside each other, a worker for each core; then the course at quick, which fills the cores itself
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m 'not notebooks and not render'
+	$(BIN)/python -m pytest -m notebooks
 
 check: $(READY)
 	$(BIN)/python -m authoring.checks

@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
-import qwen_mini  # noqa: F401  before torch: it keeps threads that wait from spinning
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core, and a thread for each worker
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+import qwen_mini  # noqa: F401, E402  before torch: it keeps threads that wait from spinning
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,8 +13,6 @@ from qwen_mini.course.verify import _commits, in_turn, verify
 BOOKS = notebooks(home())
 IN_TURN = 4
 
-pytestmark = pytest.mark.notebooks
-
 
 def _git(*words: str) -> str:
     return subprocess.run(["git", "-C", str(home()), *words], capture_output=True, text=True).stdout
