@@ -15,6 +15,7 @@ from qwen_mini.course.versions import imported_chapters
 
 from .digits import typed_numbers
 from .measurements import measurements_are_current
+from .report_map import map_is_current
 
 MAX_NOTEBOOK_BYTES = 1_000_000
 MAX_RECORDS = 2_000_000
@@ -219,6 +220,7 @@ CHECKS = [
     commands_exist,
     typed_numbers,
     measurements_are_current,
+    map_is_current,
 ]
 
 
