@@ -55,13 +55,12 @@ from .layers import rope_frequencies
 from .model import Qwen
 from qwen_mini.pretraining import (
     MixtureSampler,
-    Trainer,
     available_phases,
     evaluating,
     pretraining_stage,
-    world,
 )
 from .tokenizer import Control, Tokenizer
+from .training import Trainer, world
 
 # %% ../notebooks/12_long_context.ipynb #ce977765
 def long_documents(characters: int, skip: int = 8_000, limit: int = 8) -> list[str]:
