@@ -39,6 +39,7 @@ from qwen_mini import (
 )
 from qwen_mini import reward_model as rewards
 from qwen_mini import tokenizer as tok
+from qwen_mini.kernels.cross_entropy import LinearCrossEntropy
 from qwen_mini.tasks import Verdict
 
 
@@ -126,10 +127,10 @@ GRADIENTS = [
     (attention.TiledAttention, 0, "attention", "tiles"),
     (attention.TiledAttention, 1, "attention", "tiles"),
     (attention.TiledAttention, 2, "attention", "tiles"),
-    (training.LinearCrossEntropy, 0, "training", "linear cross-entropy"),
-    (training.LinearCrossEntropy, 1, "training", "linear cross-entropy"),
-    (training.LinearCrossEntropy, 1, "training", "steps with AdamW"),
-    (training.LinearCrossEntropy, 0, "sft", "training on rows"),
+    (LinearCrossEntropy, 0, "training", "linear cross-entropy"),
+    (LinearCrossEntropy, 1, "training", "linear cross-entropy"),
+    (LinearCrossEntropy, 1, "training", "steps with AdamW"),
+    (LinearCrossEntropy, 0, "sft", "training on rows"),
 ]
 
 
