@@ -330,7 +330,7 @@ def preference_steps(
             whole = len(plan.plan[number])
             yield dpo_loss(*now, *then, settings.beta).sum() / whole
 
-        return trainer.update(losses()) | facts
+        return trainer.step(losses()) | facts
 
     return plan.total_steps, step
 

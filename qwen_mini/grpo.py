@@ -393,7 +393,7 @@ def policy_update(
                     facts[name] += value * weights[number]
                 yield loss
 
-        record |= trainer.update(losses())
+        record |= trainer.step(losses())
         *sums, computed = summed(*facts.values(), sum(weights))
         record |= {name: x / computed for name, x in zip(names, sums, strict=True)}
     return record

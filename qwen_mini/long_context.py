@@ -714,9 +714,9 @@ class ExtensionTrainer(Trainer):
         super().__init__(model, settings, sampler.total_steps, dtype)
         self.sampler, self.length = sampler, length
 
-    def step(self, batch) -> dict[str, float]:
+    def forward_backward(self, batch) -> None:
         set_base(self.model, self.sampler.base(self.step_count), self.length)
-        return super().step(batch)
+        super().forward_backward(batch)
 
 
 def extension_optimizer(config, settings):

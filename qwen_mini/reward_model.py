@@ -289,7 +289,7 @@ def reward_steps(trainer: Trainer, pairs: Sequence[Pair], settings, seed: int = 
                 len(mine) / len(plan.plan[number])
             )
 
-        return trainer.update(losses()) | facts
+        return trainer.step(losses()) | facts
 
     return plan.total_steps, step
 

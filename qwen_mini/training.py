@@ -25,7 +25,7 @@ from .course import CourseError, artifacts
 from .kernels.cross_entropy import linear_cross_entropy, total_weight
 from .model import Qwen
 
-_all_ = ["linear_cross_entropy"]  # other chapters find it here
+_all_ = ["linear_cross_entropy"]  # it can be imported from here, too
 
 # %% ../notebooks/08_training.ipynb #1bdb834e
 def cross_entropy(
@@ -265,10 +265,9 @@ def loss_shares(model: Qwen, batch: Batch, parts: int) -> Iterator[torch.Tensor]
         )
     pieces = (x.chunk(parts) for x in (batch.input_ids, batch.targets, batch.weights))
     for ids, targets, weights in zip(*pieces, strict=True):
-        hidden = model.hidden_states(ids.to(device)).flatten(0, 1)
-        targets, weights = targets.flatten().to(device), weights.flatten().to(device)
+        weights = weights.to(device)
         share = (weights.sum() / total.to(device)).float()
-        yield share * linear_cross_entropy(hidden, model.lm_head.weight, targets, weights)
+        yield share * model(ids.to(device), targets=targets.to(device), weights=weights)
 
 
 def _check_finite(step: int, loss: float, grad_norm: float) -> None:
@@ -299,35 +298,45 @@ class Trainer:
         self.masters = master_weights(self.working, dtype)
         self.optimizers = make_optimizers(zip(self.names, self.masters, strict=True), settings, dtype)
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.loss = torch.zeros((), dtype=torch.float64)
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """Forward, backward and update on one batch of text."""
-        return self.update(loss_shares(self.model, batch, self.settings.grad_accumulation))
+    def forward_backward(self, batch: Batch | Iterable[torch.Tensor]) -> None:
+        """Add a loss and its gradients, in float32, to those that came since the last update.
 
-    def update(self, losses: Iterable[torch.Tensor]) -> dict[str, float]:
-        """One optimiser step on the sum of `losses`, whatever they are; its numbers.
-
-        losses: the shares of micro-batches, each freed as soon as its gradient is there. Under torchrun each process
-        brings its own. FloatingPointError if the loss or the gradient is not finite: the weights are untouched then.
+        batch: text, or any other loss as the shares of its micro-batches, each computed when it is asked for and freed
+        as soon as its gradient is there. Under torchrun each process brings its own.
         """
-        loss_sum = torch.zeros((), dtype=torch.float64)
-        for loss in losses:
+        if isinstance(batch, Batch):
+            batch = loss_shares(self.model, batch, self.settings.grad_accumulation)
+        for loss in batch:
             loss.backward()
-            loss_sum += loss.item()
+            self.loss += loss.item()
             collect_gradients(self.masters, self.working)
+
+    def update(self) -> dict[str, float]:
+        """One optimiser step with the gradients that have come; its numbers.
+
+        FloatingPointError if the loss or the gradient is not finite: the weights are untouched then.
+        """
+        loss, self.loss = self.loss, torch.zeros((), dtype=torch.float64)
         for p in self.masters:  # a loss need not reach every weight, nor a process have one
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if world()[1] > 1:
-            for x in [loss_sum, *(p.grad for p in self.masters)]:
+            for x in [loss, *(p.grad for p in self.masters)]:
                 dist.all_reduce(x)
         grad_norm = nn.utils.clip_grad_norm_(self.masters, self.settings.clip_norm).item()
-        _check_finite(self.step_count, loss_sum.item(), grad_norm)
+        _check_finite(self.step_count, loss.item(), grad_norm)
         factor = self._set_learning_rate()
         for optimizer in self.optimizers:
             optimizer.step()
         publish_weights(self.masters, self.working)
         self.step_count += 1
-        return {"step": self.step_count, "loss": loss_sum.item(), "grad_norm": grad_norm, "lr_factor": factor}
+        return {"step": self.step_count, "loss": loss.item(), "grad_norm": grad_norm, "lr_factor": factor}
+
+    def step(self, batch: Batch | Iterable[torch.Tensor]) -> dict[str, float]:
+        """Both, one after the other."""
+        self.forward_backward(batch)
+        return self.update()
 
     def _set_learning_rate(self) -> float:
         s = self.settings

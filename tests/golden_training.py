@@ -221,7 +221,7 @@ def _():
     records = []
     for step in range(4):
         losses = (trainer.model(ids(1, 12, seed=step + i)).square().mean() for i in range(2))
-        records.append(trainer.update(losses))
+        records.append(trainer.step(losses))
     return columns(records) | {
         "weights": moves(trainer),
         "logits": summary(trainer.model(ids(1, 6))),

@@ -13,6 +13,7 @@ from qwen_mini.course import CourseError, load_scale
 from qwen_mini.model import ModelConfig, Qwen
 from qwen_mini.training import (
     AdamW,
+    Batch,
     Muon,
     cross_entropy,
     learning_rate_factor,
@@ -66,8 +67,7 @@ def test_loss_and_gradients_equal_transformers():
     theirs.load_state_dict(model.state_dict())
     ids = torch.randint(0, 97, (3, 40))
     theirs(input_ids=ids, labels=ids).loss.backward()
-    hidden = model.hidden_states(ids[:, :-1]).flatten(0, 1)
-    loss = linear_cross_entropy(hidden, model.lm_head.weight, ids[:, 1:].flatten())
+    loss = model(ids[:, :-1], targets=ids[:, 1:])
     loss.backward()
     with torch.no_grad():
         torch.testing.assert_close(loss, theirs(input_ids=ids, labels=ids).loss, rtol=1e-6, atol=1e-6)
@@ -228,25 +228,32 @@ def test_linear_cross_entropy_in_bfloat16_of_tokens_that_the_model_is_sure_of(sc
         assert (one.grad.double() - other.grad).norm() < 0.05 * other.grad.norm()
 
 
-def test_micro_batches_are_summed_in_float32(config, monkeypatch):
+def test_micro_batches_are_summed_in_float32(config):
     """64 of them in bfloat16: no worse than their gradients added up in float32."""
 
     def gradient(dtype, parts, rows=slice(None)):
-        trainer, seen = fresh(config, dtype, grad_accumulation=parts, clip_norm=1e9, batch_tokens=128 * 64), []
-        batch = text_batch(0, 64)
-        cut = {name: getattr(batch, name)[rows] for name in ("input_ids", "targets", "weights")}
-        for optimizer in trainer.optimizers:
-            optimizer.step = lambda *_: None
-        keep = lambda masters, _: seen.extend(p.grad.double().flatten() for p in masters)
-        monkeypatch.setattr(training, "publish_weights", keep)
-        trainer.step(dataclasses.replace(batch, **cut))
-        return torch.cat(seen)
+        trainer, batch = fresh(config, dtype, grad_accumulation=parts, batch_tokens=64 * 64), text_batch(0, 64)
+        trainer.forward_backward(Batch(batch.input_ids[rows], batch.targets[rows], torch.ones(64, 64)[rows]))
+        return torch.cat([p.grad.double().flatten() for p in trainer.masters])
 
-    count = len(text_batch(0, 64).input_ids)
     exact = gradient(torch.float32, 1)
     error = lambda found: ((found - exact).norm() / exact.norm()).item()
-    apart = sum(gradient(torch.bfloat16, 1, slice(i, i + 1)) for i in range(count)) / count
-    assert error(gradient(torch.bfloat16, count)) < 1.05 * error(apart)
+    apart = sum(gradient(torch.bfloat16, 1, slice(i, i + 1)) for i in range(64)) / 64
+    assert error(gradient(torch.bfloat16, 64)) < 1.05 * error(apart)
+
+
+def test_any_loss_goes_through_the_two_halves_of_a_step(config):
+    """A batch in parts, each as a loss of its own, is the batch; what came since the last update is added up."""
+    batch, whole, parts = text_batch(3), fresh(config, optimizer="adamw"), fresh(config, optimizer="adamw")
+    expected, share = whole.step(batch), batch.weights[:3].sum() / batch.weights.sum()
+    for rows, part in ((slice(3), share), (slice(3, None), 1 - share)):
+        cut = batch.input_ids[rows], batch.targets[rows], batch.weights[rows]
+        parts.forward_backward(part * parts.model(cut[0], targets=cut[1], weights=cut[2]) for _ in range(1))
+    found = parts.update()
+    assert found == pytest.approx(expected, rel=1e-5)
+    for a, b in zip(whole.masters, parts.masters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert parts.step(text_batch(4))["loss"] == pytest.approx(whole.step(text_batch(4))["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("parts", [1, 4])
