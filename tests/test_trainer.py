@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import run_two_processes
 from tiny import fresh, text_batch, tiny_scale
 from torch import nn
 
@@ -293,3 +294,51 @@ def test_a_foreign_or_truncated_training_state_is_refused(config, tmp_path):
         path.write_bytes(broken)
         with pytest.raises(CourseError, match="no training state of this model.*delete it"):
             load_training_state(path, fresh(config))
+
+
+# ---------------------------------------------------------------- two processes
+SHARDED = """
+import dataclasses
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from qwen_mini.course import load_scale
+from qwen_mini.model import ModelConfig, Qwen
+from qwen_mini.training import Batch, Trainer
+config, rank = load_scale(sys.argv[1]), dist.get_rank()
+torch.manual_seed(0)
+model = Qwen(ModelConfig.from_scale(config))
+mesh = init_device_mesh("cpu", (2,))
+for module in (*model.model.layers, model):
+    fully_shard(module, mesh=mesh)
+    module.set_gradient_divide_factor(1.0)  # shares of one loss are summed, not averaged
+    module.set_force_sum_reduction_for_comms(True)
+assert all(isinstance(p, DTensor) for p in model.parameters())
+settings = dataclasses.replace(config.pretraining, optimizer="adamw", grad_accumulation=2)
+trainer, found = Trainer(model, settings, 30), []
+for rows in torch.load(sys.argv[2]):
+    trainer.forward_backward(Batch(*(x[rank::2] for x in rows)))
+    loss = trainer.loss.clone()
+    dist.all_reduce(loss)
+    found.append(loss.item())
+gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+if rank == 0:
+    torch.save([found, gradients], sys.argv[3])
+"""
+
+
+def test_two_processes_with_all_parameters_sharded_have_the_loss_and_the_gradient_of_one(config, tmp_path):
+    """`fully_shard` sees the whole forward pass, the loss included, also when gradients of two batches are added up."""
+    batches = [text_batch(step) for step in (0, 1)]
+    batches[1].weights[1::2] = 0  # all that the second process gets
+    torch.save([[b.input_ids, b.targets, b.weights] for b in batches], tmp_path / "batches.pt")
+    run_two_processes(tmp_path, SHARDED, tiny_scale(tmp_path), tmp_path / "batches.pt", tmp_path / "found.pt")
+    losses, gradients = torch.load(tmp_path / "found.pt")
+    alone = fresh(config, optimizer="adamw", grad_accumulation=2)
+    for batch, loss in zip(batches, losses, strict=True):
+        alone.forward_backward(batch)
+        assert loss == pytest.approx(alone.loss.item(), rel=1e-6)
+    expected = {name: p.grad for name, p in zip(alone.names, alone.masters, strict=True)}
+    assert gradients.keys() == expected.keys()
+    flat = lambda found: torch.cat([found[name].double().flatten() for name in expected])
+    assert (flat(gradients) - flat(expected)).norm() < 1e-6 * flat(expected).norm()
