@@ -19,6 +19,7 @@ from qwen_mini.course.nb import notebooks, source
 # Notebooks whose prose still types results; each of them leaves the list when it is rewritten.
 NOT_YET = (
     "07_corpus",
+    "08_training",
     "09_pretraining",
     "12_long_context",
     "13_yarn_and_dual_chunk",

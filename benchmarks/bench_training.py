@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_mini.course import hardware, load_scale
 from qwen_mini.model import ModelConfig, Qwen
-from qwen_mini.pretraining import Batch, Trainer
+from qwen_mini.training import Batch, Trainer
 
 SIZES = {
     "1M": ModelConfig(2048, 128, 352, 5, 4, 2, 32, 256, 10_000.0, 1e-6, True),
@@ -28,7 +28,7 @@ def ours(config: ModelConfig):
     weights = torch.ones(ROWS, LENGTH)
 
     def step(ids):
-        return trainer.step(Batch(ids[:, :-1], ids[:, 1:], weights, None, []))["loss"]
+        return trainer.step(Batch(ids[:, :-1], ids[:, 1:], weights))["loss"]
 
     return step
 

@@ -20,7 +20,6 @@ from .course import hardware, stages
 from .course.stages import Stage
 from .model import Qwen
 from .long_context import extended_checkpoint
-from .pretraining import Batch, Trainer, world
 from .reward_model import Pair, adamw_settings, load_answers, pair_plan, write_answers
 from qwen_mini.sft import (
     Answer,
@@ -32,6 +31,7 @@ from qwen_mini.sft import (
 )
 from .tasks import TASKS, Example
 from .tokenizer import Tokenizer
+from .training import Batch, Trainer, world
 
 # %% ../notebooks/18_dpo.ipynb #7e9b2b86
 def dpo_loss(
@@ -330,7 +330,7 @@ def preference_steps(
             whole = len(plan.plan[number])
             yield dpo_loss(*now, *then, settings.beta).sum() / whole
 
-        return trainer.update(losses()) | facts
+        return trainer.step(losses()) | facts
 
     return plan.total_steps, step
 

@@ -32,7 +32,7 @@ from .dpo import WORDINGS_ASKED, dpo_stage, target_logprobs
 from .layers import apply_rope
 from .long_context import open_long_corpus
 from .model import Qwen
-from .pretraining import Trainer, world
+from .training import Trainer, world
 from .reward_model import RewardModel, adamw_settings, pad_right, score_rows
 from qwen_mini.sft import (
     Answer,
@@ -393,7 +393,7 @@ def policy_update(
                     facts[name] += value * weights[number]
                 yield loss
 
-        record |= trainer.update(losses())
+        record |= trainer.step(losses())
         *sums, computed = summed(*facts.values(), sum(weights))
         record |= {name: x / computed for name, x in zip(names, sums, strict=True)}
     return record

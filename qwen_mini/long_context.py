@@ -55,13 +55,12 @@ from .layers import rope_frequencies
 from .model import Qwen
 from qwen_mini.pretraining import (
     MixtureSampler,
-    Trainer,
     available_phases,
     evaluating,
     pretraining_stage,
-    world,
 )
 from .tokenizer import Control, Tokenizer
+from .training import Trainer, world
 
 # %% ../notebooks/12_long_context.ipynb #ce977765
 def long_documents(characters: int, skip: int = 8_000, limit: int = 8) -> list[str]:
@@ -715,9 +714,9 @@ class ExtensionTrainer(Trainer):
         super().__init__(model, settings, sampler.total_steps, dtype)
         self.sampler, self.length = sampler, length
 
-    def step(self, batch) -> dict[str, float]:
+    def forward_backward(self, batch) -> None:
         set_base(self.model, self.sampler.base(self.step_count), self.length)
-        return super().step(batch)
+        super().forward_backward(batch)
 
 
 def extension_optimizer(config, settings):

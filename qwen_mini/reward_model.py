@@ -26,7 +26,6 @@ from torch import nn
 from .course import CourseError, artifacts, hardware, stages
 from .course.stages import Stage
 from .model import Qwen
-from .pretraining import Trainer, world
 from qwen_mini.sft import (
     Answer,
     Row,
@@ -42,6 +41,7 @@ from qwen_mini.sft import (
 )
 from .tasks import TASKS, Example, Verdict, final_answer
 from .tokenizer import Tokenizer
+from .training import Trainer, world
 
 # %% ../notebooks/17_reward_model.ipynb #f3e4e3a2
 def bradley_terry_loss(
@@ -289,7 +289,7 @@ def reward_steps(trainer: Trainer, pairs: Sequence[Pair], settings, seed: int = 
                 len(mine) / len(plan.plan[number])
             )
 
-        return trainer.update(losses()) | facts
+        return trainer.step(losses()) | facts
 
     return plan.total_steps, step
 

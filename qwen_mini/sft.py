@@ -31,11 +31,6 @@ from qwen_mini.long_context import (
     open_long_corpus,
 )
 from .model import Qwen
-from qwen_mini.pretraining import (
-    Batch,
-    Trainer,
-    world,
-)
 from qwen_mini.tasks import (
     TASKS,
     TRAIN_LEVELS,
@@ -45,6 +40,7 @@ from qwen_mini.tasks import (
     verify_many,
 )
 from .tokenizer import Tokenizer
+from .training import Batch, Trainer, world
 
 # %% ../notebooks/16_sft.ipynb #f336303a
 MASKS = (
@@ -142,8 +138,6 @@ def to_batch(rows: Sequence[Row], multiple: int = 16) -> Batch:
         ids[:, :-1],
         ids[:, 1:],
         weights[:, 1:],
-        np.zeros(len(rows), dtype=np.int64),
-        ["chat"],
     )
 
 # %% ../notebooks/16_sft.ipynb #5a89cf23

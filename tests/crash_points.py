@@ -297,8 +297,8 @@ def _train_a_model() -> None:
 
     from qwen_mini.course import load_scale, stages
     from qwen_mini.model import Qwen
-    from qwen_mini.pretraining import Batch, Trainer
     from qwen_mini.tokenizer import Tokenizer
+    from qwen_mini.training import Batch, Trainer
 
     stages.SAVE_EVERY = 0.0
     config = load_scale(SCALE)
@@ -309,7 +309,7 @@ def _train_a_model() -> None:
 
         def step(number: int) -> dict:
             ids = torch.randint(30, 900, (4, 17), generator=torch.Generator().manual_seed(number))
-            return trainer.step(Batch(ids[:, :-1], ids[:, 1:], torch.ones(4, 16), None, ()))
+            return trainer.step(Batch(ids[:, :-1], ids[:, 1:], torch.ones(4, 16)))
 
         return trainer, step, Tokenizer.from_pretrained(artifacts.shipped_dir("long_context"))
 

@@ -1,4 +1,4 @@
-"""Goldens of the chapters that train: pre-training, long context, SFT, reward model, DPO, GRPO.
+"""Goldens of the chapters that train: training, pre-training, long context, SFT, reward model, DPO, GRPO.
 
 The settings are written here, so that a changed scale file moves nothing.
 """
@@ -23,6 +23,7 @@ from qwen_mini import long_context as lc
 from qwen_mini import pretraining as p
 from qwen_mini import reward_model as r
 from qwen_mini import tasks as t
+from qwen_mini import training as tr
 from qwen_mini.corpus import needle_pieces, needle_rows, pack
 from qwen_mini.course.scales import Phase, Stage
 from qwen_mini.tokenizer import Tokenizer
@@ -115,7 +116,7 @@ def corpus() -> MemoryCorpus:
     return MemoryCorpus()
 
 
-def moves(trainer: p.Trainer) -> list:
+def moves(trainer: tr.Trainer) -> list:
     """How far training has moved the weights of `tiny()`: the embedding, a matrix and a gain."""
     names = (
         "embed_tokens.weight",
@@ -126,23 +127,23 @@ def moves(trainer: p.Trainer) -> list:
     return [summary(found[f"model.{name}"] - start[f"model.{name}"]) for name in names]
 
 
-# ---------------------------------------------------------------- pre-training
-@golden("pretraining", "linear cross-entropy")
+# ---------------------------------------------------------------- training
+@golden("training", "linear cross-entropy")
 def _():
     hidden, head = rand(700, 16).requires_grad_(), rand(90, 16, seed=1).requires_grad_()
     targets, weights, found = ids(1, 700, high=90)[0], rand(700, seed=2).abs(), []
-    for function in (p.linear_cross_entropy, p.cross_entropy):
+    for function in (tr.linear_cross_entropy, tr.cross_entropy):
         for shares in (None, weights):
             loss = function(hidden, head, targets, shares)
             found.append([loss, gradients(3 * loss, hidden, head)])
     return found
 
 
-@golden("pretraining", "learning rates")
+@golden("training", "learning rates")
 def _():
     forms = [("cosine", 0.1, 0.2), ("wsd", 0.1, 0.2), ("wsd", 0.05, 1.0)]
     steps = (0, 3, 9, 10, 11, 40, 81, 90, 99, 100, 150)
-    return [[p.learning_rate_factor(step, 100, 10, *form) for step in steps] for form in forms]
+    return [[tr.learning_rate_factor(step, 100, 10, *form) for step in steps] for form in forms]
 
 
 def _steps(make, count: int = 4) -> list:
@@ -157,18 +158,18 @@ def _steps(make, count: int = 4) -> list:
     return [summary(x - start) for x, start in zip(params, starts, strict=True)]
 
 
-@golden("pretraining", "AdamW")
+@golden("training", "AdamW")
 def _():
     return [
-        _steps(functools.partial(p.AdamW, lr=0.05)),
-        _steps(functools.partial(p.AdamW, lr=0.02, betas=(0.8, 0.9), weight_decay=0.0)),
+        _steps(functools.partial(tr.AdamW, lr=0.05)),
+        _steps(functools.partial(tr.AdamW, lr=0.02, betas=(0.8, 0.9), weight_decay=0.0)),
     ]
 
 
-@golden("pretraining", "Muon")
+@golden("training", "Muon")
 def _():
-    make = lambda params, **options: p.Muon(params[:3], dtype=torch.float32, **options)
-    flat = p.orthogonalize(rand(2, 10, 6), dtype=torch.float32)
+    make = lambda params, **options: tr.Muon(params[:3], dtype=torch.float32, **options)
+    flat = tr.orthogonalize(rand(2, 10, 6), dtype=torch.float32)
     return [
         _steps(make)[:3],
         _steps(functools.partial(make, lr=0.1, momentum=0.5))[:3],
@@ -176,44 +177,58 @@ def _():
     ]
 
 
-def _batch(seed: int) -> p.Batch:
+def _batch(seed: int) -> tr.Batch:
     rows = ids(4, 33, seed)
-    return p.Batch(rows[:, :-1], rows[:, 1:], rand(4, 32, seed=seed).abs(), np.zeros(4), ["a"])
+    return tr.Batch(rows[:, :-1], rows[:, 1:], rand(4, 32, seed=seed).abs())
 
 
 def _trainer_steps(**changes) -> dict:
-    trainer = p.Trainer(tiny(), dataclasses.replace(Numbers(), **changes), 8)
+    trainer = tr.Trainer(tiny(), dataclasses.replace(Numbers(), **changes), 8)
     records = [trainer.step(_batch(seed % 2)) for seed in range(5)]
-    state = trainer.state_dict()
+    state = tr.training_tensors(trainer)
     return columns(records) | {"weights": moves(trainer), "state": len(state)}
 
 
-@golden("pretraining", "steps with Muon")
+@golden("training", "steps with Muon")
 def _():
     return _trainer_steps()
 
 
-@golden("pretraining", "steps with AdamW")
+@golden("training", "steps with AdamW")
 def _():
     return _trainer_steps(
         optimizer="adamw", grad_accumulation=2, schedule="wsd", decay_fraction=0.5
     )
 
 
-@golden("pretraining", "a resumed run")
+@golden("training", "a resumed run")
 def _():
     losses, found = [], []
     for optimizer in ("muon", "adamw"):
         numbers = dataclasses.replace(Numbers(), optimizer=optimizer)
-        first, second = (p.Trainer(tiny(seed=seed), numbers, 8) for seed in (0, 1))
+        first, second = (tr.Trainer(tiny(seed=seed), numbers, 8) for seed in (0, 1))
         losses += [first.step(_batch(0))["loss"] for _ in range(2)]
         with tempfile.TemporaryDirectory() as folder:
-            p.save_training_state(Path(folder) / "state", first, [{"loss": 1.0}])
-            found.append(p.load_training_state(Path(folder) / "state", second))
+            tr.save_training_state(Path(folder) / "state", first, [{"loss": 1.0}])
+            found.append(tr.load_training_state(Path(folder) / "state", second))
         losses += [trainer.step(_batch(1))["loss"] for trainer in (first, second)]
     return {"losses": losses, "metrics": found}
 
 
+@golden("training", "update")
+def _():
+    trainer = tr.Trainer(tiny(), Numbers(), 8)
+    records = []
+    for step in range(4):
+        losses = (trainer.model(ids(1, 12, seed=step + i)).square().mean() for i in range(2))
+        records.append(trainer.step(losses))
+    return columns(records) | {
+        "weights": moves(trainer),
+        "logits": summary(trainer.model(ids(1, 6))),
+    }
+
+
+# ---------------------------------------------------------------- pre-training
 @golden("pretraining", "mixture")
 def _():
     sampler = p.MixtureSampler(corpus(), Numbers().phases, 256, seed=3)
@@ -223,7 +238,7 @@ def _():
     return {
         "ids": [digest([b.input_ids, b.targets]) for b in batches],
         "weights": digest([b.weights for b in batches]),
-        "domains": [b.domain_ids for b in batches],
+        "domains": [np.repeat(np.arange(len(n)), n) for plan in sampler.plans for n in np.diff(plan, axis=0)],
         "shared": digest(parts),
         "steps": sampler.steps,
         "without b": p.available_phases(Numbers().phases, without)[1].mixture,
@@ -440,19 +455,6 @@ def _():
     return rates(found) | {"epochs": sft.slower(Tuning(), epochs=5).epochs}
 
 
-@golden("pretraining", "update")
-def _():
-    trainer = p.Trainer(tiny(), Numbers(), 8)
-    records = []
-    for step in range(4):
-        losses = (trainer.model(ids(1, 12, seed=step + i)).square().mean() for i in range(2))
-        records.append(trainer.update(losses))
-    return columns(records) | {
-        "weights": moves(trainer),
-        "logits": summary(trainer.model(ids(1, 6))),
-    }
-
-
 @golden("sft", "training on rows")
 def _():
     found = {}
@@ -631,7 +633,7 @@ def _():
 
 @golden("reward_model", "steps")
 def _():
-    trainer = p.Trainer(_reward_model(), r.adamw_settings(NUMBERS, Tuning()), 1)
+    trainer = tr.Trainer(_reward_model(), r.adamw_settings(NUMBERS, Tuning()), 1)
     trainer.total_steps, step = r.reward_steps(trainer, _pairs(), Tuning(), seed=2)
     return columns([step(number) for number in range(4)]) | {
         "steps": trainer.total_steps,
@@ -713,7 +715,7 @@ def _():
 def _():
     found = {}
     for merging in (False, True):
-        trainer = p.Trainer(tiny(), r.adamw_settings(NUMBERS, Tuning()), 1)
+        trainer = tr.Trainer(tiny(), r.adamw_settings(NUMBERS, Tuning()), 1)
         trainer.total_steps, step = dpo.preference_steps(trainer, _pairs(), Tuning(), seed=2)
         if merging:
             bases = list(tiny(seed=1).parameters())
@@ -769,7 +771,7 @@ def _():
 
 
 def _policy_steps(kind: str, inner_steps: int = 1, reference: bool = False) -> dict:
-    trainer = p.Trainer(tiny(), r.adamw_settings(NUMBERS, Tuning(learning_rate=3e-3)), 6)
+    trainer = tr.Trainer(tiny(), r.adamw_settings(NUMBERS, Tuning(learning_rate=3e-3)), 6)
     options = {
         "kind": kind,
         "inner_steps": inner_steps,
@@ -825,7 +827,7 @@ def _even(answers) -> list[list[float]]:
 @golden("grpo", "a run")
 def _():
     model = tiny(dataclasses.replace(CONFIG, max_position_embeddings=512))
-    trainer = p.Trainer(model, r.adamw_settings(NUMBERS, Tuning()), 6)
+    trainer = tr.Trainer(model, r.adamw_settings(NUMBERS, Tuning()), 6)
     asked = {("story", 1, "shown"): 0.5, ("system_rule", 1, "asked"): 0.5}
     step = grpo.optimize_policy(trainer, tokenizer(), Tuning(), asked, 1, _even)
     return columns([step(number) for number in range(3)]) | {"weights": moves(trainer)}

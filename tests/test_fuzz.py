@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from qwen_mini.course import CourseError, artifacts, claims, cli, home, load_scale, nb, records, runner
 from qwen_mini.course.scales import FOLDER
 from qwen_mini.model import Qwen
-from qwen_mini.pretraining import Trainer, load_training_state, save_training_state
 from qwen_mini.tokenizer import Tokenizer
+from qwen_mini.training import Trainer, load_training_state, save_training_state
 
 OTHERS = ["text", "", "../..", [], {}, None, True, -1, 0, 1e400, 10**30, [[[]]]]
 READABLE = (CourseError, ValueError, FileNotFoundError)

@@ -33,12 +33,13 @@ from qwen_mini import (
     grpo,
     layers,
     long_context,
-    pretraining,
     sft,
     tasks,
+    training,
 )
 from qwen_mini import reward_model as rewards
 from qwen_mini import tokenizer as tok
+from qwen_mini.kernels.cross_entropy import LinearCrossEntropy
 from qwen_mini.tasks import Verdict
 
 
@@ -82,7 +83,7 @@ def moved_by_a_change(module: str, name: str) -> str:
 @pytest.mark.parametrize(
     "optimizer, module, name",
     [
-        (pretraining.AdamW, "pretraining", "AdamW"),
+        (training.AdamW, "training", "AdamW"),
         (dpo.OnlineMergingAdamW, "dpo", "online merging"),
     ],
 )
@@ -97,10 +98,10 @@ def test_another_beta_2_of_an_optimiser_is_seen(optimizer, module, name, monkeyp
 @pytest.mark.parametrize(
     "module, name",
     [
-        ("pretraining", "steps with Muon"),
-        ("pretraining", "steps with AdamW"),
+        ("training", "steps with Muon"),
+        ("training", "steps with AdamW"),
         ("long_context", "steps"),
-        ("pretraining", "update"),
+        ("training", "update"),
         ("sft", "training on rows"),
         ("reward_model", "steps"),
         ("dpo", "steps"),
@@ -109,11 +110,11 @@ def test_another_beta_2_of_an_optimiser_is_seen(optimizer, module, name, monkeyp
 )
 @pytest.mark.parametrize("change", [{"beta2": 0.97}, {"beta1": 0.8}, {"eps": 1e-3}])
 def test_other_settings_of_the_optimiser_that_runs_are_seen(module, name, change, monkeypatch):
-    usual = pretraining.make_optimizers
+    usual = training.make_optimizers
     make = lambda named, settings, dtype: usual(
         named, dataclasses.replace(settings, **change), dtype
     )
-    monkeypatch.setattr(pretraining, "make_optimizers", make)
+    monkeypatch.setattr(training, "make_optimizers", make)
     moved_by_a_change(module, name)
 
 
@@ -126,10 +127,10 @@ GRADIENTS = [
     (attention.TiledAttention, 0, "attention", "tiles"),
     (attention.TiledAttention, 1, "attention", "tiles"),
     (attention.TiledAttention, 2, "attention", "tiles"),
-    (pretraining.LinearCrossEntropy, 0, "pretraining", "linear cross-entropy"),
-    (pretraining.LinearCrossEntropy, 1, "pretraining", "linear cross-entropy"),
-    (pretraining.LinearCrossEntropy, 1, "pretraining", "steps with AdamW"),
-    (pretraining.LinearCrossEntropy, 0, "sft", "training on rows"),
+    (LinearCrossEntropy, 0, "training", "linear cross-entropy"),
+    (LinearCrossEntropy, 1, "training", "linear cross-entropy"),
+    (LinearCrossEntropy, 1, "training", "steps with AdamW"),
+    (LinearCrossEntropy, 0, "sft", "training on rows"),
 ]
 
 
@@ -260,10 +261,10 @@ def test_another_wording_of_a_family_is_seen(name, monkeypatch):
             "sampled",
         ),
         (
-            pretraining,
+            training,
             "learning_rate_factor",
             lambda x: lambda *y: 0.9 * x(*y),
-            "pretraining",
+            "training",
             "steps with AdamW",
         ),
         (sft, "pack_best_fit", lambda x: lambda sizes, room: x(sizes, room)[::-1], "sft", "rows"),

@@ -15,11 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from qwen_mini import course
 from qwen_mini.course import artifacts
+from qwen_mini.layers import SwiGLU
 from qwen_mini.model import (
     QWEN2_5,
+    DecoderLayer,
     ModelConfig,
     Qwen,
     count_parameters,
+    dense_layer,
     flops_per_token,
     kv_cache_bytes_per_token,
     read_config,
@@ -180,6 +183,45 @@ def test_loss_and_gradients_equal_transformers(pair):
         assert relative(p.grad, gradients[name]) < 1e-4, name
     model.zero_grad()
     theirs.zero_grad()
+
+
+def test_the_loss_in_the_forward_pass_equals_that_of_transformers(pair):
+    """Of all tokens, and of those that a label asks for: weights 1 and 0."""
+    model, theirs = pair
+    ids = token_ids()
+    labels = ids.masked_fill(torch.arange(ids.numel()).view(ids.shape) % 3 == 0, -100)
+    for asked, weights in ((ids, None), (labels, (labels[:, 1:] != -100).float())):
+        reference = theirs(ids, labels=asked).loss
+        loss = model(ids[:, :-1], targets=ids[:, 1:], weights=weights)
+        assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+        loss.backward()
+        reference.backward()
+        gradients = {name: p.grad for name, p in theirs.named_parameters()}
+        for name, p in model.named_parameters():
+            assert relative(p.grad, gradients[name]) < 1e-4, name
+        model.zero_grad()
+        theirs.zero_grad()
+
+
+def test_a_layer_may_hold_other_modules():
+    """What chapter 06 needs: the same block with another feed-forward part."""
+
+    class Twice(SwiGLU):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def make_layer(config):
+        layer = dense_layer(config)
+        return DecoderLayer(config, layer.self_attn, Twice(config.hidden_size, config.intermediate_size))
+
+    torch.manual_seed(0)
+    other, model = Qwen(SMALL, make_layer).eval(), lively(SMALL)
+    other.load_state_dict(model.state_dict())
+    assert relative(other(token_ids()), model(token_ids())) > 1e-3
+    with torch.no_grad():
+        for layer in other.model.layers:
+            layer.mlp.down_proj.weight /= 2
+    torch.testing.assert_close(other(token_ids()), model(token_ids()), rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_is_as_close_as_that_of_transformers(pair):

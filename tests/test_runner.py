@@ -308,7 +308,7 @@ def test_notebooks_are_found_by_name_number_and_subject(tmp_path):
     (tmp_path / "notebooks").mkdir()
     for name in ("07_corpus", "09_pretraining"):
         write(tmp_path / "notebooks", name)
-    for word in ("09_pretraining", "08", "pretraining"):
+    for word in ("09_pretraining", "09", "pretraining"):
         assert [nb.name for nb in select(tmp_path, [word])] == ["09_pretraining"]
     assert [nb.name for nb in select(tmp_path, [])] == ["07_corpus", "09_pretraining"]
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_pretraining import TINY, losses_of, tiny_scale, weights_of
+from tiny import TINY, losses_of, tiny_scale, weights_of
 
 from qwen_mini.course import artifacts, cli
 

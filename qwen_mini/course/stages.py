@@ -82,7 +82,7 @@ class Stage:
         One process at a time: another that wants the same stage waits, and then finds it. Under torchrun all ranks
         take part, and the first one writes.
         """
-        from qwen_mini.pretraining import is_first
+        from qwen_mini.training import is_first
 
         if os.environ.get("QWEN_MINI_RECORDS") == "only" and not os.environ.get("QWEN_MINI_VERIFY"):
             raise artifacts.MissingStage(
@@ -235,7 +235,7 @@ _filling = False  # whether this process works alone while the others of its gro
 
 
 def _fill(made: Stage, fill: Callable[[Path], None], starts: tuple) -> Path:
-    from qwen_mini.pretraining import is_first
+    from qwen_mini.training import is_first
 
     for start in starts:
         folder_of(start)
@@ -251,7 +251,7 @@ def _fill(made: Stage, fill: Callable[[Path], None], starts: tuple) -> Path:
 @contextlib.contextmanager
 def _alone():
     """Nothing is trained inside under torchrun: the other processes would not take part, and wait without end."""
-    from qwen_mini.pretraining import world
+    from qwen_mini.training import world
 
     global _filling
     _filling = world()[1] > 1
@@ -264,7 +264,7 @@ def _alone():
 def _train(made: Stage, begin: Begin, stop_after: int | None) -> Path:
     """The skeleton: begin, resume, step, save, write."""
     import torch
-    from qwen_mini.pretraining import is_first, load_training_state, save_training_state
+    from qwen_mini.training import is_first, load_training_state, save_training_state
 
     state, begun = state_path(made), time.monotonic()
     artifacts.sweep(made.scale)
@@ -297,7 +297,7 @@ def _train(made: Stage, begin: Begin, stop_after: int | None) -> Path:
 
 def _write(made: Stage, trainer, tokenizer, records: list[dict], dtype, begun: float) -> None:
     import torch
-    from qwen_mini.pretraining import finished_model
+    from qwen_mini.training import finished_model
 
     with artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder:
         chats = made.inputs.get("chat", False)
@@ -327,7 +327,7 @@ def _write_metrics(folder: Path, records: list[dict]) -> None:
 def _as_the_first(value):
     """The first process's value in every process."""
     import torch.distributed as dist
-    from qwen_mini.pretraining import world
+    from qwen_mini.training import world
 
     if world()[1] == 1:
         return value
@@ -339,7 +339,7 @@ def _as_the_first(value):
 def _precision(made: Stage, state: Path):
     """The dtype of the run: the one it began with, else the scale's; the first process decides."""
     import torch
-    from qwen_mini.pretraining import training_header, world
+    from qwen_mini.training import training_header, world
 
     dtype = hardware.pick_dtype(made.config.run.dtype)
     if state.exists():
@@ -355,7 +355,7 @@ def _precision(made: Stage, state: Path):
 def _compare_ranks(made: Stage, stands: str) -> None:
     """Processes that do not see the same stages and training states would wait for each other without end."""
     import torch.distributed as dist
-    from qwen_mini.pretraining import world
+    from qwen_mini.training import world
 
     if world()[1] == 1:
         return
@@ -372,7 +372,7 @@ def _compare_ranks(made: Stage, stands: str) -> None:
 
 def _wait_for_all() -> None:
     import torch.distributed as dist
-    from qwen_mini.pretraining import world
+    from qwen_mini.training import world
 
     if world()[1] > 1:
         dist.barrier()
