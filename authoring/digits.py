@@ -29,6 +29,7 @@ NOT_YET = (
     "17_reward_model",
     "18_dpo",
     "19_grpo",
+    "20_online_rl",
 )
 
 REMEDY = "let `course.say` or `course.table` say it, or mark what no run decides with `<!-- constant: why -->`"

@@ -99,8 +99,14 @@ NUMBERS = (
         _per_byte("xz -9"),
         ".2f",
     ),
-    Number("sft", "held-out problems solved after fine-tuning", ("19_grpo/final_sft.json",), _solved, "{:.0%}"),
-    Number("grpo", "held-out problems solved after DPO and GRPO", ("19_grpo/final_grpo*.json",), _solved, "{:.0%}"),
+    Number("sft", "held-out problems solved after fine-tuning", ("20_online_rl/final_sft.json",), _solved, "{:.0%}"),
+    Number(
+        "grpo",
+        "held-out problems solved after DPO and GRPO",
+        ("20_online_rl/final_grpo*.json",),
+        _solved,
+        "{:.0%}",
+    ),
     Number(
         "million",
         "reading a prompt of 1,048,576 tokens, up to the first token of the answer",

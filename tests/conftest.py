@@ -81,6 +81,16 @@ def tiny_model(seed=0):
     return model
 
 
+def small_policy_run():
+    """The scale `quick` in float32, with a run of GRPO of four steps."""
+    from qwen_mini import course
+
+    config = course.load_scale("quick")
+    grpo = dataclasses.replace(config.grpo, queries=4, steps=4, max_new_tokens=8, micro_groups=2)
+    run = dataclasses.replace(config.run, dtype="float32")
+    return dataclasses.replace(config, run=run, grpo=grpo)
+
+
 def some_pairs(count=6, seed=0):
     """Preference pairs of random ids, none of them a control token."""
     from qwen_mini.reward_model import Pair

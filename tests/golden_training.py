@@ -18,7 +18,7 @@ from golden_registry import columns, digest, golden, summary
 from golden_texts import LEARNED, TALK, TEXTS, examples, hay, tokenizer
 from torch import nn
 
-from qwen_mini import dpo, grpo, sft
+from qwen_mini import dpo, grpo, online_rl, sft
 from qwen_mini import long_context as lc
 from qwen_mini import pretraining as p
 from qwen_mini import reward_model as r
@@ -811,11 +811,7 @@ def _():
 
 @golden("grpo", "rewards")
 def _():
-    model, answers = _reward_model(), _answers()[:3]
-    return [
-        make(answers)
-        for make in (grpo.verified, grpo.judged(model, tokenizer()), grpo.mixed(model, tokenizer()))
-    ]
+    return [grpo.verified(_answers()[:3])]
 
 
 def _even(answers) -> list[list[float]]:
@@ -845,3 +841,21 @@ def _():
     with mock.patch.object(grpo, "roll_out", groups):
         grpo.probe(None, tokenizer(), Tuning(), 1)
     return {"asked": digest(asked), "count": len(asked)}
+
+
+# ---------------------------------------------------------------- online RL
+@golden("online_rl", "rewards")
+def _():
+    model, answers = _reward_model(), _answers()[:3]
+    return [make(model, tokenizer())(answers) for make in (online_rl.judged, online_rl.mixed)]
+
+
+@golden("online_rl", "pool")
+def _():
+    return digest([[e.key, e.messages] for e in online_rl.pool_of(Tuning(), 12, 3)])
+
+
+@golden("online_rl", "steps within a budget")
+def _():
+    sampler = sft.RowSampler([sft.Row([1] * (5 + i), []) for i in range(10)], 4, 2)
+    return [online_rl.steps_within(passes, sampler) for passes in (1, 100, 579, 2_000)]

@@ -56,7 +56,7 @@ def test_what_was_not_measured_is_said(project):
 def test_numbers_come_from_benchmarks_and_records(project):
     store_benchmarks(project, MACHINE)
     for name, right in [("final/grpo", [[1, 0], [1, 1]]), ("final/grpo-1", [[1, 1], [0, 0]])]:
-        _record(project, "19_grpo", name, {kind: {"correct": right} for kind in ("shown", "asked")})
+        _record(project, "20_online_rl", name, {kind: {"correct": right} for kind in ("shown", "asked")})
     write(project)
     readme, page = _texts(project)
     assert readme == "Training: <!-- n:training -->1.6 times as fast<!-- /n -->. GRPO: <!-- n:grpo -->62%<!-- /n -->.\n"
@@ -65,7 +65,7 @@ def test_numbers_come_from_benchmarks_and_records(project):
     )
     assert row in page
     assert "encoding \\| decoding | 0.8 |  |  | s |  |" in page
-    assert "| 19_grpo/final/grpo-1 | 61.5 | a processor | bfloat16 | 2025-01-02 |" in page
+    assert "| 20_online_rl/final/grpo-1 | 61.5 | a processor | bfloat16 | 2025-01-02 |" in page
 
 
 def test_the_text_of_all_domains_counts_by_its_bytes(project):
@@ -111,6 +111,6 @@ def test_a_number_that_nobody_computes_and_a_record_of_another_form_are_named(pr
     with pytest.raises(CourseError, match="speed"):
         write(project)
     (project / "README.md").write_text(README, encoding="utf-8")
-    _record(project, "19_grpo", "final/grpo", {"shown": 1})
+    _record(project, "20_online_rl", "final/grpo", {"shown": 1})
     with pytest.raises(CourseError, match="final_grpo"):
         write(project)

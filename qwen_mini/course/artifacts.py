@@ -35,7 +35,8 @@ except ImportError:  # Windows: nothing keeps two writers apart there
 MAKERS = {
     **{"tokenizer": "corpus", "answers": "reward_model", "reward_model": "reward_model"},
     **{"pairs": "dpo", "preferred": "dpo"},
-    **dict.fromkeys(("probe", "more_sft", "rejection", "expert", "order"), "grpo"),
+    "probe": "grpo",
+    **dict.fromkeys(("more_sft", "rejection", "expert", "order"), "online_rl"),
 }
 NAME = re.compile(r"[\w-][\w.-]*")
 PARTIAL = re.compile(r"\..+\.partial-(?:([0-9a-f]{8})-(\d+)-(\d+)-)?")
