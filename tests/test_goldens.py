@@ -31,7 +31,6 @@ from qwen_mini import (
     dpo,
     generation,
     grpo,
-    layers,
     long_context,
     pretraining,
     sft,
@@ -39,6 +38,7 @@ from qwen_mini import (
 )
 from qwen_mini import reward_model as rewards
 from qwen_mini import tokenizer as tok
+from qwen_mini.kernels import layers as fast_layers
 from qwen_mini.tasks import Verdict
 
 
@@ -118,11 +118,11 @@ def test_other_settings_of_the_optimiser_that_runs_are_seen(module, name, change
 
 
 GRADIENTS = [
-    (layers.FusedRMSNorm, 0, "layers", "RMSNorm"),
-    (layers.FusedRMSNorm, 1, "layers", "RMSNorm"),
-    (layers.Rotate, 0, "layers", "RoPE"),
-    (layers.FusedSwiGLU, 0, "layers", "SwiGLU"),
-    (layers.FusedSwiGLU, 1, "layers", "SwiGLU"),
+    (fast_layers.FusedRMSNorm, 0, "layers", "RMSNorm"),
+    (fast_layers.FusedRMSNorm, 1, "layers", "RMSNorm"),
+    (fast_layers.Rotate, 0, "layers", "RoPE"),
+    (fast_layers.FusedSwiGLU, 0, "layers", "SwiGLU"),
+    (fast_layers.FusedSwiGLU, 1, "layers", "SwiGLU"),
     (attention.TiledAttention, 0, "attention", "tiles"),
     (attention.TiledAttention, 1, "attention", "tiles"),
     (attention.TiledAttention, 2, "attention", "tiles"),
