@@ -26,9 +26,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .attention import TiledAttention, causal_bias
 from .corpus import corpus_inputs, prepare_corpus
 from .dpo import WORDINGS_ASKED, dpo_stage, target_logprobs
+from .kernels.attention import TiledAttention, causal_bias
 from .layers import apply_rope
 from .long_context import open_long_corpus
 from .model import Qwen

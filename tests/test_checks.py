@@ -134,7 +134,8 @@ def test_imports_that_kernels_may_have(project):
         "from qwen_mini.kernels.layers import rope\nif TYPE_CHECKING:\n    from ..one import f\n\n\n"
         "def g():\n    if typing.TYPE_CHECKING:\n        from qwen_mini.two import g\n"
     )
-    write(project, "01_one", "from qwen_mini.kernels.good import g\nfrom qwen_mini import kernels", "def f(x):\n    return x")
+    imports = "from qwen_mini.kernels.good import g\nfrom qwen_mini import kernels"
+    write(project, "01_one", imports, "def f(x):\n    return x")
     assert sync.main([]) == 0 and checks.imports_point_backwards(project) == []
     (project / "qwen_mini" / "course" / "eager.py").write_text("from ..kernels.good import g\n")
     only(checks.imports_point_backwards(project), "course/eager.py imports kernels, but course may import only course")

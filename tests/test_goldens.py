@@ -26,7 +26,6 @@ from golden_registry import (
 )
 
 from qwen_mini import (
-    attention,
     corpus,
     dpo,
     generation,
@@ -39,6 +38,7 @@ from qwen_mini import (
 from qwen_mini import reward_model as rewards
 from qwen_mini import tokenizer as tok
 from qwen_mini.kernels import layers as fast_layers
+from qwen_mini.kernels.attention import TiledAttention
 from qwen_mini.tasks import Verdict
 
 
@@ -123,9 +123,9 @@ GRADIENTS = [
     (fast_layers.Rotate, 0, "layers", "RoPE"),
     (fast_layers.FusedSwiGLU, 0, "layers", "SwiGLU"),
     (fast_layers.FusedSwiGLU, 1, "layers", "SwiGLU"),
-    (attention.TiledAttention, 0, "attention", "tiles"),
-    (attention.TiledAttention, 1, "attention", "tiles"),
-    (attention.TiledAttention, 2, "attention", "tiles"),
+    (TiledAttention, 0, "attention", "tiles"),
+    (TiledAttention, 1, "attention", "tiles"),
+    (TiledAttention, 2, "attention", "tiles"),
     (pretraining.LinearCrossEntropy, 0, "pretraining", "linear cross-entropy"),
     (pretraining.LinearCrossEntropy, 1, "pretraining", "linear cross-entropy"),
     (pretraining.LinearCrossEntropy, 1, "pretraining", "steps with AdamW"),

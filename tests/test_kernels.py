@@ -1,19 +1,31 @@
 """Every kernel against the plain form that its chapter teaches: values, gradients, and what transformers computes."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qwen_mini.attention import causal_attention, masked_attention, visible
+from qwen_mini.kernels.attention import TiledAttention
+from qwen_mini.kernels.cache import KVCache
 from qwen_mini.kernels.layers import FusedRMSNorm, FusedSwiGLU, Rotate, fused_rms_norm, fused_swiglu, turned
 from qwen_mini.layers import RMSNorm, SwiGLU, rms_norm, rope_frequencies, rope_tables, rotate
 
 EPS = 1e-6
+HEAD_DIM = 8
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def heads(batch, query_heads, kv_heads, length, head_dim=HEAD_DIM, **options):
+    """Random q, k, v."""
+    return [torch.randn(batch, n, length, head_dim, **options) for n in (query_heads, kv_heads, kv_heads)]
 
 
 def with_gradients(function, inputs, upstream):
@@ -100,3 +112,89 @@ def test_layers_train_with_kernels_on_a_cpu_and_with_those_of_torch_elsewhere(mo
         with torch.no_grad():
             layers(torch.ones(3, 8, device=device))
         assert used == expected, "without gradients the plain form runs"
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130])
+@pytest.mark.parametrize("shape", [(2, 4, 2), (1, 3, 1), (1, 2, 2)])
+def test_tiled_attention_equals_the_reference_with_gradients(length, shape):
+    inputs = heads(*shape, length, requires_grad=True)
+    upstream = torch.randn_like(inputs[0])
+    results = []
+    for path in (TiledAttention.apply, lambda q, k, v: masked_attention(q, k, v, visible(length, length))):
+        out = path(*inputs)
+        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
+    torch.testing.assert_close(*results, **CLOSE)
+
+
+def test_tiled_attention_gradcheck(monkeypatch):
+    monkeypatch.setattr(TiledAttention, "TILE", 3)
+    inputs = heads(1, 4, 2, 8, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(TiledAttention.apply, inputs)
+
+
+def test_tiled_attention_takes_views_and_gradients_that_are_not_contiguous():
+    inputs = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in heads(2, 4, 2, 70)]
+    upstream = torch.randn(2, 70, 4, HEAD_DIM).transpose(1, 2)
+    ours = torch.autograd.grad(TiledAttention.apply(*inputs), inputs, upstream)
+    plain = torch.autograd.grad(masked_attention(*inputs, visible(70, 70)), inputs, upstream)
+    torch.testing.assert_close(ours, plain, **CLOSE)
+
+
+def test_the_fast_path_runs_on_a_cpu_only(monkeypatch):
+    used, usual = [], TiledAttention.apply
+    monkeypatch.setattr(TiledAttention, "apply", lambda *x: used.append(len(x)) or usual(*x))
+    frequencies = rope_frequencies(HEAD_DIM)
+    for device, calls in (("cpu", 1), ("meta", 1)):
+        out = causal_attention(*(x.to(device) for x in heads(1, 4, 2, 9)), frequencies=frequencies.to(device))
+        assert len(used) == calls and out.shape == (1, 4, 9, HEAD_DIM)
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
+
+
+def test_cache_keeps_keys_transposed_and_oldest_first():
+    cache = KVCache(2, 1, 2, HEAD_DIM, capacity=5)
+    _, k, v = heads(1, 4, 2, 3)
+    keys, values = cache.layers[1].update(k, v)
+    assert cache.layers[1].keys.shape == (1, 2, HEAD_DIM, 5) and cache.layers[1].values.shape == (1, 2, 5, HEAD_DIM)
+    assert torch.equal(keys, k) and torch.equal(values, v)
+    assert cache.layers[0].keys.abs().max() == 0 and cache.length == 0
+
+
+def test_document_ids_that_come_late_leave_the_earlier_tokens_in_document_zero():
+    cache = KVCache(1, 2, 1, 4, capacity=6)
+    cache.remember(None, 3)
+    assert cache.document_ids is None
+    cache.length = 3
+    cache.remember(torch.tensor([[0, 1], [2, 2]]), 2)
+    assert cache.document_ids.tolist() == [[0, 0, 0, 0, 1, 0], [0, 0, 0, 2, 2, 0]]
+
+
+@pytest.mark.parametrize("sizes", [[12], [7, 1, 4], [1] * 12])
+def test_the_cache_holds_what_concatenation_gives(sizes):
+    cache, (_, k, v) = KVCache(1, 3, 2, HEAD_DIM, capacity=20), heads(3, 4, 2, 12)
+    for start, end in itertools.pairwise([0, *itertools.accumulate(sizes)]):
+        held = cache.layers[0].update(k[:, :, start:end], v[:, :, start:end])
+        cache.length = end
+        assert all(map(torch.equal, held, (k[:, :, :end], v[:, :, :end])))
+
+
+@pytest.mark.parametrize("documents", [None, torch.tensor([[1, 0, 0], [0, 0, 0]])], ids=["even", "padded"])
+def test_growing_keeps_what_is_held(documents):
+    cache, (_, k, v) = KVCache(2, 2, 2, HEAD_DIM, capacity=3), heads(2, 4, 2, 5)
+    cache.remember(documents, 3)
+    for layer in cache.layers:
+        layer.update(k[:, :, :3], v[:, :, :3])
+    cache.length = 3
+    with pytest.raises(ValueError, match="holds 3 tokens, but 5 are needed"):
+        cache.layers[0].update(k[:, :, 3:], v[:, :, 3:])
+    cache.grow(4)
+    cache.remember(None, 2)
+    for layer in cache.layers:
+        assert all(map(torch.equal, layer.update(k[:, :, 3:], v[:, :, 3:]), (k, v)))
+    assert cache.capacity == 7 and (documents is None) == (cache.document_ids is None)
+    if documents is not None:
+        assert cache.document_ids.tolist() == [[1, 0, 0, 0, 0, 0, 0], [0] * 7]
