@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwen_mini.attention import causal_attention, masked_attention, visible
+from qwen_mini.generation import left_pad
 from qwen_mini.kernels.attention import TiledAttention
 from qwen_mini.kernels.cache import KVCache
+from qwen_mini.kernels.decoder import FusedDecoder
 from qwen_mini.kernels.layers import FusedRMSNorm, FusedSwiGLU, Rotate, fused_rms_norm, fused_swiglu, turned
 from qwen_mini.layers import RMSNorm, SwiGLU, rms_norm, rope_frequencies, rope_tables, rotate
+from qwen_mini.model import ModelConfig, Qwen
 
 EPS = 1e-6
 HEAD_DIM = 8
@@ -198,3 +201,46 @@ def test_growing_keeps_what_is_held(documents):
     assert cache.capacity == 7 and (documents is None) == (cache.document_ids is None)
     if documents is not None:
         assert cache.document_ids.tolist() == [[1, 0, 0, 0, 0, 0, 0], [0] * 7]
+
+
+# --- the decoder ----------------------------------------------------------------------------------------------------
+
+CONFIGS = [
+    ModelConfig(300, 32, 48, 2, 4, 2, 8, 128, 1_000.0, 1e-6, True, 0.3),
+    ModelConfig(211, 24, 40, 3, 3, 1, 16, 96, 10_000.0, 1e-5, False, 0.3),
+    ModelConfig(128, 40, 64, 1, 5, 5, 8, 64, 500.0, 1e-6, True, 0.3),
+]
+PROMPTS = [[5, 9, 17], [3], [8, 8, 1, 20, 41, 7], [100, 2]]
+
+
+def random_model(config):
+    """A model whose weights and biases are large enough that every part of it matters."""
+    model = Qwen(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            elif parameter.ndim == 1:
+                parameter.normal_(mean=1.0, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("number", range(len(CONFIGS)))
+@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3], [4, 5, 6]]], ids=["padded", "even"])
+def test_the_fused_step_equals_the_plain_model(number, prompts):
+    model = random_model(CONFIGS[number])
+    ids, document_ids = left_pad(prompts)
+    with torch.inference_mode():
+        caches = [model.make_cache(len(ids), ids.shape[1] + 5) for _ in range(2)]
+        for cache in caches:
+            model.hidden_states(ids, document_ids=document_ids, cache=cache)
+        tables = rope_tables(torch.arange(caches[0].capacity), model.attention.keywords["frequencies"])
+        step = FusedDecoder(model, tables)
+        for n in range(5):
+            token = torch.full((len(ids), 1), n)
+            expected = model.hidden_states(token, cache=caches[1])[:, 0]
+            torch.testing.assert_close(step(token, caches[0]), expected, rtol=1e-4, atol=1e-4)
+            assert caches[0].length == caches[1].length
+        for ours, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
+            torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
