@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .attention import KVCache, causal_attention
+from .attention import causal_attention
 from qwen_mini.corpus import (
     WEIGHT_ANSWER,
     WEIGHT_FILLER,
@@ -51,6 +51,7 @@ from .course import CourseError, hardware, stages
 from .course.scales import Phase
 from .course.stages import Stage
 from .generation import generate
+from .kernels.cache import KVCache
 from .layers import rope_frequencies
 from .model import Qwen
 from qwen_mini.pretraining import (

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from .attention import GroupedQueryAttention, KVCache, causal_attention
+from .attention import GroupedQueryAttention, causal_attention
 from .course import artifacts
 from .course.folders import qwen2_values, read_json, read_weights
 from .kernels.cross_entropy import linear_cross_entropy
+from .kernels.cache import KVCache
 from .layers import RMSNorm, SwiGLU, rope_frequencies
 
 # %% ../notebooks/04_model.ipynb #37ed9b47

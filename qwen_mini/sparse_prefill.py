@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention import KVCache, visible
+from .attention import visible
 from qwen_mini.dual_chunk import (
     chunk_runs,
     merge,
@@ -19,6 +19,7 @@ from qwen_mini.dual_chunk import (
     stride_of,
     temperature_of,
 )
+from .kernels.cache import KVCache
 from .layers import rope_frequencies, rope_tables, rotate
 from .model import kv_cache_bytes_per_token
 

@@ -16,6 +16,8 @@ from qwen_mini import dual_chunk as d
 from qwen_mini import generation as g
 from qwen_mini import layers
 from qwen_mini import sparse_prefill as s
+from qwen_mini.kernels.attention import TiledAttention
+from qwen_mini.kernels.cache import KVCache
 from qwen_mini.model import (
     QWEN2_5,
     ModelConfig,
@@ -129,7 +131,7 @@ def _():
 @golden("attention", "tiles")
 def _():
     q, k, v = (x.requires_grad_() for x in qkv(150))
-    out = a.TiledAttention.apply(q, k, v)
+    out = TiledAttention.apply(q, k, v)
     return [summary(out), gradients((out * rand(*out.shape, seed=9)).sum(), q, k, v)]
 
 
@@ -146,7 +148,7 @@ def _():
 
 @golden("attention", "cache")
 def _():
-    cache, out = a.KVCache(1, 2, 2, 8, 16), []
+    cache, out = KVCache(1, 2, 2, 8, 16), []
     q, k, v = qkv(12)
     with torch.no_grad():
         for start, end in ((0, 7), (7, 8), (8, 12)):
@@ -164,7 +166,7 @@ def _():
 @golden("attention", "cache with documents")
 @torch.no_grad()
 def _():
-    cache, out = a.KVCache(1, 2, 2, 8, 16), []
+    cache, out = KVCache(1, 2, 2, 8, 16), []
     q, k, v = qkv(12)
     documents = torch.tensor([[1] * 4 + [0] * 8, [0] * 12])  # padding on the left of the first row
     for start, end in ((0, 7), (7, 8), (8, 12)):
@@ -346,7 +348,7 @@ def _():
 @golden("dual_chunk", "attention with a cache")
 def _():
     q, k, v = qkv(50)
-    cache, out = a.KVCache(1, 2, 2, 8, 60), []
+    cache, out = KVCache(1, 2, 2, 8, 60), []
     for start, end in ((0, 20), (20, 41), (41, 42), (42, 50)):
         part = [x[:, :, start:end] for x in (q, k, v)]
         out.append(

@@ -11,13 +11,12 @@ from torch import nn
 
 from qwen_mini.attention import (
     GroupedQueryAttention,
-    KVCache,
-    TiledAttention,
     causal_attention,
     decode_attention,
     masked_attention,
     visible,
 )
+from qwen_mini.kernels.cache import KVCache
 from qwen_mini.layers import RMSNorm, SwiGLU, rope_frequencies
 
 HEAD_DIM = 8
@@ -78,32 +77,6 @@ def test_consecutive_query_heads_share_a_kv_head():
     out = masked_attention(q, k, v)
     moved = masked_attention(q, torch.stack([k[:, 0], k[:, 1] + 1], 1), torch.stack([v[:, 0], v[:, 1] + 1], 1))
     assert torch.equal(out[:, :3], moved[:, :3]) and not torch.allclose(out[:, 3:], moved[:, 3:])
-
-
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130])
-@pytest.mark.parametrize("shape", [(2, 4, 2), (1, 3, 1), (1, 2, 2)])
-def test_tiled_attention_equals_the_reference_with_gradients(length, shape):
-    inputs = heads(*shape, length, requires_grad=True)
-    upstream = torch.randn_like(inputs[0])
-    results = []
-    for path in (TiledAttention.apply, lambda q, k, v: masked_attention(q, k, v, visible(length, length))):
-        out = path(*inputs)
-        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
-    torch.testing.assert_close(*results, **CLOSE)
-
-
-def test_tiled_attention_gradcheck(monkeypatch):
-    monkeypatch.setattr(TiledAttention, "TILE", 3)
-    inputs = heads(1, 4, 2, 8, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(TiledAttention.apply, inputs)
-
-
-def test_tiled_attention_takes_views_and_gradients_that_are_not_contiguous():
-    inputs = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in heads(2, 4, 2, 70)]
-    upstream = torch.randn(2, 70, 4, HEAD_DIM).transpose(1, 2)
-    ours = torch.autograd.grad(TiledAttention.apply(*inputs), inputs, upstream)
-    plain = torch.autograd.grad(masked_attention(*inputs, visible(70, 70)), inputs, upstream)
-    torch.testing.assert_close(ours, plain, **CLOSE)
 
 
 def test_decode_attention_equals_the_reference():
@@ -207,15 +180,6 @@ def test_cached_in_pieces_equals_the_full_pass(sizes, padded, seed):
     assert cache.length == length
 
 
-def test_cache_keeps_keys_transposed_and_oldest_first():
-    cache = KVCache(2, 1, 2, HEAD_DIM, capacity=5)
-    _, k, v = heads(1, 4, 2, 3)
-    keys, values = cache.layers[1].update(k, v)
-    assert cache.layers[1].keys.shape == (1, 2, HEAD_DIM, 5) and cache.layers[1].values.shape == (1, 2, 5, HEAD_DIM)
-    assert torch.equal(keys, k) and torch.equal(values, v)
-    assert cache.layers[0].keys.abs().max() == 0 and cache.length == 0
-
-
 def test_a_full_cache_says_so():
     layer = GroupedQueryAttention(16, 4, 2, HEAD_DIM)
     with pytest.raises(ValueError, match="holds 10 tokens, but 11 are needed"):
@@ -238,15 +202,6 @@ def test_select_drops_and_repeats_rows_without_touching_the_original():
         full = layer(torch.cat([x[rows], new], 1), ATTENTION, document_ids=ids)[:, -1:]
     torch.testing.assert_close(out, full, **CLOSE)
     assert torch.equal(cache.layers[0].keys, before)
-
-
-def test_document_ids_that_come_late_leave_the_earlier_tokens_in_document_zero():
-    cache = KVCache(1, 2, 1, 4, capacity=6)
-    cache.remember(None, 3)
-    assert cache.document_ids is None
-    cache.length = 3
-    cache.remember(torch.tensor([[0, 1], [2, 2]]), 2)
-    assert cache.document_ids.tolist() == [[0, 0, 0, 0, 1, 0], [0, 0, 0, 2, 2, 0]]
 
 
 # the layer

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_mini.attention import KVCache, causal_attention
+from qwen_mini.attention import causal_attention
 from qwen_mini.dual_chunk import (
     attention_and_lse,
     attention_by_rows,
@@ -26,6 +26,7 @@ from qwen_mini.dual_chunk import (
     yarn_temperature,
 )
 from qwen_mini.generation import generate
+from qwen_mini.kernels.cache import KVCache
 from qwen_mini.layers import rope_frequencies
 from qwen_mini.model import ModelConfig, Qwen
 

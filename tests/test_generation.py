@@ -7,9 +7,9 @@ import torch
 
 from qwen_mini import generation
 from qwen_mini.generation import (
-    FusedDecoder,
     Sampling,
     candidates,
+    fused_decoder,
     generate,
     inference_copy,
     left_pad,
@@ -188,44 +188,29 @@ def test_an_inference_copy_shares_nothing(model):
 # --- the fused step -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", range(len(CONFIGS)))
-@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3], [4, 5, 6]]], ids=["padded", "even"])
-def test_the_fused_step_equals_the_plain_model(number, prompts):
-    model = make(CONFIGS[number], seed=30 + number)
-    ids, document_ids = left_pad(prompts)
-    with torch.inference_mode():
-        caches = [model.make_cache(len(ids), ids.shape[1] + 5) for _ in range(2)]
-        for cache in caches:
-            model.hidden_states(ids, document_ids=document_ids, cache=cache)
-        step = FusedDecoder(model, caches[0].capacity)
-        for n in range(5):
-            token = torch.full((len(ids), 1), n)
-            expected = model.hidden_states(token, cache=caches[1])[:, 0]
-            torch.testing.assert_close(step(token, caches[0]), expected, rtol=1e-4, atol=1e-4)
-            assert caches[0].length == caches[1].length
-        for ours, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
-            torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
-
-
 def test_generation_with_and_without_the_fused_step_agrees(model, monkeypatch):
     expected = generate(model, PROMPTS, 20, temperature=1.0, generator=seeded(), stop_ids=range(0, 300, 9))
-    monkeypatch.setattr(FusedDecoder, "fits", classmethod(lambda cls, model: False))
+    monkeypatch.setattr(generation, "fused_decoder", lambda model, length: None)
     found = generate(model, PROMPTS, 20, temperature=1.0, generator=seeded(), stop_ids=range(0, 300, 9))
     assert found == expected
 
 
 def test_the_fused_step_is_left_alone_by_other_architectures(model):
-    assert FusedDecoder.fits(model)
+    assert fused_decoder(model, 9) is not None
     other = make()
     plain = other.attention
     other.attention = lambda *arguments: plain(*arguments)
-    assert not FusedDecoder.fits(other)
+    assert fused_decoder(other, 9) is None
     assert tokens(generate(other, PROMPTS, 8)) == tokens(generate(make(), PROMPTS, 8))
     other = make()
     other.model.layers[1].mlp = torch.nn.Sequential(other.model.layers[1].mlp)
-    assert not FusedDecoder.fits(other)
+    assert fused_decoder(other, 9) is None
     assert tokens(generate(other, PROMPTS, 8)) == tokens(generate(make(), PROMPTS, 8))
+
+
+def test_the_fused_step_is_left_alone_by_large_models(model, monkeypatch):
+    monkeypatch.setattr(generation, "LARGEST_FUSED", 1_000)
+    assert fused_decoder(model, 9) is None
 
 
 # --- the sampler ----------------------------------------------------------------------------------------------------

@@ -26,12 +26,10 @@ from golden_registry import (
 )
 
 from qwen_mini import (
-    attention,
     corpus,
     dpo,
     generation,
     grpo,
-    layers,
     long_context,
     sft,
     tasks,
@@ -40,6 +38,8 @@ from qwen_mini import (
 from qwen_mini import reward_model as rewards
 from qwen_mini import tokenizer as tok
 from qwen_mini.kernels.cross_entropy import LinearCrossEntropy
+from qwen_mini.kernels import layers as fast_layers
+from qwen_mini.kernels.attention import TiledAttention
 from qwen_mini.tasks import Verdict
 
 
@@ -119,14 +119,14 @@ def test_other_settings_of_the_optimiser_that_runs_are_seen(module, name, change
 
 
 GRADIENTS = [
-    (layers.FusedRMSNorm, 0, "layers", "RMSNorm"),
-    (layers.FusedRMSNorm, 1, "layers", "RMSNorm"),
-    (layers.Rotate, 0, "layers", "RoPE"),
-    (layers.FusedSwiGLU, 0, "layers", "SwiGLU"),
-    (layers.FusedSwiGLU, 1, "layers", "SwiGLU"),
-    (attention.TiledAttention, 0, "attention", "tiles"),
-    (attention.TiledAttention, 1, "attention", "tiles"),
-    (attention.TiledAttention, 2, "attention", "tiles"),
+    (fast_layers.FusedRMSNorm, 0, "layers", "RMSNorm"),
+    (fast_layers.FusedRMSNorm, 1, "layers", "RMSNorm"),
+    (fast_layers.Rotate, 0, "layers", "RoPE"),
+    (fast_layers.FusedSwiGLU, 0, "layers", "SwiGLU"),
+    (fast_layers.FusedSwiGLU, 1, "layers", "SwiGLU"),
+    (TiledAttention, 0, "attention", "tiles"),
+    (TiledAttention, 1, "attention", "tiles"),
+    (TiledAttention, 2, "attention", "tiles"),
     (LinearCrossEntropy, 0, "training", "linear cross-entropy"),
     (LinearCrossEntropy, 1, "training", "linear cross-entropy"),
     (LinearCrossEntropy, 1, "training", "steps with AdamW"),

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from qwen_mini import course
-from qwen_mini.attention import KVCache, visible
+from qwen_mini.attention import visible
 from qwen_mini.dual_chunk import dual_chunk_attention, position_scheme
+from qwen_mini.kernels.cache import KVCache
 from qwen_mini.layers import rope_frequencies
 from qwen_mini.long_context import ask
 from qwen_mini.model import ModelConfig, Qwen, kv_cache_bytes_per_token

@@ -9,6 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .attention import TiledAttention
+
 
 def shared_prompt_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, prompt_length: int, responses: int
@@ -44,7 +46,6 @@ def shared_prompt_bias(
 def _prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Causal attention within the prompt."""
     if q.device.type == "cpu":
-        from qwen_mini.attention import TiledAttention  # here: it is still a chapter's; `.attention` will hold it
 
         return TiledAttention.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
