@@ -529,7 +529,7 @@ LAYOUTS = (
     "{0}\n{1}\nSo the answer is {2}.",
     "Exercise. {0}\nSolution. {1}\nThe answer is {2}.",
 )
-HELDOUT_PROBLEMS = 0.05  # share of all problems that no training text shows, at every scale and in every chapter
+HELDOUT_PROBLEMS = 0.05  # share of all questions whose wording no training text shows, at every scale
 
 
 def draw_problem(rng: random.Random, heldout: bool, families: Iterable[str] = tuple(FAMILIES)) -> Problem:

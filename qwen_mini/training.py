@@ -123,9 +123,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for the matrices inside the layers; equal
     shapes share one batched product.
 
-    Qwen2.5 was trained with AdamW. At this scale Muon reaches the same loss in fewer steps,
-    which is why the small scales use it; `torch.optim.Muon` is its oracle. dtype: of the
-    iterations.
+    The optimiser of the small scales, our choice: the report names none. `torch.optim.Muon` is
+    its oracle. dtype: of the iterations.
     """
 
     def __init__(

@@ -46,7 +46,6 @@ def shared_prompt_bias(
 def _prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Causal attention within the prompt."""
     if q.device.type == "cpu":
-
         return TiledAttention.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
