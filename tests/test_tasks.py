@@ -1,11 +1,16 @@
 """Tasks: gold is right, everything else is wrong, splits do not leak, difficulty grows."""
 
 import dataclasses
+import itertools
+import json
 import random
+import re
+import unicodedata
 from collections import Counter
 
 import pytest
 
+from qwen_mini.corpus import task_documents
 from qwen_mini.course import CourseError, artifacts
 from qwen_mini.tasks import (
     ANSWER,
@@ -20,6 +25,7 @@ from qwen_mini.tasks import (
     Task,
     VerifierError,
     add_task,
+    canonical_expression,
     compatible,
     consistent,
     filter_responses,
@@ -86,15 +92,104 @@ def test_another_problem_s_answer_is_wrong(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_splits_go_by_the_problem(name):
-    sides = {split: {e.key for e in examples(name, 120, split=split)} for split in SPLITS}
-    assert (
-        not sides["train"] & sides["test"] and not sides["train"] & sides["tune"] and not sides["tune"] & sides["test"]
-    )
-    for split, keys in sides.items():
-        assert {split_of(f"{name}/{key}") for key in keys} == {split}
-    same = [TASKS[name].generate(random.Random(5), 2, "test", how) for how in WORDINGS]
+def test_splits_go_by_the_problem_and_every_side_has_enough(name):
+    task, sides = TASKS[name], {split: set() for split in SPLITS}
+    for level in LEVELS:
+        rng, found = random.Random(level), {split: set() for split in SPLITS}
+        for _ in range(1_500):
+            draw = task.draw(rng, level)
+            found[task.side(draw)].add(draw.key)
+        assert all(len(keys) >= 10 for keys in found.values()), (level, {s: len(k) for s, k in found.items()})
+        for split, keys in found.items():
+            sides[split] |= keys
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert not sides[one] & sides[other]
+    for split in ("tune", "test"):
+        assert {split_of(f"{name}/{key}") for key in sides[split]} == {split}
+    same = [task.generate(random.Random(5), 2, "test", how) for how in WORDINGS]
     assert len({e.key for e in same}) == 1 and len({e.messages[-1]["content"] for e in same}) == 3
+
+
+def table_of(expression: str) -> tuple:
+    """The values of an expression, read from the left, by Python itself; a and b in either role."""
+    first, *rest = re.findall(r"(?:not )?[ab]\b|and|or|xor", expression)
+    tables = []
+    for names in ("ab", "ba"):
+        column = []
+        for values in itertools.product((True, False), repeat=2):
+            known = dict(zip(names, values, strict=True))
+            value = eval(first, known)
+            for operator, term in zip(rest[::2], rest[1::2], strict=True):
+                value = eval(f"l {'!=' if operator == 'xor' else operator} r", {"l": value, "r": eval(term, dict(known))})
+            column.append(value)
+        tables.append(tuple(column))
+    return tuple(sorted(tables))
+
+
+def canonical(example) -> object:
+    """What a problem is, read from its prompt and chain, not from its key; None where the key alone tells."""
+    chain, question = example.reasoning.split("\n"), example.messages[-1]["content"]
+    if example.task == "purchase":
+        return tuple(sorted(tuple(sorted(line.split("=")[0].split("*"))) for line in chain if "*" in line))
+    if example.task == "table_sum":
+        return tuple(sorted(re.findall(r"\+(\d+)=", example.reasoning)))
+    if example.task == "to_json":
+        return tuple(sorted(json.loads(example.answer).items()))
+    if example.task == "function":
+        values = random.Random(0)
+        inputs = [[values.randint(-9, 12) for _ in range(size)] for size in range(16) for _ in range(6)]
+        inputs = inputs if example.key.startswith("list") else range(-40, 60)
+        return str([program(example.answer.split("\n")[1:-1])(x) for x in inputs])
+    if example.task == "truth_table":
+        expression = re.search(r"(?:not )?[ab](?: (?:and|or|xor) (?:not )?[ab])+", question)[0]
+        first, *rest = re.findall(r"(?:not )?[ab]\b|and|or|xor", expression)
+        if len(set(rest[::2])) == 1:  # one operator: the terms have no order
+            swap = {"a": "b", "b": "a", "not a": "not b", "not b": "not a"}
+            terms = [first, *rest[1::2]]
+            return rest[0], min(tuple(sorted(terms)), tuple(sorted(swap[t] for t in terms)))
+        return None
+    if example.task in ("system_rule", "reverse_in", "translate_reverse"):
+        return example.answer if example.task != "system_rule" else (example.messages[0]["content"], example.answer)
+    return example.reasoning, example.answer
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("instructions", "sequence", "cycle")])
+def test_no_problem_is_on_two_sides_however_it_is_written(name):
+    """Judged by what the problems say, apart from the keys that divide them."""
+    sides = {split: {canonical(e) for e in examples(name, 250, split=split)} - {None} for split in SPLITS}
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert not sides[one] & sides[other]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("a and b", "b and a", True), ("a and not b", "b and not a", True), ("a or b", "a and b", False),
+        ("a or b and not a", "b or a and not a", True), ("a or b and not a", "a or b and not b", True),
+        ("a and b and not a or b", "not a and b and a or b", True), ("a and b or a", "a or b and a", False),
+        ("a xor a or b", "a xor b or a", False), ("a and b or a or not b", "a and b or not b or a", True),
+    ],
+)  # fmt: skip
+def test_expressions_have_one_key_however_they_are_written(one, other, same):
+    def key(text):
+        parts = re.findall(r"(?:not )?[ab]\b(?!nd)|and|or|xor", text)
+        return canonical_expression(parts[::2], parts[1::2])
+
+    assert (key(one) == key(other)) == same
+    assert not same or table_of(one) == table_of(other)
+
+
+def test_what_pre_training_may_have_read_is_never_held_out():
+    """Chapter 07 tells stories of two steps, more and then fewer: the same chain and answer as some at level 1."""
+    text = "\n\n".join(document.text for document in task_documents(6_000, 0, False))
+    read = {
+        f"{a} [{b}, -{c}]"
+        for a, b, total, again, c in re.findall(r"(\d+) \+ (\d+) = (\d+)\n(\d+) - (\d+) =", text)
+        if total == again
+    }
+    drawn = {e.key for split in ("tune", "test") for e in examples("story", 2_000, split=split)}
+    trained = {TASKS["story"].generate(random.Random(i), 1).key for i in range(500)}
+    assert len(read) > 200 and trained & read and not drawn & read
 
 
 def test_the_split_has_the_shares_it_names():
@@ -124,9 +219,11 @@ def test_problems_fit_the_model_s_context(name):
 @pytest.mark.parametrize(
     ("response", "want"),
     [
-        ("Answer: 7", "7"), ("3+4=7\nAnswer: 7", "7"), ("Answer: 7\n", None), ("Answer: 6\nAnswer: 7", None),
+        ("Answer: 7", "7"), ("3+4=7\nAnswer: 7", "7"), ("Answer: 7\n", "7"), ("Answer: 6\nAnswer: 7", None),
         ("Answer: ", None), ("7", None), ("so Answer: 7", None), ("answer: 7", None), ("", None),
-        ("Answer: 7\nok", None),
+        ("Answer: 7\nok", None), ("Answer:  7 \t\r\n \n", "7"), ("Answer:\n7", None), ("Answer:7", None),
+        ("Answer: 7\nAnswer: 7", None), ("Answer: 6\rAnswer: 7", "6\rAnswer: 7"), ("Answer: 7\u200b", "7\u200b"),
+        ("Answer: 7\u2028", "7\u2028"), ("Answer: \n", None),
     ],
 )  # fmt: skip
 def test_the_answer_has_one_place(response, want):
@@ -171,6 +268,77 @@ def _any_split(task, i):
             return task.generate(random.Random(i), 1, split)
         except CourseError:
             continue
+
+
+def fenced(text: str, language: str = "") -> str:
+    return f"```{language}\n{text}\n```"
+
+
+ENDS = ("", "\n", " ", "\r\n", "\n\n", "\t \n")
+
+
+def other_forms(example) -> list[str]:
+    """Right answers that are written in another way."""
+    gold, task = example.response, TASKS[example.task]
+    forms = [gold + end for end in ENDS]
+    forms += [gold.replace("\n", "\r\n"), gold.replace("\n", " \n")]
+    if task.answered:
+        forms += [gold.replace(ANSWER, ANSWER + " "), f"\n{gold}", f"{ANSWER}{example.answer}"]
+    if task.area == "cross-lingual transfer":
+        forms.append(unicodedata.normalize("NFD", gold))
+    if not task.answered:
+        forms += [f"\n{gold}", fenced(gold), fenced(gold) + "\n", fenced(gold, "text"), fenced(gold + "\n")]
+    if task.check.__name__ == "is_object":
+        pairs = example.facts["object"]
+        forms += [json.dumps(pairs, indent=2), json.dumps(pairs, separators=(",", ":"))]
+        forms += [fenced(json.dumps(pairs, indent=2), "json"), json.dumps(dict(reversed(pairs.items())))]
+    if task.check.__name__ == "passes_tests":
+        forms += [fenced(gold, "python"), gold.replace("f(x)", "f (x)"), gold.replace("    ", "\t")]
+        forms += [f'{gold}\n\nif __name__ == "__main__":\n    pass', gold.replace("(x):", "(x: list) -> list:")]
+    return forms
+
+
+def wrong_forms(example) -> list[str]:
+    """What must still be refused: words around, two answers, other signs, half a fence."""
+    gold, task = example.response, TASKS[example.task]
+    forms = [f"{gold}\u200b", f"{gold}.", f"Sure!\n\n{fenced(gold)}", f"{fenced(gold)}\nThat is all."]
+    forms += [f"{fenced(gold)}\n{fenced(gold)}", fenced(fenced(gold)), f"{gold}\n\nDone."]
+    if task.answered:
+        head = gold.removesuffix(f"{ANSWER}{example.answer}")
+        forms += [fenced(gold), f"{head}{ANSWER}\n{example.answer}", f"{head}{ANSWER}`{example.answer}`"]
+        forms += [f"{head}{ANSWER}{example.answer} or {example.answer}", f"{gold}\n{ANSWER}{example.answer}\n"]
+        forms += [f"{gold}\r{ANSWER}{example.answer}", f"{gold}\u2028", f"{head}Answer:{example.answer}"]
+        forms += [f"{head}{ANSWER}{''.join(c + ' ' for c in example.answer)}"] * (len(example.answer) > 1)
+    if task.area == "cross-lingual transfer":
+        bare = "".join(c for c in unicodedata.normalize("NFD", gold) if not unicodedata.combining(c))
+        forms += [bare] * (bare.split("\n")[-1] != gold.split("\n")[-1])
+    if not task.answered:
+        forms += [f"```\n{gold}", f"`{gold}`", f"```{gold}```"]
+    if task.form and task.check.__name__ == "same_lines":
+        first, _, rest = gold.partition("\n")
+        forms += [first.replace(" ", ". ", 1) + "\n" + rest, first.replace(" ", "\t", 1) + "\n" + rest, f"0{gold}"]
+        forms += [gold.replace("\n", "\n\n", 1), f"{gold}\n0 x", rest, f" {gold}"]
+    if task.check.__name__ == "is_object":
+        forms += [f"[{gold}]", gold.replace(": ", ': "', 1).replace(",", '",', 1), gold.replace(",", ".0,", 1)]
+        forms += [f"{gold[:-1]}, {gold[1:]}", f"\ufeff{gold}"]
+    return forms
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_right_answers_in_other_forms_pass_and_wrong_ones_do_not(name):
+    drawn = [e for split in SPLITS for e in examples(name, 8, split=split)]
+    cases = [(e, text, True) for e in drawn for text in other_forms(e)]
+    cases += [(e, text, False) for e in drawn for text in wrong_forms(e)]
+    for (e, text, want), verdict in zip(cases, verify_many((e, text) for e, text, _ in cases), strict=True):
+        assert verdict.correct == want, (e.answer, text, verdict)
+        assert TASKS[name].check.__name__ == "passes_tests" or TASKS[name].verify(e, text) == verdict
+
+
+def test_blank_ends_do_not_break_the_agreement_of_two_checkers():
+    for name in TASKS:
+        for e in examples(name, 5):
+            assert all(consistent(e, e.response + end) for end in ENDS), e
+            assert consistent(e, e.response.replace("\n", "\r\n"))
 
 
 def test_unseen_constraints_are_never_drawn_for_training_but_can_be_asked_for():
@@ -276,14 +444,54 @@ def test_instructions_refuse_noise_echoes_and_digits():
         assert task.verify(e, ANSWER + e.answer).correct  # so it is the text that is refused
 
 
-def test_functions_are_told_apart_by_their_hidden_tests():
-    """What a program with another constant, another order or another type returns is never right."""
-    import re
+def mutants(lines: list[str]):
+    """The bodies with one mistake: a line left out, two neighbours swapped, a number one too low or too high."""
+    for i, line in enumerate(lines):
+        yield lines[:i] + lines[i + 1 :]
+        if i + 1 < len(lines):
+            yield [*lines[:i], lines[i + 1], line, *lines[i + 2 :]]
+        for number in re.finditer(r"(?<![\[:-])\b\d+(?!:)|(?<=\[:)\d+", line):
+            for by in (-1, 1):
+                yield [*lines[:i], line[: number.start()] + str(int(number[0]) + by) + line[number.end() :], *lines[i + 1 :]]
 
+
+def program(lines: list[str]):
+    space: dict = {}
+    exec("def f(x):\n" + "\n".join([*lines, "    return x"]), space)
+    return space["f"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_hidden_tests_tell_every_one_step_mutant_apart(level):
+    """A program with one mistake that matters on any of 500 wide inputs fails at least one hidden test."""
+    values, rng = random.Random(3), random.Random(f"mutants/{level}")
+    wide = [[values.randint(-30, 30) for _ in range(values.randint(0, 25))] for _ in range(300)]
+    wide += [[values.randint(4, 12) for _ in range(values.randint(5, 12))] for _ in range(200)]
+    counted, tried = Counter(), 0
+    enough = {"list": 60, "number": 20}
+    while any(counted[kind] < enough[kind] for kind in enough):
+        e = TASKS["function"].generate(rng, level, rng.choice(list(SPLITS)))
+        kind = e.key.split(" ")[0]
+        counted[kind] += 1
+        if counted[kind] > enough[kind]:
+            continue
+        lines = e.answer.split("\n")[1:-1]
+        inputs = wide if kind == "list" else range(-50, 100, 3)
+        want = [program(lines)(x) for x in inputs]
+        assert [program(lines)(*x) for x in e.facts["inputs"]] == e.facts["expected"]
+        assert 16 <= len(e.facts["inputs"]) <= 24 and len(e.facts["inputs"]) == len(e.facts["expected"])
+        for other in map(program, mutants(lines)):
+            if any(other(x) != y for x, y in zip(inputs, want, strict=True)):
+                tried += 1
+                assert [other(*x) for x in e.facts["inputs"]] != e.facts["expected"], (lines, other)
+    assert tried > 200 * level
+
+
+def test_functions_are_refused_for_another_number_or_type():
     drawn = [e for e in examples("function", 60) if re.search(r" (2|3)\b", e.response)]
     changed = [(e, re.sub(r" (2|3)\b", lambda m: " 4" if m[1] == "3" else " 3", e.response, count=1)) for e in drawn]
     wrong = [text for (e, text), v in zip(changed, verify_many(changed), strict=True) if v.correct]
-    assert len(drawn) > 20 and len(wrong) <= 1, wrong
+    assert len(drawn) > 20 and len(wrong) <= 1, wrong  # x + 2 and then x % 4 may be the same as …
     floats = [(e, e.response.replace("[i + ", "[float(i) + ")) for e in drawn if "[i + " in e.response]
     assert floats and not any(v.correct for v in verify_many(floats))
 
