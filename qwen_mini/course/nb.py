@@ -153,7 +153,7 @@ def notebooks(root: Path) -> list[Notebook]:
 
 
 def select(root: Path, wanted: list[str]) -> list[Notebook]:
-    """Notebooks by path, name (`09_pretraining`), number (`08`) or subject (`pretraining`); all for an empty list."""
+    """Notebooks by path, name (`09_pretraining`), number (`09`) or subject (`pretraining`); all for an empty list."""
     known = notebooks(root)
     if not wanted:
         return known

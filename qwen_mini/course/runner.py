@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import re
 import signal
 import sys
@@ -18,7 +17,7 @@ from xml.etree import ElementTree
 
 from .. import __version__
 from . import hardware
-from .artifacts import check_writable, write_file
+from .artifacts import alone, check_writable, write_file
 from .claims import forget, read_claims
 from .environment import applied, kernel_environment, kernel_manager
 from .errors import CourseError
@@ -79,7 +78,9 @@ def run(
         return _judge(nb, config.name, problem, watch)
 
     results = []
-    with _only_runner(config.name), _orderly_end(), Watch("running", None, live=jobs > 1) as whole:
+    # two runs of a scale would take each other's claims and notebooks for their own
+    only_run = alone(runs() / config.name / "run", f"scale {config.name} is being run", wait=False)
+    with only_run, _orderly_end(), Watch("running", None, live=jobs > 1) as whole:
         for name in REPORTS:  # of an earlier run: they would speak of notebooks that do not come to their end
             (runs() / config.name / name).unlink(missing_ok=True)
         for result in _each(books, one, jobs):
@@ -111,32 +112,6 @@ def _each(books: list[Notebook], one: Callable[[Notebook], Result], jobs: int) -
         lost = lambda name, error: Result(name, "failed", problem=f"  {error}")
         with contextlib.closing(in_forks(calls, jobs, lost)) as finished:
             yield from (result for _, result, _ in finished)
-
-
-@contextlib.contextmanager
-def _only_runner(scale_name: str) -> Iterator[None]:
-    """One run per scale at a time: two would take each other's claims and notebooks for their own.
-
-    Systems without file locks (Windows) have no such protection.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with (runs() / scale_name / ".run.lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read()
-            raise CourseError(f"a run of scale {scale_name} is under way ({holder}): wait for it or stop it") from None
-        except OSError:  # a file system without locks
-            pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()}, since {time.strftime('%H:%M')}")
-        file.flush()
-        yield
 
 
 @contextlib.contextmanager
@@ -261,24 +236,10 @@ def executed_path(scale_name: str, nb: Notebook) -> Path:
     return runs() / scale_name / "notebooks" / nb.path.name
 
 
-FORK_BYTES = 2**28  # two processes of such a size: one is a fork of the other, and shares most of it
-
-
-def _proportional(process, resident: int) -> int:
-    """Bytes of a process; what n processes share counts as an n-th where the system tells."""
-    import psutil
-
-    try:
-        return getattr(process.memory_full_info(), "pss", resident)
-    except psutil.Error:
-        return resident
-
-
 class Watch:
     """Time and peak memory of the block, with a line on a terminal that is renewed while it lasts if `live`.
 
-    Memory is the resident size of the processes the block starts, summed, sampled four times a second. What forks
-    share is counted once; while they run, once a second.
+    Memory is that of the processes the block starts, summed, sampled four times a second; what forks share counts once.
     """
 
     def __init__(self, label: str, expected: float | None, live: bool):
@@ -302,25 +263,28 @@ class Watch:
         self.seconds = time.monotonic() - self._begin
 
     def _sample(self) -> None:
+        highest, samples = 0, 0
+        while not self._stop.wait(0.25):
+            samples += 1
+            resident = self._bytes("rss")
+            if resident > 1.01 * highest:  # what is shared is slow to ask for
+                highest = resident
+                self.peak_mib = max(self.peak_mib, self._bytes("pss") / 2**20)
+            if self.live and samples % 4 == 0:
+                passed = time.monotonic() - self._begin
+                print(f"\r{_timed(self.label, passed, self.expected)}", end="", flush=True)
+
+    def _bytes(self, kind: str) -> int:
+        """Memory of all processes: resident ("rss"), or with the n-th part of what n of them share ("pss", Linux)."""
         import psutil
 
-        shown_at = shared_at = 0.0
-        while not self._stop.wait(0.25):
-            sizes = {}
-            with contextlib.suppress(psutil.Error):
-                for child in set(self._process.children(recursive=True)) - self._others:
-                    with contextlib.suppress(psutil.Error):
-                        sizes[child] = child.memory_info().rss
-            total = sum(sizes.values())
-            if sum(size > FORK_BYTES for size in sizes.values()) > 1 and total > self.peak_mib * 2**20:
-                if time.monotonic() - shared_at < 1:  # sharing is slow to ask for
-                    continue
-                shared_at = time.monotonic()
-                total = sum(_proportional(child, size) for child, size in sizes.items())
-            self.peak_mib = max(self.peak_mib, total / 2**20)
-            if self.live and time.monotonic() - shown_at > 1:
-                shown_at = time.monotonic()
-                print(f"\r{_timed(self.label, shown_at - self._begin, self.expected)}", end="", flush=True)
+        total = 0
+        with contextlib.suppress(psutil.Error):
+            for child in set(self._process.children(recursive=True)) - self._others:
+                with contextlib.suppress(psutil.Error):
+                    facts = child.memory_info() if kind == "rss" else child.memory_full_info()
+                    total += getattr(facts, kind, facts.rss)
+        return total
 
 
 def _timed(label: str, seconds: float, expected: float | None) -> str:
