@@ -6,13 +6,13 @@ The bytes depend on the arguments only.
 
 import html
 import string
-import sys
 import unicodedata
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
 from .errors import CourseError
+from .progress import in_notebook
 
 NAME = ""  # the key of the column that holds the names of a dict's rows
 
@@ -162,10 +162,8 @@ def _plain(heads: list[str], cells: list[list[str]], right: list[bool]) -> str:
 
 
 def _line(texts: list[str], widths: list[int], right: list[bool]) -> str:
-    padded = []
-    for text, width, to_right in zip(texts, widths, right, strict=True):
-        space = " " * (width - _width(text))
-        padded.append(space + text if to_right else text + space)
+    spaces = [" " * (width - _width(text)) for text, width in zip(texts, widths, strict=True)]
+    padded = [space + text if r else text + space for text, space, r in zip(texts, spaces, right, strict=True)]
     return "  ".join(padded).rstrip()
 
 
@@ -184,14 +182,8 @@ def _html(heads: list[str], cells: list[list[str]], right: list[bool]) -> str:
     return f"<table>\n<thead>\n{row('th', heads)}\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
-def _in_notebook() -> bool:
-    """Does a Jupyter kernel run this? IPython in a terminal is a terminal."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return getattr(shell, "kernel", None) is not None
-
-
 def _show(plain: str, kind: str, rich: str) -> None:
-    if _in_notebook():
+    if in_notebook():
         from IPython.display import display
 
         display({"text/plain": plain, kind: rich}, raw=True)
