@@ -16,13 +16,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from .. import __version__
-from . import hardware
+from . import hardware, show
 from .artifacts import alone, check_writable, write_file
 from .claims import forget, read_claims
 from .environment import applied, kernel_environment, kernel_manager
 from .errors import CourseError
 from .nb import Notebook, source
-from .paths import home, runs, shown
+from .paths import runs, shown
 from .processes import in_forks
 from .progress import clock, printable
 from .scales import ScaleConfig, load_scale, scale_file
@@ -48,6 +48,10 @@ class Result:
     @property
     def ok(self) -> bool:
         return self.status != "failed"
+
+    @property
+    def held_of_all(self) -> str:
+        return f"{self.claims_held}/{self.claims}"
 
 
 def run(
@@ -94,7 +98,8 @@ def run(
                     break
     place = {nb.name: number for number, nb in enumerate(books)}
     results.sort(key=lambda result: place[result.notebook])
-    print(table(results, config.name, seed, whole))
+    print(f"\nscale {config.name} · seed {seed}")
+    _print_table(results, whole)
     _write_reports(results, config.name, seed, whole)
     return results
 
@@ -295,7 +300,7 @@ def _print_line(result: Result, number: str, expected: float | None) -> None:
     """The notebook's line, final."""
     line = f"{number} {_timed(result.notebook, result.seconds, expected)} · {result.peak_mib:.0f} MiB"
     begin = "\r" if sys.stdout.isatty() else ""
-    print(f"{begin}{line} · claims {_claims(result)} · {result.status}", flush=True)
+    print(f"{begin}{line} · claims {result.held_of_all} · {result.status}", flush=True)
 
 
 def last_seconds(scale_name: str) -> dict[str, float]:
@@ -316,23 +321,16 @@ def _note_seconds(result: Result, scale_name: str) -> None:
     write_file(_state_file(scale_name), json.dumps({"seconds": seconds}, indent=1) + "\n")
 
 
-def _claims(result: Result) -> str:
-    return f"{result.claims_held}/{result.claims}"
-
-
-def table(results: list[Result], scale_name: str, seed: int, whole: Watch) -> str:
-    """The closing table: one row per notebook, then the whole run."""
-    width = max([len(result.notebook) for result in results], default=8)
-    rows = [f"\nscale {scale_name} · seed {seed}", f"{'notebook':{width}}  {'time':>6}  {'memory':>9}  {'claims':>6}"]
-    for result in results:
-        memory = f"{result.peak_mib:.0f} MiB"
-        row = f"{result.notebook:{width}}  {clock(result.seconds):>6}  {memory:>9}  {_claims(result):>6}"
-        rows.append(f"{row}  {result.status}")
-    spent, peak = clock(whole.seconds), f"{whole.peak_mib:.0f} MiB"
-    held, count = sum(result.claims_held for result in results), sum(result.claims for result in results)
+def _print_table(results: list[Result], whole: Watch) -> None:
+    """One row per notebook, then the whole run."""
     failed = sum(not result.ok for result in results)
     verdict = f"{failed} of {len(results)} failed" if failed else f"{len(results)} passed"
-    return "\n".join([*rows, f"{'all':{width}}  {spent:>6}  {peak:>9}  {f'{held}/{count}':>6}  {verdict}"])
+    rows = [(one.notebook, one.seconds, one.peak_mib, one.held_of_all, one.status) for one in results]
+    held, count = sum(result.claims_held for result in results), sum(result.claims for result in results)
+    rows.append(("all", whole.seconds, whole.peak_mib, f"{held}/{count}", verdict))
+    columns = {"notebook": "notebook", "time": "  time", "memory": "memory", "claims": "claims", "result": "result"}
+    rows = [dict(zip(columns, (name, f"{clock(s):>6}", *rest), strict=True)) for name, s, *rest in rows]
+    show.table(rows, columns, {"memory": "{:.0f} MiB"})
 
 
 def _print_failure(result: Result, scale_name: str) -> None:
@@ -358,10 +356,3 @@ def _write_reports(results: list[Result], scale_name: str, seed: int, whole: Wat
 
 def _xml_safe(text: str) -> str:
     return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "?", text)
-
-
-def require_notebooks(books: list[Notebook]) -> list[Notebook]:
-    """`books`, or an error if there are none."""
-    if not books:
-        raise CourseError(f"there are no notebooks in {home() / 'notebooks'}: run inside the repository")
-    return books
