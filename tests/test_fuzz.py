@@ -10,7 +10,19 @@ from conftest import small_config
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from qwen_mini.course import CourseError, artifacts, claims, cli, home, load_scale, nb, records, runner, stages, training
+from qwen_mini.course import (
+    CourseError,
+    artifacts,
+    claims,
+    cli,
+    home,
+    load_scale,
+    nb,
+    records,
+    runner,
+    stages,
+    training,
+)
 from qwen_mini.course.scales import FOLDER
 from qwen_mini.model import Qwen
 from qwen_mini.pretraining import Trainer, load_training_state, save_training_state
