@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from .errors import CourseError
@@ -22,7 +22,10 @@ CONTROL_TOKENS = 22
 UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for it
 STRICT = ConfigDict(strict=True, extra="forbid")
 
+MOST_LAYERS = 1_000  # no public model has as many; a wrong number would build for hours
+
 Count = Annotated[int, Field(gt=0)]
+Size = Annotated[int, Field(gt=0, lt=2**31)]
 CountOrNone = Annotated[int, Field(ge=0)]  # 0 for none
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -68,18 +71,25 @@ class TokenizerScale:
 class Model:
     """The architecture, with the field names of Hugging Face's `Qwen2Config`."""
 
-    vocab_size: Count
-    hidden_size: Count
-    intermediate_size: Count
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    num_key_value_heads: Count
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, Field(gt=0, le=MOST_LAYERS)]
+    num_attention_heads: Size
+    num_key_value_heads: Size
     head_dim: Annotated[int, Field(gt=0, multiple_of=2)]  # channels are rotated in pairs
-    max_position_embeddings: Count
+    max_position_embeddings: Size
     rope_theta: Positive
     rms_norm_eps: Positive = 1e-6
     tie_word_embeddings: bool = True
     initializer_range: Positive = 0.02
+
+    @field_validator("num_key_value_heads")
+    def _heads_share_keys(cls, groups: int, earlier) -> int:
+        heads = earlier.data.get("num_attention_heads", groups)  # which may be wrong itself
+        if heads % groups:
+            raise ValueError(f"must divide the {heads} query heads, got {groups}")
+        return groups
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -322,8 +332,6 @@ class ScaleConfig:
 def _rules(config: ScaleConfig) -> Iterator[tuple[bool, str, str, str]]:
     """What several keys must fulfil together: whether they do, section and key to change, and what it must be."""
     model, training, extension = config.model, config.pretraining, config.long_context
-    heads, groups = model.num_attention_heads, model.num_key_value_heads
-    yield heads % groups == 0, "model", "num_key_value_heads", f"must divide the {heads} query heads, got {groups}"
     ids, reach = config.tokenizer.vocab_size, model.max_position_embeddings
     reason = f"must be at least the tokenizer's {ids}, got {model.vocab_size}"
     yield model.vocab_size >= ids, "model", "vocab_size", reason
