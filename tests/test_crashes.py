@@ -5,6 +5,7 @@ A sample of `tests/crash_points.py`, which kills at every file operation on requ
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def _leaving(name: str) -> None:
 def _by_deletion(content: str) -> None:
     """A stage whose old version is gone before the new one is there."""
     if artifacts.made(SCALE, "toy"):
-        artifacts._remove(artifacts.stage_dir(SCALE, "toy"))
+        shutil.rmtree(artifacts.stage_dir(SCALE, "toy"))
     with artifacts.write_stage(SCALE, "toy", {"content": content}):
         pass
 

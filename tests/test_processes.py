@@ -1,11 +1,13 @@
 """Independent runs side by side."""
 
 import contextlib
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 
@@ -104,23 +106,47 @@ def test_the_caller_is_told_of_each_end():
     assert sorted(name for name, _ in done) == ["a", "b"] and all(seconds >= 0.01 for _, seconds in done)
 
 
+def ended(process: int) -> bool:
+    """Whether a process has ended; one that nobody has waited for counts, though its number is still taken."""
+    try:
+        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 @forks
 def test_forks_end_with_a_parent_that_is_killed(tmp_path):
     code = (
-        "import os, pathlib, sys, time\n"
-        "from qwen_mini.course import side_by_side\n"
+        "import os, pathlib, sys\n"
+        "from qwen_mini.course.processes import in_forks\n"
         "def call(name):\n"
         "    (pathlib.Path(sys.argv[1]) / name).write_text(str(os.getpid()))\n"
         "    while True: pass\n"
-        "side_by_side({name: lambda name=name: call(name) for name in 'ab'})\n"
+        "list(in_forks({name: lambda name=name: call(name) for name in 'ab'}, 2))\n"
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     forks = [int(eventually(lambda name=name: (tmp_path / name).read_text())) for name in "ab"]
-    assert all(psutil.pid_exists(fork) for fork in forks)
+    assert not any(map(ended, forks))
     parent.kill()
     parent.wait()
-    assert eventually(lambda: not any(psutil.pid_exists(fork) for fork in forks))
+    assert eventually(lambda: all(map(ended, forks)))
+
+
+@forks
+def test_a_fork_outlives_the_thread_that_made_it():
+    def call(queue):
+        processes.die_with_parent(os.getppid())
+        time.sleep(1)
+        queue.put("done")
+
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    fork = context.Process(target=call, args=(queue,))
+    thread = threading.Thread(target=fork.start)
+    thread.start()
+    thread.join()
+    fork.join()
+    assert fork.exitcode == 0 and queue.get() == "done"
 
 
 def eventually(look, seconds=60):
@@ -196,7 +222,7 @@ def test_after_a_failure_the_others_are_ended(tmp_path, monkeypatch, deaf):
 
     with pytest.raises(CourseError, match="one sentence"):
         side_by_side({"slow": slow, "wrong": wrong})
-    assert not psutil.pid_exists(int((tmp_path / "slow").read_text()))
+    assert ended(int((tmp_path / "slow").read_text()))
 
 
 @forks

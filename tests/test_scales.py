@@ -89,6 +89,8 @@ def test_a_file_of_ones_own_is_a_scale(tmp_path):
         ("decay_fraction", "decay_fraction = 0.5\nbeta2 = 1.0", r"\[pretraining\] key 'beta2'"),
         ("batch_tokens", "batch_tokens = 1000", r"\[pretraining\] key 'batch_tokens' must be a multiple"),
         ("max_position_embeddings", "max_position_embeddings = 8", r"\[model\] key 'max_position_embeddings'"),
+        ("shares", "shares = [0.4, 0.5]", r"\[long_context.stages.0\] key 'shares' must sum to 1, got 0.9"),
+        ("shares", "shares = [1]", r"\[long_context.stages.0\] key 'shares' must hold one share for every length"),
         ("factors", "factors = [1, 2]", r"\[dual_chunk\] key 'factors' must hold 1 and 4"),
         ("chunk_tokens", "chunk_tokens = 1000", r"\[sparse_prefill\] key 'chunk_tokens' must be a multiple of 768"),
         ("[tokenizer]", "[tokeniser]", "own.toml: has an unknown key 'tokeniser'"),
@@ -98,11 +100,6 @@ def test_a_file_of_ones_own_is_a_scale(tmp_path):
 def test_mistakes_are_named(tmp_path, old, new, message):
     with pytest.raises(course.ScaleError, match=message):
         load_with(tmp_path, old, new)
-
-
-def test_mixtures_must_sum_to_one():
-    with pytest.raises(ValueError, match="'mixture' must sum to 1"):
-        Phase(tokens=1, length=1, mixture={"python": 0.5})
 
 
 @pytest.mark.parametrize("name", scale_names())

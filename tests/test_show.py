@@ -14,7 +14,7 @@ def shown(monkeypatch):
     import IPython.display
 
     bundles = []
-    monkeypatch.setattr(show, "_in_notebook", lambda: True)
+    monkeypatch.setattr(show, "in_notebook", lambda: True)
     monkeypatch.setattr(IPython.display, "display", lambda bundle, raw: bundles.append(bundle))
     return bundles
 
@@ -23,7 +23,7 @@ def test_a_sentence_is_markdown_in_a_notebook_and_text_in_a_terminal(capsys, mon
     say("GRPO gains **{gain:.1f} points** in {steps:,} steps.", gain=torch.tensor(13.44), steps=np.int64(1200))
     text = "GRPO gains **13.4 points** in 1,200 steps."
     assert shown == [{"text/plain": text, "text/markdown": text}]
-    monkeypatch.setattr(show, "_in_notebook", lambda: False)
+    monkeypatch.setattr(show, "in_notebook", lambda: False)
     say("{a} of {b[0]:>{width}}", a=1, b=[2], width=3)
     assert capsys.readouterr().out == "1 of   2\n"
 
@@ -131,6 +131,6 @@ def test_a_kernel_is_a_notebook_and_ipython_in_a_terminal_is_none(monkeypatch):
     for kernel, expected in [(object(), True), (None, False)]:
         shell = type("Shell", (), {"kernel": kernel})()
         monkeypatch.setattr(IPython, "get_ipython", lambda shell=shell: shell)
-        assert show._in_notebook() is expected
+        assert show.in_notebook() is expected
     monkeypatch.setattr(IPython, "get_ipython", lambda: None)
-    assert show._in_notebook() is False
+    assert show.in_notebook() is False

@@ -1,19 +1,16 @@
 """Stages on disk: a folder appears whole or not at all, and one version stays loadable until the next is complete.
 
-Beside the stages a scale's folder may hold, hidden: `.<name>.partial-<writer>-…`, which is being written or removed and
-is worth nothing once its writer is dead; `.<stage>.new`, a whole version on its way to the stage's place;
-`.<stage>.writer`, locked by the one process that may write the stage.
+Beside what is written, a stage or a file, may lie, hidden: `.<name>.writer`, locked by the one process that may write it;
+`.<name>.partial-…`, which that process writes or removes, and which is worth nothing once the lock can be taken;
+`.<stage>.new`, a whole version on its way to the stage's place.
 """
 
 import contextlib
 import errno
-import functools
-import hashlib
 import json
 import os
 import platform
 import re
-import secrets
 import shutil
 import tempfile
 import threading
@@ -39,24 +36,19 @@ MAKERS = {
     **dict.fromkeys(("more_sft", "rejection", "expert", "order"), "online_rl"),
 }
 NAME = re.compile(r"[\w-][\w.-]*")
-PARTIAL = re.compile(r"\..+\.partial-(?:([0-9a-f]{8})-(\d+)-(\d+)-)?")
-FOREIGN_SECONDS = 3 * 24 * 3600.0  # of silence, after which a writer on another machine counts as dead
+LEFTOVER = re.compile(r"\.(.+?)\.(?:new|writer|partial-.+)")
 
-FULL = "the disk is full; the previous version, if any, is kept: free some space and run it again"
-DENIED = "you may not write there: change its permissions, or set QWEN_MINI_RUNS to another folder"
-READ_ONLY = "it lies on a read-only file system: set QWEN_MINI_RUNS to a folder that can be written"
-CROWDED = "too many files are open: close other programs or raise the limit with `ulimit -n 4096`"
-IN_THE_WAY = "a file stands where a folder is needed: move it, or set QWEN_MINI_RUNS to another folder"
+FULL, CROWDED = (errno.ENOSPC, errno.EDQUOT), (errno.EMFILE, errno.ENFILE)
+IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
 REASONS = {
-    errno.ENOSPC: FULL,
-    errno.EDQUOT: FULL,
-    errno.EACCES: DENIED,
-    errno.EPERM: DENIED,
-    errno.EROFS: READ_ONLY,
-    errno.EMFILE: CROWDED,
-    errno.ENFILE: CROWDED,
-    errno.EEXIST: IN_THE_WAY,
-    errno.ENOTDIR: IN_THE_WAY,
+    FULL: "the disk is full; the previous version, if any, is kept: free some space and run it again",
+    CROWDED: "too many files are open: close other programs or raise the limit with `ulimit -n 4096`",
+    IN_THE_WAY: "a file stands where a folder is needed: move it, or set QWEN_MINI_RUNS to another folder",
+    (
+        errno.EACCES,
+        errno.EPERM,
+    ): "you may not write there: change its permissions, or set QWEN_MINI_RUNS to another folder",
+    (errno.EROFS,): "it lies on a read-only file system: set QWEN_MINI_RUNS to a folder that can be written",
 }
 
 
@@ -181,18 +173,19 @@ def write_file(path: str | os.PathLike, content: bytes | str) -> Path:
     data = content.encode("utf-8") if isinstance(content, str) else content
     with _readable_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_beside(path)
-        handle, aside = tempfile.mkstemp(prefix=_aside(path), dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(aside, 0o644)
-            os.replace(aside, path)
-            _fsync(path.parent)
-        finally:
-            Path(aside).unlink(missing_ok=True)
+        with _held(path):
+            _clean(path)
+            handle, aside = tempfile.mkstemp(prefix=_aside(path), dir=path.parent)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.chmod(aside, 0o644)
+                os.replace(aside, path)
+                _fsync(path.parent)
+            finally:
+                Path(aside).unlink(missing_ok=True)
     return path
 
 
@@ -207,18 +200,27 @@ def check_writable(scale_name: str) -> None:
             os.fsync(file.fileno())
 
 
-@contextlib.contextmanager
-def stage_lock(scale_name: str, stage: str, wait: bool = True) -> Iterator[None]:
-    """Be the only process that makes this stage. Whoever comes second says who is at it and waits, or with `wait` False
-    gives up with an `ArtifactError`; then look again before you work: the stage may be there. A thread that holds the
-    lock may take it again.
-    """
+def stage_lock(scale_name: str, stage: str, wait: bool = True) -> contextlib.AbstractContextManager:
+    """Be the only process that makes this stage; when you had to wait, look again before you work: it may be there."""
     path = stage_dir(scale_name, stage)
-    lock = _locks.setdefault(path, _Lock(path))
+    return alone(path, f"{shown(path)} is being made", wait)
+
+
+@contextlib.contextmanager
+def alone(path: Path, what: str, wait: bool) -> Iterator[None]:
+    """Hold the lock of a path; a thread that holds it may take it again.
+
+    Whoever comes second says `what` is going on and who is at it, and waits, or with `wait` False gives up with an
+    `ArtifactError`.
+    """
     with _readable_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not lock.take(wait):
-            raise ArtifactError(f"{shown(path)} is being made by {lock.holder}: wait until it has ended")
+        lock = _locks.setdefault(path, _Lock(path))
+        if not lock.take(tries=10):  # whoever only cleans up holds it for an instant
+            if not wait:
+                raise ArtifactError(f"{what} by {lock.holder}: wait until it has ended")
+            print(f"{what} by {lock.holder}: waiting until it has ended", flush=True)
+            lock.take()
     try:
         yield
     finally:
@@ -231,31 +233,27 @@ def settle(scale_name: str, stage: str) -> None:
     For whoever finds the stage finished and so never comes to `write_stage`.
     """
     path = stage_dir(scale_name, stage)
-    with _alone(path) as alone:
-        key = read_manifest(path).get("key")
-        if alone and isinstance(key, str) and re.fullmatch("[0-9a-f]+", key):
-            with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), _held(path, tries=1) as held:
+        if held:
+            _clean(path)
+            key = read_manifest(path).get("key")
+            if isinstance(key, str) and re.fullmatch("[0-9a-f]+", key):
                 state_file(scale_name, stage, key).unlink(missing_ok=True)
 
 
 def sweep(scale_name: str) -> None:
     """Remove what dead writers have left anywhere in a scale's folder but inside its stages."""
     for folder, names, files in os.walk(runs() / scale_name):
-        for name in [*names, *files]:
-            if name.startswith(".") and name.endswith((".new", ".writer")):
-                with _alone(Path(folder, name[1:].rpartition(".")[0])):
-                    pass
-            elif _abandoned(Path(folder, name)):
-                _remove(Path(folder, name))
+        for name in {match[1] for match in map(LEFTOVER.fullmatch, [*names, *files]) if match}:
+            _heal(Path(folder, name))
         names[:] = [name for name in names if not name.startswith(".") and not _complete(Path(folder, name))]
 
 
 def _drop_states(scale_name: str, stage: str, but: str) -> None:
     """Remove the training states of a stage's other keys."""
-    states = re.compile(re.escape(stage) + r"-[0-9a-f]+\.safetensors")
     kept = state_file(scale_name, stage, but)
-    for state in kept.parent.glob("*.safetensors"):
-        if states.fullmatch(state.name) and state != kept:
+    for state in kept.parent.glob(f"{stage}-*.safetensors"):
+        if state != kept and re.fullmatch("[0-9a-f]+", state.stem.removeprefix(f"{stage}-")):
             state.unlink(missing_ok=True)
 
 
@@ -301,20 +299,21 @@ def _readable_errors(path: Path) -> Iterator[None]:
             code = int(rust[1])
         elif "no space left on device" in str(error).lower():
             code = errno.ENOSPC
-        if isinstance(error, CourseError) or code not in REASONS or not _concerns(path, where, REASONS[code]):
+        reason = next((reason for codes, reason in REASONS.items() if code in codes), None)
+        if isinstance(error, CourseError) or reason is None or not _concerns(path, where, code):
             raise
         name = re.sub(r"\.([^/\\]+)\.partial-[^/\\]+", r"\1", shown(path))  # the stage, not its hidden folder
-        raise ArtifactError(f"{name} was not written because {REASONS[code]}") from error
+        raise ArtifactError(f"{name} was not written because {reason}") from error
 
 
-def _concerns(path: Path, where, reason: str) -> bool:
+def _concerns(path: Path, where, code: int) -> bool:
     """Whether an error about the file `where` has to do with writing `path`: perhaps another file was read."""
-    if reason in (FULL, CROWDED):
+    if code in FULL + CROWDED:
         return True
     if not isinstance(where, str | os.PathLike):
-        return reason != IN_THE_WAY
+        return code not in IN_THE_WAY
     path, where = path.absolute(), Path(where).absolute()
-    return path.is_relative_to(where) or where.is_relative_to(path.parent) and reason != IN_THE_WAY
+    return path.is_relative_to(where) or where.is_relative_to(path.parent) and code not in IN_THE_WAY
 
 
 # ---------------------------------------------------------------- versions of a stage
@@ -330,112 +329,47 @@ def _new(path: Path) -> Path:
 
 def _whole(path: Path) -> Path | None:
     """The stage, or the version on its way to that place; else None. Cleans up behind a writer that died."""
-    beside = f".{path.name}."
     with contextlib.suppress(OSError):
-        if any(name.startswith(beside) for name in os.listdir(path.parent)):
-            with _alone(path):
-                pass
-    for attempt in range(20):
+        if any(name.startswith(f".{path.name}.") for name in os.listdir(path.parent)):
+            _heal(path)
+    for _ in range(20):
         if _complete(path):
             return path
-        if _complete(_new(path)):  # a writer is between its two renames
-            time.sleep(0.005)
-        elif attempt > 2:
-            return None
-    return _new(path)
+        time.sleep(0.005 if _complete(_new(path)) else 0)  # a writer is between its two renames
+    return _new(path) if _complete(_new(path)) else None
 
 
 def _finish(path: Path) -> None:
     """Put a new version in the stage's place; the old one leaves under a name that never comes back."""
     if not _new(path).is_dir():
         return
-    old = path.with_name(_aside(path) + secrets.token_hex(4))
+    old = Path(tempfile.mkdtemp(prefix=_aside(path), dir=path.parent))
     if path.exists():
-        path.rename(old)
+        path.rename(old / path.name)
     _new(path).rename(path)
     _fsync(path.parent)
     _remove(old)
 
 
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[bool]:
-    """Clean up around a stage if nobody is writing it; tells whether that is so, and keeps it so inside."""
-    lock = _locks.setdefault(path, _Lock(path))
-    try:
-        alone = lock.take(wait=False, tries=1)
-    except OSError:  # a folder that may only be read stays as it is
-        alone = False
-    try:
-        if alone:
-            with contextlib.suppress(OSError):
-                _finish(path)
-                _sweep_beside(path)
-        yield alone
-    finally:
-        if alone:
-            lock.release()
-
-
-# ---------------------------------------------------------------- writers, alive and dead
-
-
 def _aside(path: Path) -> str:
-    """How names begin under which this process writes or removes `path`."""
-    own = _started("self") if os.path.exists("/proc/self/stat") else None
-    return f".{path.name}.partial-{_host()}-{os.getpid()}-{own or 0}-"
+    """How names begin under which the holder of its lock writes or removes `path`."""
+    return f".{path.name}.partial-"
 
 
-@functools.cache
-def _host() -> str:
-    """What tells machines, their boots and containers apart: only inside one of them does a pid name a process."""
-    facts = [platform.node()]
-    with contextlib.suppress(OSError):
-        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+def _clean(path: Path) -> None:
+    """For the holder of the lock: end the swap of a writer that died, and remove what it left."""
+    _finish(path)
+    if _locks[path].file:  # without locks the other writers may be alive
+        for name in os.listdir(path.parent):
+            if name.startswith(_aside(path)):
+                _remove(path.with_name(name))
 
 
-def _started(pid: int | str) -> int | None:
-    """When a process began, in ticks since the boot; -1 for one that has ended, None where nobody can tell."""
-    try:
-        number, _, rest = Path(f"/proc/{pid}/stat").read_text().partition(" ")
-        state, *fields = rest.rpartition(")")[2].split()
-    except OSError:
-        return None
-    if int(number) != (os.getpid() if pid == "self" else pid):  # /proc of another container
-        return None
-    return -1 if state in "ZX" else int(fields[18])
-
-
-def _alive(pid: int, start: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return start == 0 or _started(pid) in (None, start)
-
-
-def _abandoned(path: Path) -> bool:
-    """Whether this is the unfinished work of a writer that no longer lives."""
-    match = PARTIAL.match(path.name)
-    if not match:
-        return False
-    host, pid, start = match.groups()
-    if host == _host() and os.name != "nt":  # signal 0 would end the process there
-        return not _alive(int(pid), int(start))
-    try:
-        latest = max(file.lstat().st_mtime for file in [path, *path.rglob("*")])
-    except OSError:  # somebody is at it just now
-        return False
-    return time.time() - latest > FOREIGN_SECONDS
-
-
-def _sweep_beside(path: Path) -> None:
-    """Remove what dead writers of `path` have left beside it."""
-    for name in os.listdir(path.parent):
-        if name.startswith(f".{path.name}.partial-") and _abandoned(path.with_name(name)):
-            _remove(path.with_name(name))
+def _heal(path: Path) -> None:
+    """Clean up around a path if nobody is writing it; a folder that may only be read stays as it is."""
+    with contextlib.suppress(OSError), _held(path, tries=1) as held:
+        if held:
+            _clean(path)
 
 
 def _remove(path: Path) -> None:
@@ -447,30 +381,44 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
+# ---------------------------------------------------------------- locks
+
+
+@contextlib.contextmanager
+def _held(path: Path, tries: int | None = None) -> Iterator[bool]:
+    """Hold the lock of a path if it can be had; without `tries` wait for it."""
+    lock = _locks.setdefault(path, _Lock(path))
+    held = lock.take(tries)
+    try:
+        yield held
+    finally:
+        if held:
+            lock.release()
+
+
 class _Lock:
-    """A stage's lock file. The kernel opens the lock when its process ends, however it ends; a fork does not hold it.
+    """A path's lock file. The kernel opens the lock when its process ends, however it ends; a fork does not hold it.
 
     Closing any handle of the file would open it as well: so there is one `_Lock` for each file and process.
     """
 
     def __init__(self, path: Path):
         self.path = path.with_name(f".{path.name}.writer")
-        self.stage, self.threads, self.depth, self.file = shown(path), threading.RLock(), 0, None
-        self.holder = "another process"
+        self.threads, self.depth, self.file, self.holder = threading.RLock(), 0, None, ""
 
-    def take(self, wait: bool, tries: int = 10) -> bool:
-        """Whether it is held now. Whoever only cleans up tries once, and holds it for an instant: hence a writer's tries."""
-        if not self.threads.acquire(blocking=wait):
+    def take(self, tries: int | None = None) -> bool:
+        """Whether it is held now; after so many failed `tries` it is not, and `holder` says who has it."""
+        self.holder = "another thread"
+        if not self.threads.acquire(blocking=tries is None):
             return False
-        held = self.depth > 0
+        held = False
         try:
-            if not held:
-                self.file = self._file(wait, tries) if fcntl else None
-                held = self.file is not None or not fcntl and tries > 1
+            held = self.depth > 0 or self._open(tries)
         finally:
-            if not held:
+            if held:
+                self.depth += 1
+            else:
                 self.threads.release()
-        self.depth += held
         return held
 
     def release(self) -> None:
@@ -482,43 +430,44 @@ class _Lock:
             self.file = None
         self.threads.release()
 
-    def _file(self, wait: bool, tries: int):
-        """The lock file, open and locked; None if another process holds it."""
-        while True:
-            file = open(self.path, "ab+", buffering=0)
-            try:
-                if not self._locked(file, wait, tries):
-                    file.close()
-                    return None
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
-                    with contextlib.suppress(OSError):  # on a full disk nobody is told who is at it
-                        file.truncate(0)
-                        file.write(
-                            f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %R')}".encode()
-                        )
-                    return file
-            except FileNotFoundError:  # its last holder has removed it
-                pass
-            except BaseException:
-                file.close()
-                raise
-            file.close()
+    def _open(self, tries: int | None) -> bool:
+        """Lock the file and keep it open. Where there are no locks, whoever writes goes on; who only cleans up does not."""
+        while fcntl:
+            with contextlib.ExitStack() as files:
+                file = files.enter_context(open(self.path, "ab+", buffering=0))
+                try:
+                    if not self._lock(file, tries):
+                        return False
+                except OSError:  # a file system without locks
+                    self.path.unlink(missing_ok=True)
+                    break
+                with contextlib.suppress(FileNotFoundError):  # its last holder has removed it
+                    if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                        with contextlib.suppress(OSError):  # on a full disk nobody is told who is at it
+                            file.truncate(0)
+                            file.write(
+                                f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %R')}".encode()
+                            )
+                        self.file = file
+                        files.pop_all()
+                        return True
+        return tries != 1
 
-    def _locked(self, file, wait: bool, tries: int) -> bool:
-        for attempt in range(tries):
+    def _lock(self, file, tries: int | None) -> bool:
+        for attempt in range(tries or 0):
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks
-                    return tries > 1  # whoever writes goes on; whoever only cleans up must not meet them
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
             time.sleep(0.02 if attempt + 1 < tries else 0)
+        if tries is None:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            return True
         file.seek(0)
         self.holder = file.read().decode(errors="replace") or "another process"
-        if wait:
-            print(f"{self.stage} is being made by {self.holder}: waiting until it has ended", flush=True)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        return wait
+        return False
 
 
 _locks: dict[Path, _Lock] = {}

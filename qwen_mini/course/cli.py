@@ -4,12 +4,15 @@ import argparse
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from .errors import CourseError
 from .paths import PACKAGE, home, shown
 from .progress import printable
-from .scales import check_seed, load_scale, scale_names
+from .scales import Count, Positive, check_seed, load_scale, scale_names
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("notebooks", nargs="*", help="names, numbers, subjects or paths; all of them by default")
         sub.add_argument("--fresh", action="store_true", help="compute anew what is recorded")
         sub.add_argument("--keep-going", action="store_true", help="go on after a notebook that failed")
-        sub.add_argument("--timeout", type=_seconds, default=3600, help="seconds that one cell may take (3600)")
+        sub.add_argument("--timeout", type=_a(Positive), default=3600, help="seconds that one cell may take (3600)")
     executing[0].add_argument("--records-only", action="store_true", help="a result without a record is an error")
     executing[1].add_argument("--dry-run", action="store_true", help="only say what is not current, and what it takes")
     sub = add(verify, "compute records anew and compare", None)
@@ -44,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     sub.add_argument("--max-tokens", type=int, default=128)
     sub = add(plan, "parameters, memory and FLOPs of a scale", "gpu")
-    sub.add_argument("--gpus", type=_count, default=1, help="devices that share the work")
+    sub.add_argument("--gpus", type=_a(Count), default=1, help="devices that share the work")
     sub = add(train, "train a stage, also under torchrun")
     sub.add_argument("stage", nargs="?", default="pretraining", help="pretraining (default), long_context, sft, dpo, …")
     sub.add_argument("--fresh", action="store_true", help="train it although it is there")
@@ -55,32 +58,32 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _count(text: str) -> int:
-    """A whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of 1 or more is needed, not {text!r}")
-    return int(text)
+def _a(kind) -> Callable[[str], float]:
+    """Reads an option of a kind of number; argparse prints what is wrong with another."""
+
+    def read(text: str) -> float:
+        try:
+            return TypeAdapter(kind).validate_strings(text)
+        except ValidationError as error:
+            raise argparse.ArgumentTypeError(f"{error.errors()[0]['msg']}, got {text!r}") from None
+
+    return read
 
 
-def _seconds(text: str) -> float:
-    """A finite number above 0."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"a number of seconds above 0 is needed, not {text!r}")
-    return seconds
+def _execution(options) -> dict:
+    """What the commands that execute notebooks have in common."""
+    from .records import asked_anew
+
+    fresh = options.fresh or asked_anew()
+    return {"keep_going": options.keep_going, "timeout": options.timeout, "fresh": fresh}
 
 
 def run(options) -> int:
     """Execute notebooks, each in its own kernel, and report what ran and what it showed."""
     from . import nb, runner
-    from .records import asked_anew
 
-    books = runner.require_notebooks(nb.select(home(), options.notebooks))
-    flags = {"keep_going": options.keep_going, "timeout": options.timeout, "fresh": options.fresh or asked_anew()}
-    results = runner.run(books, options.scale, options.seed, records_only=options.records_only, **flags)
+    books = nb.select(home(), options.notebooks)
+    results = runner.run(books, options.scale, options.seed, records_only=options.records_only, **_execution(options))
     return 0 if all(result.ok for result in results) and len(results) == len(books) else 1
 
 
@@ -89,7 +92,6 @@ def outputs(options) -> int:
     from . import nb, runner
     from .outputs import SCALE, copy_outputs, publish
     from .progress import clock
-    from .records import asked_anew
     from .stale import stale, stale_outputs
 
     if options.dry_run:
@@ -98,8 +100,7 @@ def outputs(options) -> int:
             print(f"{thing.what}: {thing.reason}" + (f"; about {clock(thing.seconds)}" if thing.seconds else ""))
         print(f"in all about {clock(sum(thing.seconds for thing in found))}" if found else "everything is current")
         return 0
-    flags = {"keep_going": options.keep_going, "timeout": options.timeout, "fresh": options.fresh or asked_anew()}
-    books = runner.require_notebooks(nb.select(home(), options.notebooks))
+    flags, books = _execution(options), nb.select(home(), options.notebooks)
     if not options.notebooks and not flags["fresh"]:
         old = {thing.what for thing in stale_outputs(home())}
         books = [book for book in books if book.name in old]

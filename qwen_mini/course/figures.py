@@ -1,5 +1,7 @@
 """One style for every figure: colours that colour-blind readers can tell apart, and PNG files equal byte for byte."""
 
+from .progress import in_notebook
+
 # Okabe and Ito (2008), the order of first use.
 COLORS = {
     "blue": "#0072B2",
@@ -45,15 +47,7 @@ def apply_style() -> None:
     from cycler import cycler
 
     matplotlib.rcParams.update({**STYLE, "axes.prop_cycle": cycler(color=palette(len(COLORS)))})
-    _plain_png()
-
-
-def _plain_png() -> None:
-    """Inside a notebook, leave the software's name and version out of the figures."""
-    try:
-        from IPython import get_ipython
+    if in_notebook():
         from matplotlib_inline.backend_inline import set_matplotlib_formats
-    except ImportError:
-        return
-    if get_ipython() is not None:
-        set_matplotlib_formats("png", metadata={"Software": None})
+
+        set_matplotlib_formats("png", metadata={"Software": None})  # the software's name and version

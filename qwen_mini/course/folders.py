@@ -4,13 +4,14 @@ What a file holds is used, or is known to say nothing, or is an error: numbers t
 a refusal.
 """
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import TypeAdapter, ValidationError
 
-MOST_LAYERS = 1_000  # no public model has as many; a wrong number would build for hours
+from .scales import UNKNOWN, Model
 
 # Keys of config.json that change no number of a plain forward pass.
 SILENT = frozenset(
@@ -23,34 +24,8 @@ SILENT = frozenset(
 # Buffers that older trainers store; every loader computes them itself.
 SILENT_TENSORS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 
-Size = Annotated[int, Field(gt=0, lt=2**31)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Qwen2Values(BaseModel):
-    """What a Qwen2 `config.json` may say; another key is an error."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    model_type: Literal["qwen2"]
-    vocab_size: Size
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Annotated[int, Field(gt=0, le=MOST_LAYERS)]
-    num_attention_heads: Size
-    num_key_value_heads: Size
-    head_dim: Annotated[int, Field(gt=0, multiple_of=2)]
-    max_position_embeddings: Size = 32_768
-    rope_theta: Positive = 10_000.0
-    rms_norm_eps: Positive = 1e-6
-    tie_word_embeddings: bool = False
-    initializer_range: Positive = 0.02
-
-    @model_validator(mode="after")
-    def _heads_share_keys(self):
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError("key 'num_key_value_heads' must divide num_attention_heads")
-        return self
+# What transformers takes where a file says nothing.
+DEFAULTS = {"max_position_embeddings": 32_768, "rope_theta": 10_000.0, "tie_word_embeddings": False}
 
 
 def qwen2_values(values: dict) -> dict[str, Any]:
@@ -65,17 +40,17 @@ def qwen2_values(values: dict) -> dict[str, Any]:
         )
     values = {key: value for key, value in values.items() if value is not None}
     _refuse_more(values)
-    known = set(Qwen2Values.model_fields)
+    known = {field.name for field in dataclasses.fields(Model)}
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if "rope_theta" in rope:
         values["rope_theta"] = rope["rope_theta"]
     heads, width = values.get("num_attention_heads"), values.get("hidden_size")
     if "head_dim" not in values and type(heads) is type(width) is int and heads > 0:
         values["head_dim"] = width // heads
-    asked = {"rope_parameters", "rope_scaling", "hidden_act", "use_sliding_window", "quantization_config"}
+    asked = {"model_type", "rope_parameters", "rope_scaling", "hidden_act", "use_sliding_window", "quantization_config"}
     told = {key: value for key, value in values.items() if key not in SILENT | asked and (key in known or value)}
     try:
-        return Qwen2Values.model_validate_json(json.dumps(told)).model_dump(exclude={"model_type"})
+        return dataclasses.asdict(TypeAdapter(Model).validate_json(json.dumps(DEFAULTS | told)))
     except ValidationError as error:
         raise ValueError(f"config.json {_sentence(error.errors())}") from None
 
@@ -108,15 +83,14 @@ def _is_flat(rope) -> bool:
 
 def _sentence(problems: list[dict]) -> str:
     missing = [str(problem["loc"][-1]) for problem in problems if problem["type"] == "missing"]
-    unknown = [str(problem["loc"][-1]) for problem in problems if problem["type"] == "extra_forbidden"]
+    unknown = [str(problem["loc"][-1]) for problem in problems if problem["type"] == UNKNOWN]
     if unknown:
         return f"asks for {', '.join(unknown)}, which Qwen2.5 does not have: remove it if it changes no number"
     if missing:
         return f"lacks {', '.join(missing)}"
-    problem = problems[0]
+    key, problem = (problems[0]["loc"] or ("",))[-1], problems[0]
     if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    key = (problem["loc"] or ("",))[-1]
+        return f"key {key!r} {problem['ctx']['error']}"
     return f"key {key!r} {problem['msg'].removeprefix('Input ')}, got {str(problem['input'])[:60]!r}"
 
 

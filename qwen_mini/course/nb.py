@@ -155,9 +155,9 @@ def notebooks(root: Path) -> list[Notebook]:
 def select(root: Path, wanted: list[str]) -> list[Notebook]:
     """Notebooks by path, name (`09_pretraining`), number (`09`) or subject (`pretraining`); all for an empty list."""
     known = notebooks(root)
-    if not wanted:
-        return known
-    chosen = []
+    if not wanted and not known:
+        raise CourseError(f"there are no notebooks in {root / 'notebooks'}: run inside the repository")
+    chosen = [] if wanted else known
     for word in wanted:
         if word.endswith(".ipynb"):
             if not Path(word).is_file():

@@ -64,17 +64,9 @@ def differences(nb: Notebook, scale_name: str = SCALE) -> list[str]:
             continue
         before, now = _texts(cell.outputs), _texts(anew.get(cell.id, []))
         if before != now:
-            line = next(
-                (
-                    pair
-                    for pair in itertools.zip_longest(before.split("\n"), now.split("\n"), fillvalue="")
-                    if pair[0] != pair[1]
-                ),
-                ("", ""),
-            )
-            found.append(
-                f"{nb.path.name}, cell {number}: was {line[0]!r:.100}, is {line[1]!r:.100}: run `make outputs`"
-            )
+            lines = itertools.zip_longest(before.split("\n"), now.split("\n"), fillvalue="")
+            was, shown = next((pair for pair in lines if pair[0] != pair[1]), ("", ""))
+            found.append(f"{nb.path.name}, cell {number}: was {was!r:.100}, is {shown!r:.100}: run `make outputs`")
     return found
 
 

@@ -1,12 +1,12 @@
 """Independent runs at the same time."""
 
 import contextlib
-import ctypes
 import io
 import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -15,7 +15,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from . import hardware
 from .errors import CourseError
 
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 GRACE = 10  # seconds between asking a fork to end and ending it
 
 
@@ -51,13 +50,19 @@ def side_by_side(
 def die_with_parent(parent: int | None = None) -> None:
     """Send this process a SIGTERM when its parent ends: nobody waits for its result then.
 
-    `parent` is the parent's id, if known: it may have ended before this call. On Linux only.
+    `parent` is the parent's id, if known: it may have ended before this call. The kernel's own signal, PR_SET_PDEATHSIG,
+    would come when the *thread* ends that made this process.
     """
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if parent is not None and os.getppid() != parent:
+    parent = parent or os.getppid()
+
+    def watch(seconds: float = 0.5) -> None:
+        while os.getppid() == parent:
+            time.sleep(seconds)
         os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _one_after_the_other(calls, on_done) -> dict:

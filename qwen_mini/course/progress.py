@@ -1,6 +1,7 @@
 """One line that changes while something runs, and is gone when it has."""
 
 import multiprocessing
+import sys
 import unicodedata
 
 MARK = {"qwen_mini": "progress"}  # in the output's metadata: such outputs are not kept
@@ -23,7 +24,7 @@ class Progress:
         self.handle = None
 
     def show(self, text: str) -> None:
-        if not _in_notebook():
+        if not in_notebook():
             print(text, flush=True)
         elif self.handle is None:
             from IPython.display import display
@@ -38,12 +39,7 @@ class Progress:
             self.handle.update({"text/plain": ""}, raw=True, metadata=MARK)
 
 
-def _in_notebook() -> bool:
-    if multiprocessing.parent_process():  # a fork: what it displays would reach the kernel's own session
-        return False
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    shell = get_ipython()
-    return shell is not None and shell.__class__.__name__ == "ZMQInteractiveShell"
+def in_notebook() -> bool:
+    """Does a Jupyter kernel run this? IPython in a terminal is a terminal, and a fork would reach the kernel's session."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None and not multiprocessing.parent_process()

@@ -5,9 +5,11 @@ it calls, its inputs and the versions of the chapters it uses. Precision, proces
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import linecache
@@ -90,33 +92,26 @@ def experiments(calls: Mapping[str, functools.partial], *, tolerance: float | st
         raise CourseError("experiments belong to a notebook: call course.start(…) first")
     keys = {name: key_of(name, call) for name, call in calls.items()}
     found = {name: None if _book.fresh else _find(name, keys[name]) for name in calls}
-    verified = set(os.environ.get("QWEN_MINI_VERIFY", "").split(":")) & {f"{_book.name}/{name}" for name in calls}
-    missing = [name for name in calls if found[name] is None or f"{_book.name}/{name}" in verified]
-    if os.environ.get("QWEN_MINI_RECORDS") == "only" and (gone := [name for name in calls if found[name] is None]):
+    missing = {name: call for name, call in calls.items() if not found[name]}
+    if missing and os.environ.get("QWEN_MINI_RECORDS") == "only":
         raise BadRecord(
-            f"the record {_book.name}/{gone[0]} of scale {_book.scale} is missing, or is of other inputs: make it with "
-            f"`qwen-mini run {_book.name} --scale {_book.scale}`"
+            f"the record {_book.name}/{next(iter(missing))} of scale {_book.scale} is missing, or is of other inputs: "
+            f"make it with `qwen-mini run {_book.name} --scale {_book.scale}`"
         )
-    results = {name: record["result"] for name, record in found.items() if record}
-    again = {name for name in missing if found[name]}  # to be verified
-    for stored in (True, False):
-        part = {name: calls[name] for name in missing if (name not in again) == stored}
-        for name, record in _compute(part, keys, tolerance, stored).items():
-            if stored:
-                results[name] = record["result"]
-            else:
-                _verify(name, found[name], record)
-    _note("records", {name: keys[name] for name in calls})
-    return {name: results[name] for name in calls}
+    named = os.environ.get("QWEN_MINI_VERIFY", "").split(":")
+    doubted = {name: call for name, call in calls.items() if found[name] and f"{_book.name}/{name}" in named}
+    for name, record in _compute(doubted, keys, tolerance, stored=False).items():
+        _verify(name, found[name], record)
+    known = found | _compute(missing, keys, tolerance, stored=True)
+    _note("records", keys)
+    return {name: known[name]["result"] for name in calls}
 
 
 def recall(notebook: str, name: str):
     """The result of another notebook's experiment, as that notebook left it."""
     scale = _book.scale if _book else "laptop"
-    for folder in _folders(scale):
-        path = record_path(folder, notebook, name)
-        record = read(path) if path.exists() else None
-        if record and not other_versions(record["versions"]):
+    for record in _stored(scale, notebook, name):
+        if not other_versions(record["versions"]):
             if _book:
                 _note("recalled", {f"{notebook}/{name}": record["key"]})
             return record["result"]
@@ -180,7 +175,7 @@ def _record(name: str, call, key: str, tolerance, result, seconds: float) -> dic
         {
             "name": f"{_book.name}/{name}",
             "key": key,
-            "versions": _versions(call),
+            "versions": _traced(name, call)[1],
             "tolerance": tolerance,
             "seconds": round(seconds, 1),
             "provenance": provenance(hardware.pick_dtype(_book.dtype)),
@@ -197,11 +192,9 @@ def sealed(record: dict) -> dict:
 
 def _expected(name: str) -> float | None:
     """Seconds that the last record of this name took, whatever it was made from."""
-    for folder in _folders(_book.scale):
-        try:
-            return json.loads(record_path(folder, _book.name, name).read_text(encoding="utf-8"))["seconds"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
+    with contextlib.suppress(BadRecord):
+        for record in _stored(_book.scale, _book.name, name):
+            return record["seconds"]
     return None
 
 
@@ -231,9 +224,12 @@ def plain(value, name: str):
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def _folders(scale: str) -> tuple[Path, Path]:
-    """Where the records of a scale are looked for: its own runs, then those that ship with the course."""
-    return runs() / scale / "records", home() / "data" / "records" / scale
+def _stored(scale: str, notebook: str, name: str) -> Iterator[dict]:
+    """The records of that name, checked: of the scale's own runs, then those that ship with the course."""
+    for folder in (runs() / scale / "records", home() / "data" / "records" / scale):
+        path = record_path(folder, notebook, name)
+        if path.exists():
+            yield read(path)
 
 
 def record_path(folder: Path, notebook: str, name: str) -> Path:
@@ -267,14 +263,9 @@ def read(path: Path) -> dict:
 
 
 def _find(name: str, key: str) -> dict | None:
-    """The record of this key: of this scale's own runs, else of those that ship with the course."""
-    for folder in _folders(_book.scale):
-        path = record_path(folder, _book.name, name)
-        if path.exists():
-            record = read(path)
-            if record["key"] == key and record["name"] == f"{_book.name}/{name}":
-                return record
-    return None
+    """The record of this key; another name may have the same file."""
+    wanted = key, f"{_book.name}/{name}"
+    return next((r for r in _stored(_book.scale, _book.name, name) if (r["key"], r["name"]) == wanted), None)
 
 
 def used_file(scale: str, notebook: str) -> Path:
@@ -352,21 +343,18 @@ def _leaves(value) -> Iterator:
 
 def key_of(name: str, call: functools.partial) -> str:
     """The key of an experiment: function, inputs, versions."""
+    parts, used = _traced(name, call)
+    return digest(parts | {"versions": used})
+
+
+def _traced(name: str, call: functools.partial) -> tuple[dict, dict[str, int]]:
+    """What an experiment computes and from what, and the versions of the chapters that it uses."""
     if not isinstance(call, functools.partial) or call.args:
         raise CourseError(f"the experiment {name!r} needs its inputs by name: partial(function, input=…)")
     trace = Trace(name)
-    parts = {"function": trace.function(call.func)}
-    parts["inputs"] = {key: trace.value(value, f"its input {key!r}") for key, value in sorted(call.keywords.items())}
-    parts["versions"] = versions_of(*trace.modules)
-    return digest(parts)
-
-
-def _versions(call: functools.partial) -> dict[str, int]:
-    trace = Trace("")
-    trace.function(call.func)
-    for value in call.keywords.values():
-        trace.value(value, "")
-    return versions_of(*trace.modules)
+    function = trace.function(call.func)
+    inputs = {key: trace.value(value, f"its input {key!r}") for key, value in sorted(call.keywords.items())}
+    return {"function": function, "inputs": inputs}, versions_of(*trace.modules)
 
 
 class Trace:
@@ -412,21 +400,15 @@ class Trace:
     def _chapter(self, thing) -> str | None:
         """The chapter that exports a function or class, also while its own notebook defines it."""
         module = getattr(thing, "__module__", "") or ""
-        package, _, rest = module.partition(".")
-        if package == "qwen_mini" and rest in versions():
-            return rest
-        own = _book.module if _book else None
-        if own and package not in ("qwen_mini", "torch", "numpy") and own in versions():
-            if getattr(thing, "__name__", "") in _exported(own):
-                return own
-        return None
+        if chapter := _chapter_of(module):
+            return chapter
+        foreign = module.partition(".")[0] in ("qwen_mini", "torch", "numpy")
+        return None if foreign else _own_chapter(getattr(thing, "__name__", ""))
 
     def _read(self, name: str, value):
         """A global that a notebook's function reads."""
         if isinstance(value, types.ModuleType):
-            package, _, rest = value.__name__.partition(".")
-            if package == "qwen_mini" and rest in versions():
-                self.modules.add(rest)
+            self.modules |= {_chapter_of(value.__name__)} - {None}
             return ["module", value.__name__]
         if isinstance(value, types.BuiltinFunctionType):
             return ["library", value.__qualname__]
@@ -434,11 +416,11 @@ class Trace:
             return self.function(value)
         if _is_precision(value):
             return ["precision"]
-        if own := None if _constant(value) else _chapter_constant(name, value):
-            self.modules.add(own)
-            return ["chapter", own, name]
         if _constant(value):
             return ["constant", self.value(value, name)]
+        if own := _exporter(name, value):
+            self.modules.add(own)
+            return ["chapter", own, name]
         raise CourseError(
             f"the experiment {self.name!r} reads `{name}`, which is neither a function nor a constant of the notebook: "
             f"pass it as an input, {name}={name}"
@@ -446,54 +428,57 @@ class Trace:
 
     def value(self, value, what: str):
         """An input, as JSON-able content."""
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
         if _is_precision(value):
             return ["precision"]
-        if isinstance(value, Stage):
-            self.modules.update(value.versions)
-            note_stage(value)
-            return ["stage", value.name, value.identity()]
-        if isinstance(value, Path):
-            if value.is_dir():
-                return ["weights", weights_hash(value)]
-            return ["file", hashlib.sha256(value.read_bytes()).hexdigest()[:16]]
-        if isinstance(value, ScaleConfig | Sections):
-            sections = value.sections if isinstance(value, Sections) else vars(value)
-            left = {"name", "run"} if isinstance(value, Sections) else {"name", "run", "measure"}
-            return ["scale", {k: dataclasses.asdict(v) for k, v in sections.items() if k not in left}]
-        if isinstance(value, types.FunctionType | type):
-            return self.function(value)
-        if isinstance(value, functools.partial):
-            return [
-                "partial",
-                self.function(value.func),
-                [self.value(a, what) for a in value.args],
-                {k: self.value(v, what) for k, v in sorted(value.keywords.items())},
-            ]
+        each = lambda values: [self.value(item, what) for item in values]  # noqa: E731
+        match value:
+            case None | bool() | int() | float() | str():
+                return value
+            case Stage():
+                self.modules.update(value.versions)
+                note_stage(value)
+                return ["stage", value.name, value.identity()]
+            case Path():
+                return ["weights", weights_hash(value)] if value.is_dir() else ["file", _hash(value.read_bytes())]
+            case Sections():
+                return ["scale", _sections(value.sections, "name", "run")]
+            case ScaleConfig():
+                return ["scale", _sections(vars(value), "name", "run", "measure")]
+            case types.FunctionType() | type():
+                return self.function(value)
+            case functools.partial():
+                named = {key: self.value(item, what) for key, item in sorted(value.keywords.items())}
+                return ["partial", self.function(value.func), each(value.args), named]
+            case Mapping():
+                return ["map", [each(pair) for pair in value.items()]]
+            case list() | tuple():
+                return each(value)
+            case set() | frozenset():
+                return ["set", sorted(map(json.dumps, each(value)))]
+            case range():
+                return ["range", value.start, value.stop, value.step]
         if dataclasses.is_dataclass(value):
-            if chapter := self._chapter(type(value)):
-                self.modules.add(chapter)
+            self.modules |= {self._chapter(type(value))} - {None}
             facts = {f.name: self.value(getattr(value, f.name), what) for f in dataclasses.fields(value)}
             return [type(value).__qualname__, facts]
-        if isinstance(value, Mapping):
-            return ["map", [[self.value(k, what), self.value(v, what)] for k, v in value.items()]]
-        if isinstance(value, list | tuple):
-            return [self.value(item, what) for item in value]
-        if isinstance(value, set | frozenset):
-            return ["set", sorted(json.dumps(self.value(item, what)) for item in value)]
-        if isinstance(value, range):
-            return ["range", value.start, value.stop, value.step]
         if hasattr(value, "tolist") and hasattr(value, "shape"):
             if hasattr(value, "detach"):
                 value = value.detach().cpu()
                 value = value.float().numpy() if str(value.dtype) == "torch.bfloat16" else value.numpy()
             kind = [] if str(value.dtype) == "float32" else [str(value.dtype)]
-            return ["array", list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()[:16], *kind]
+            return ["array", list(value.shape), _hash(value.tobytes()), *kind]
         raise CourseError(
             f"the experiment {self.name!r} cannot tell {what} by its content: pass data, a stage or a folder instead of a "
             f"{type(value).__name__}"
         )
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _sections(sections: Mapping, *left_out: str) -> dict:
+    return {name: dataclasses.asdict(section) for name, section in sections.items() if name not in left_out}
 
 
 def _class_source(cls: type) -> str:
@@ -527,36 +512,33 @@ def _constant(value) -> bool:
     return isinstance(value, dict) and all(_constant(k) and _constant(v) for k, v in value.items())
 
 
-def _exported(module: str) -> set[str]:
-    import importlib
+def _chapter_of(module: str) -> str | None:
+    """`sft` of `qwen_mini.sft`; None for what is no chapter."""
+    package, _, name = module.partition(".")
+    return name if package == "qwen_mini" and name in versions() else None
 
-    return set(getattr(importlib.import_module(f"qwen_mini.{module}"), "__all__", ()))
 
-
-def _chapter_constant(name: str, value) -> str | None:
-    """The chapter that a global comes from: imported from it, or exported by the one whose notebook is running."""
-    for chapter in versions():
-        if getattr(sys.modules.get(f"qwen_mini.{chapter}"), name, None) is value:
-            return chapter
+def _own_chapter(name: str) -> str | None:
+    """The chapter whose notebook is running, if it exports this name."""
     own = _book.module if _book else None
-    return own if own in versions() and name in _exported(own) else None
+    if own not in versions():
+        return None
+    return own if name in getattr(importlib.import_module(f"qwen_mini.{own}"), "__all__", ()) else None
+
+
+def _exporter(name: str, value) -> str | None:
+    """The chapter that a global comes from: imported from it, or exported by the one whose notebook is running."""
+    loaded = (
+        chapter for chapter in versions() if getattr(sys.modules.get(f"qwen_mini.{chapter}"), name, None) is value
+    )
+    return next(loaded, None) or _own_chapter(name)
 
 
 def _globals_read(source: str) -> set[str]:
     """Names that code takes from the module around it."""
-    names = set()
 
-    def look(table):
-        for symbol in table.get_symbols():
-            if symbol.is_global() and symbol.is_referenced():
-                names.add(symbol.get_name())
-        for child in table.get_children():
-            look(child)
+    def look(table) -> set[str]:
+        names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() and symbol.is_referenced()}
+        return names.union(*map(look, table.get_children()))
 
-    top = symtable.symtable(source, "experiment", "exec")
-    for child in top.get_children():
-        look(child)
-    names |= {
-        s.get_name() for s in top.get_symbols() if s.is_referenced() and not s.is_assigned()
-    }  # decorators, defaults
-    return names
+    return look(symtable.symtable(source, "experiment", "exec"))

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import re
 import signal
 import sys
@@ -17,13 +16,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from .. import __version__
-from . import hardware
-from .artifacts import check_writable, write_file
+from . import hardware, show
+from .artifacts import alone, check_writable, write_file
 from .claims import forget, read_claims
 from .environment import applied, kernel_environment, kernel_manager
 from .errors import CourseError
 from .nb import Notebook, source
-from .paths import home, runs, shown
+from .paths import runs, shown
 from .processes import in_forks
 from .progress import clock, printable
 from .scales import ScaleConfig, load_scale, scale_file
@@ -49,6 +48,10 @@ class Result:
     @property
     def ok(self) -> bool:
         return self.status != "failed"
+
+    @property
+    def held_of_all(self) -> str:
+        return f"{self.claims_held}/{self.claims}"
 
 
 def run(
@@ -79,7 +82,9 @@ def run(
         return _judge(nb, config.name, problem, watch)
 
     results = []
-    with _only_runner(config.name), _orderly_end(), Watch("running", None, live=jobs > 1) as whole:
+    # two runs of a scale would take each other's claims and notebooks for their own
+    only_run = alone(runs() / config.name / "run", f"scale {config.name} is being run", wait=False)
+    with only_run, _orderly_end(), Watch("running", None, live=jobs > 1) as whole:
         for name in REPORTS:  # of an earlier run: they would speak of notebooks that do not come to their end
             (runs() / config.name / name).unlink(missing_ok=True)
         for result in _each(books, one, jobs):
@@ -93,7 +98,8 @@ def run(
                     break
     place = {nb.name: number for number, nb in enumerate(books)}
     results.sort(key=lambda result: place[result.notebook])
-    print(table(results, config.name, seed, whole))
+    print(f"\nscale {config.name} · seed {seed}")
+    _print_table(results, whole)
     _write_reports(results, config.name, seed, whole)
     return results
 
@@ -111,32 +117,6 @@ def _each(books: list[Notebook], one: Callable[[Notebook], Result], jobs: int) -
         lost = lambda name, error: Result(name, "failed", problem=f"  {error}")
         with contextlib.closing(in_forks(calls, jobs, lost)) as finished:
             yield from (result for _, result, _ in finished)
-
-
-@contextlib.contextmanager
-def _only_runner(scale_name: str) -> Iterator[None]:
-    """One run per scale at a time: two would take each other's claims and notebooks for their own.
-
-    Systems without file locks (Windows) have no such protection.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with (runs() / scale_name / ".run.lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read()
-            raise CourseError(f"a run of scale {scale_name} is under way ({holder}): wait for it or stop it") from None
-        except OSError:  # a file system without locks
-            pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()}, since {time.strftime('%H:%M')}")
-        file.flush()
-        yield
 
 
 @contextlib.contextmanager
@@ -261,24 +241,10 @@ def executed_path(scale_name: str, nb: Notebook) -> Path:
     return runs() / scale_name / "notebooks" / nb.path.name
 
 
-FORK_BYTES = 2**28  # two processes of such a size: one is a fork of the other, and shares most of it
-
-
-def _proportional(process, resident: int) -> int:
-    """Bytes of a process; what n processes share counts as an n-th where the system tells."""
-    import psutil
-
-    try:
-        return getattr(process.memory_full_info(), "pss", resident)
-    except psutil.Error:
-        return resident
-
-
 class Watch:
     """Time and peak memory of the block, with a line on a terminal that is renewed while it lasts if `live`.
 
-    Memory is the resident size of the processes the block starts, summed, sampled four times a second. What forks
-    share is counted once; while they run, once a second.
+    Memory is that of the processes the block starts, summed, sampled four times a second; what forks share counts once.
     """
 
     def __init__(self, label: str, expected: float | None, live: bool):
@@ -302,25 +268,28 @@ class Watch:
         self.seconds = time.monotonic() - self._begin
 
     def _sample(self) -> None:
+        highest, samples = 0, 0
+        while not self._stop.wait(0.25):
+            samples += 1
+            resident = self._bytes("rss")
+            if resident > 1.01 * highest:  # what is shared is slow to ask for
+                highest = resident
+                self.peak_mib = max(self.peak_mib, self._bytes("pss") / 2**20)
+            if self.live and samples % 4 == 0:
+                passed = time.monotonic() - self._begin
+                print(f"\r{_timed(self.label, passed, self.expected)}", end="", flush=True)
+
+    def _bytes(self, kind: str) -> int:
+        """Memory of all processes: resident ("rss"), or with the n-th part of what n of them share ("pss", Linux)."""
         import psutil
 
-        shown_at = shared_at = 0.0
-        while not self._stop.wait(0.25):
-            sizes = {}
-            with contextlib.suppress(psutil.Error):
-                for child in set(self._process.children(recursive=True)) - self._others:
-                    with contextlib.suppress(psutil.Error):
-                        sizes[child] = child.memory_info().rss
-            total = sum(sizes.values())
-            if sum(size > FORK_BYTES for size in sizes.values()) > 1 and total > self.peak_mib * 2**20:
-                if time.monotonic() - shared_at < 1:  # sharing is slow to ask for
-                    continue
-                shared_at = time.monotonic()
-                total = sum(_proportional(child, size) for child, size in sizes.items())
-            self.peak_mib = max(self.peak_mib, total / 2**20)
-            if self.live and time.monotonic() - shown_at > 1:
-                shown_at = time.monotonic()
-                print(f"\r{_timed(self.label, shown_at - self._begin, self.expected)}", end="", flush=True)
+        total = 0
+        with contextlib.suppress(psutil.Error):
+            for child in set(self._process.children(recursive=True)) - self._others:
+                with contextlib.suppress(psutil.Error):
+                    facts = child.memory_info() if kind == "rss" else child.memory_full_info()
+                    total += getattr(facts, kind, facts.rss)
+        return total
 
 
 def _timed(label: str, seconds: float, expected: float | None) -> str:
@@ -331,7 +300,7 @@ def _print_line(result: Result, number: str, expected: float | None) -> None:
     """The notebook's line, final."""
     line = f"{number} {_timed(result.notebook, result.seconds, expected)} · {result.peak_mib:.0f} MiB"
     begin = "\r" if sys.stdout.isatty() else ""
-    print(f"{begin}{line} · claims {_claims(result)} · {result.status}", flush=True)
+    print(f"{begin}{line} · claims {result.held_of_all} · {result.status}", flush=True)
 
 
 def last_seconds(scale_name: str) -> dict[str, float]:
@@ -352,23 +321,16 @@ def _note_seconds(result: Result, scale_name: str) -> None:
     write_file(_state_file(scale_name), json.dumps({"seconds": seconds}, indent=1) + "\n")
 
 
-def _claims(result: Result) -> str:
-    return f"{result.claims_held}/{result.claims}"
-
-
-def table(results: list[Result], scale_name: str, seed: int, whole: Watch) -> str:
-    """The closing table: one row per notebook, then the whole run."""
-    width = max([len(result.notebook) for result in results], default=8)
-    rows = [f"\nscale {scale_name} · seed {seed}", f"{'notebook':{width}}  {'time':>6}  {'memory':>9}  {'claims':>6}"]
-    for result in results:
-        memory = f"{result.peak_mib:.0f} MiB"
-        row = f"{result.notebook:{width}}  {clock(result.seconds):>6}  {memory:>9}  {_claims(result):>6}"
-        rows.append(f"{row}  {result.status}")
-    spent, peak = clock(whole.seconds), f"{whole.peak_mib:.0f} MiB"
-    held, count = sum(result.claims_held for result in results), sum(result.claims for result in results)
+def _print_table(results: list[Result], whole: Watch) -> None:
+    """One row per notebook, then the whole run."""
     failed = sum(not result.ok for result in results)
     verdict = f"{failed} of {len(results)} failed" if failed else f"{len(results)} passed"
-    return "\n".join([*rows, f"{'all':{width}}  {spent:>6}  {peak:>9}  {f'{held}/{count}':>6}  {verdict}"])
+    rows = [(one.notebook, one.seconds, one.peak_mib, one.held_of_all, one.status) for one in results]
+    held, count = sum(result.claims_held for result in results), sum(result.claims for result in results)
+    rows.append(("all", whole.seconds, whole.peak_mib, f"{held}/{count}", verdict))
+    columns = {"notebook": "notebook", "time": "  time", "memory": "memory", "claims": "claims", "result": "result"}
+    rows = [dict(zip(columns, (name, f"{clock(s):>6}", *rest), strict=True)) for name, s, *rest in rows]
+    show.table(rows, columns, {"memory": "{:.0f} MiB"})
 
 
 def _print_failure(result: Result, scale_name: str) -> None:
@@ -394,10 +356,3 @@ def _write_reports(results: list[Result], scale_name: str, seed: int, whole: Wat
 
 def _xml_safe(text: str) -> str:
     return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd]", "?", text)
-
-
-def require_notebooks(books: list[Notebook]) -> list[Notebook]:
-    """`books`, or an error if there are none."""
-    if not books:
-        raise CourseError(f"there are no notebooks in {home() / 'notebooks'}: run inside the repository")
-    return books

@@ -8,10 +8,11 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from .errors import CourseError
@@ -21,7 +22,10 @@ CONTROL_TOKENS = 22
 UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for it
 STRICT = ConfigDict(strict=True, extra="forbid")
 
+MOST_LAYERS = 1_000  # no public model has as many; a wrong number would build for hours
+
 Count = Annotated[int, Field(gt=0)]
+Size = Annotated[int, Field(gt=0, lt=2**31)]
 CountOrNone = Annotated[int, Field(ge=0)]  # 0 for none
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -34,14 +38,11 @@ class ScaleError(CourseError):
     """A scale that does not exist or does not make sense; the message names the file, the section and the key."""
 
 
-def _require(holds: bool, key: str, reason: str) -> None:
-    section, _, name = key.rpartition(".")
-    if not holds:
-        raise ValueError(f"[{section}] key {name!r} {reason}" if section else f"key {name!r} {reason}")
-
-
-def _sums_to_one(shares, key: str) -> None:
-    _require(abs(sum(shares) - 1) < 1e-6, key, f"must sum to 1, got {sum(shares):g}")
+def _sum_to_one(shares):
+    total = sum(shares.values() if isinstance(shares, dict) else shares)
+    if abs(total - 1) >= 1e-6:
+        raise ValueError(f"must sum to 1, got {total:g}")
+    return shares
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -70,24 +71,25 @@ class TokenizerScale:
 class Model:
     """The architecture, with the field names of Hugging Face's `Qwen2Config`."""
 
-    vocab_size: Count
-    hidden_size: Count
-    intermediate_size: Count
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    num_key_value_heads: Count
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, Field(gt=0, le=MOST_LAYERS)]
+    num_attention_heads: Size
+    num_key_value_heads: Size
     head_dim: Annotated[int, Field(gt=0, multiple_of=2)]  # channels are rotated in pairs
-    max_position_embeddings: Count
+    max_position_embeddings: Size
     rope_theta: Positive
     rms_norm_eps: Positive = 1e-6
     tie_word_embeddings: bool = True
     initializer_range: Positive = 0.02
 
-    @model_validator(mode="after")
-    def _heads_share_keys(self):
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
-        _require(heads % groups == 0, "num_key_value_heads", f"must divide the {heads} query heads, got {groups}")
-        return self
+    @field_validator("num_key_value_heads")
+    def _heads_share_keys(cls, groups: int, earlier) -> int:
+        heads = earlier.data.get("num_attention_heads", groups)  # which may be wrong itself
+        if heads % groups:
+            raise ValueError(f"must divide the {heads} query heads, got {groups}")
+        return groups
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -110,12 +112,7 @@ class Phase:
 
     tokens: Count
     length: Count
-    mixture: dict[str, Positive]
-
-    @model_validator(mode="after")
-    def _whole(self):
-        _sums_to_one(self.mixture.values(), "mixture")
-        return self
+    mixture: Annotated[dict[str, Positive], AfterValidator(_sum_to_one)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -138,15 +135,6 @@ class Pretraining:
     clip_norm: Positive = 1.0
     grad_accumulation: Count = 1
 
-    @model_validator(mode="after")
-    def _fits(self):
-        _require(self.schedule != "wsd" or self.decay_fraction > 0, "decay_fraction", "must be above 0 for wsd")
-        for phase in self.phases:
-            rows, rest = divmod(self.batch_tokens, phase.length * self.grad_accumulation)
-            reason = f"must be a multiple of length x grad_accumulation = {phase.length} x {self.grad_accumulation}"
-            _require(rows > 0 and rest == 0, "batch_tokens", reason)
-        return self
-
 
 @dataclass(frozen=True, config=STRICT)
 class Stage:
@@ -155,13 +143,7 @@ class Stage:
     tokens: Count
     rope_theta: Positive
     lengths: Annotated[tuple[Count, ...], Field(min_length=1)]
-    shares: tuple[Positive, ...]
-
-    @model_validator(mode="after")
-    def _whole(self):
-        _require(len(self.shares) == len(self.lengths), "shares", "must hold one share for every length")
-        _sums_to_one(self.shares, "shares")
-        return self
+    shares: Annotated[tuple[Positive, ...], AfterValidator(_sum_to_one)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -177,13 +159,6 @@ class LongContext:
     matrix_learning_rate: Positive = 0.004
     start: Literal["own", "shipped"] = "own"
 
-    @model_validator(mode="after")
-    def _fits(self):
-        for stage in self.stages:
-            fits = all(self.batch_tokens % length == 0 for length in stage.lengths)
-            _require(fits, "batch_tokens", "must be a multiple of every window length")
-        return self
-
     @property
     def trained_length(self) -> int:
         """The longest window, and so the context that the extended model has seen."""
@@ -196,11 +171,6 @@ class DualChunk:
 
     factors: tuple[Count, ...]
     tries: Count
-
-    @model_validator(mode="after")
-    def _comparable(self):
-        _require({1, 4} <= set(self.factors), "factors", "must hold 1 and 4, which the claims compare")
-        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -342,16 +312,10 @@ class ScaleConfig:
     measure: Measure
 
     @model_validator(mode="after")
-    def _fits(self):
-        ids, longest = self.tokenizer.vocab_size, max(phase.length for phase in self.pretraining.phases)
-        trained = self.long_context.trained_length
-        stride = trained - trained // 4  # of the dual chunks, chapter 13
-        reason = f"must be at least the tokenizer's {ids}, got {self.model.vocab_size}"
-        _require(self.model.vocab_size >= ids, "model.vocab_size", reason)
-        reason = f"must be a multiple of {stride}, the stride of dual chunks at {trained} tokens"
-        _require(self.sparse_prefill.chunk_tokens % stride == 0, "sparse_prefill.chunk_tokens", reason)
-        reason = f"must reach the longest training window, {longest}, got {self.model.max_position_embeddings}"
-        _require(longest <= self.model.max_position_embeddings, "model.max_position_embeddings", reason)
+    def _fits_together(self):
+        for holds, section, key, reason in _rules(self):
+            if not holds:
+                raise ValueError(f"[{section}] key {key!r} {reason}")
         return self
 
     @property
@@ -363,6 +327,37 @@ class ScaleConfig:
     def only(self, *sections: str) -> "Sections":
         """These sections alone, as the input of an experiment: reading another one is an error."""
         return Sections(self, sections)
+
+
+def _rules(config: ScaleConfig) -> Iterator[tuple[bool, str, str, str]]:
+    """What several keys must fulfil together: whether they do, section and key to change, and what it must be."""
+    model, training, extension = config.model, config.pretraining, config.long_context
+    ids, reach = config.tokenizer.vocab_size, model.max_position_embeddings
+    reason = f"must be at least the tokenizer's {ids}, got {model.vocab_size}"
+    yield model.vocab_size >= ids, "model", "vocab_size", reason
+    yield (
+        training.schedule != "wsd" or training.decay_fraction > 0,
+        "pretraining",
+        "decay_fraction",
+        ("must be above 0 for wsd"),
+    )
+    for phase in training.phases:
+        reason = f"must reach the longest training window, {phase.length}, got {reach}"
+        yield phase.length <= reach, "model", "max_position_embeddings", reason
+        reason = f"must be a multiple of length x grad_accumulation = {phase.length} x {training.grad_accumulation}"
+        fits = training.batch_tokens % (phase.length * training.grad_accumulation) == 0
+        yield fits, "pretraining", "batch_tokens", reason
+    for number, stage in enumerate(extension.stages):
+        fits = len(stage.shares) == len(stage.lengths)
+        yield fits, f"long_context.stages.{number}", "shares", "must hold one share for every length"
+        fits = all(extension.batch_tokens % length == 0 for length in stage.lengths)
+        yield fits, "long_context", "batch_tokens", "must be a multiple of every window length"
+    factors = set(config.dual_chunk.factors)
+    yield {1, 4} <= factors, "dual_chunk", "factors", "must hold 1 and 4, which the claims compare"
+    trained = extension.trained_length
+    stride = trained - trained // 4  # of the dual chunks, chapter 13
+    reason = f"must be a multiple of {stride}, the stride of dual chunks at {trained} tokens"
+    yield config.sparse_prefill.chunk_tokens % stride == 0, "sparse_prefill", "chunk_tokens", reason
 
 
 class Sections:
@@ -436,11 +431,11 @@ def _sentence(problem: dict) -> str:
     """`[model] key 'hidden_size' should be greater than 0, got 0`."""
     *section, key = problem["loc"] or ("",)
     inside = f"[{'.'.join(map(str, section))}] " if section else ""
-    if problem["type"] == "value_error":  # of a whole section, which names its key itself
-        own = f"[{'.'.join(map(str, problem['loc']))}] " if problem["loc"] else ""
-        return own + str(problem["ctx"]["error"])
+    reason = problem["ctx"]["error"] if problem["type"] == "value_error" else problem["msg"].removeprefix("Input ")
+    if not problem["loc"]:  # of several keys together
+        return str(reason)
     if problem["type"] == UNKNOWN:
         return f"{inside}has an unknown key {key!r}"
     if problem["type"] == "missing":
         return f"{inside}lacks the key {key!r}"
-    return f"{inside}key {key!r} {problem['msg'].removeprefix('Input ')}, got {problem['input']!r}"
+    return f"{inside}key {key!r} {reason}" + ("" if problem["type"] == "value_error" else f", got {problem['input']!r}")

