@@ -238,7 +238,7 @@ def story(rng: random.Random, level: int) -> Draw:
         have += change
         moves.append(change)
     slots = {"name": name, "thing": thing, "start": start, "events": " ".join(events)}
-    pretrained = len(moves) == 2 and moves[0] > 0 > moves[1]  # chapter 07 tells such stories: buys more, gives some away
+    pretrained = len(moves) == 2 and moves[0] > 0 > moves[1]  # chapter 07 tells such stories
     return Draw(f"{start} {moves}", slots, "\n".join(steps), str(have), pretrained=pretrained)
 
 

@@ -120,7 +120,8 @@ def table_of(expression: str) -> tuple:
             known = dict(zip(names, values, strict=True))
             value = eval(first, known)
             for operator, term in zip(rest[::2], rest[1::2], strict=True):
-                value = eval(f"l {'!=' if operator == 'xor' else operator} r", {"l": value, "r": eval(term, dict(known))})
+                right, sign = eval(term, dict(known)), "!=" if operator == "xor" else operator
+                value = eval(f"left {sign} right", {"left": value, "right": right})
             column.append(value)
         tables.append(tuple(column))
     return tuple(sorted(tables))
@@ -451,8 +452,9 @@ def mutants(lines: list[str]):
         if i + 1 < len(lines):
             yield [*lines[:i], lines[i + 1], line, *lines[i + 2 :]]
         for number in re.finditer(r"(?<![\[:-])\b\d+(?!:)|(?<=\[:)\d+", line):
+            before, after = line[: number.start()], line[number.end() :]
             for by in (-1, 1):
-                yield [*lines[:i], line[: number.start()] + str(int(number[0]) + by) + line[number.end() :], *lines[i + 1 :]]
+                yield [*lines[:i], f"{before}{int(number[0]) + by}{after}", *lines[i + 1 :]]
 
 
 def program(lines: list[str]):

@@ -221,8 +221,8 @@ def _receive(handle: int, seconds: float | None = None) -> bytes:
 
 # ---------------------------------------------------------------------------------------------------- the worker's side
 PRELOADED = (
-    "bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions functools heapq itertools "
-    "json math operator random re statistics string textwrap time typing"
+    "__future__ bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions functools heapq "
+    "itertools json math operator random re statistics string textwrap time typing"
 ).split()
 
 # What pure computation asks of the kernel once all files are open and all modules loaded: memory, the clock, locks,
