@@ -28,7 +28,7 @@ def page(root: Path) -> str:
     """The page: a table per section of the report."""
     books = {nb.module: nb for nb in notebooks(root) if nb.module}
     parts = [HEAD, "# Where the report is in the code", ""]
-    parts.append("A row for each statement of the report that the course rebuilds: the notebook, the code, and a test that holds it.")
+    parts.append("A row for each statement of the report that the course rebuilds: the notebook, the code, a test that holds it.")
     section = ""
     for row in rows(root):
         if row["report"] != section:
@@ -47,7 +47,7 @@ def page(root: Path) -> str:
 
 
 def problems(root: Path) -> list[str]:
-    """What is wrong with the rows: a name that no notebook exports, a test that does not exist or tests something else."""
+    """What is wrong with the rows: a name that nobody exports, a test that does not exist or tests something else."""
     found = []
     modules = {nb.module for nb in notebooks(root) if nb.module}
     for row in rows(root):
