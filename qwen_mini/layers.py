@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['rms_norm', 'FusedRMSNorm', 'RMSNorm', 'rope_frequencies', 'rope_tables', 'rotate', 'Rotate', 'apply_rope',
-           'FusedSwiGLU', 'SwiGLU']
+           'rotate_heads', 'FusedSwiGLU', 'SwiGLU']
 
 # %% ../notebooks/02_layers.ipynb #c3e3a767
 import torch
@@ -106,8 +106,12 @@ def apply_rope(x: torch.Tensor, position_ids: torch.Tensor, frequencies: torch.T
     x: (batch, heads, length, head_dim); position_ids: (length,) or (batch, length), any integers; frequencies:
     (head_dim / 2,). Channel i is paired with channel i + head_dim / 2, the layout of Hugging Face's Qwen2 checkpoints.
     """
-    cos, sin = rope_tables(position_ids, frequencies, x.dtype)           # (..., length, head_dim)
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)                     # one table for all heads
+    return rotate_heads(x, rope_tables(position_ids, frequencies, x.dtype))
+
+
+def rotate_heads(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """`apply_rope` with the tables at hand: those of `rope_tables`, (length or batch, length, head_dim) each."""
+    cos, sin = (table.unsqueeze(-2) for table in tables)                  # one table for all heads
     return Rotate.apply(x.transpose(1, 2), cos, sin).transpose(1, 2)
 
 # %% ../notebooks/02_layers.ipynb #20bf773b
