@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .kernels.attention import TiledAttention
 from .kernels.cache import LayerCache
-from .layers import apply_rope
+from .layers import rope_tables, rotate_heads
 
 # %% ../notebooks/03_attention.ipynb #bc25e1f8
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -77,18 +77,22 @@ def causal_attention(
     cache: LayerCache | None = None,
     *,
     frequencies: Tensor,
+    tables: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Rotate q and k by their positions, then let every query see the keys up to itself.
 
     q: (batch, heads, length, head_dim); k, v: (batch, kv_heads, length, head_dim), all *before* rotation; position_ids:
     (length,) or (batch, length), default: counting on from the cache; document_ids: (batch, length), a token sees only
     tokens of its own document; cache: a `LayerCache`, to which the new keys and values are appended. Returns the shape
-    of q. Chapters 13 and 14 will put other functions in its place. Source: report §2; GQA is arXiv 2305.13245.
+    of q. tables: `rope_tables` of the positions, from a caller who needs them for many layers; then position_ids are
+    not read. Chapters 13 and 14 will put other functions in its place. Source: report §2; GQA is arXiv 2305.13245.
     """
     length, start = q.shape[2], cache.parent.length if cache else 0
-    if position_ids is None:
-        position_ids = torch.arange(start, start + length, device=q.device)
-    q, k = apply_rope(q, position_ids, frequencies), apply_rope(k, position_ids, frequencies)
+    if tables is None:
+        if position_ids is None:
+            position_ids = torch.arange(start, start + length, device=q.device)
+        tables = rope_tables(position_ids, frequencies, q.dtype)
+    q, k = rotate_heads(q, tables), rotate_heads(k, tables)
     key_documents = document_ids
     if cache is not None:
         cached = cache.update(k, v)

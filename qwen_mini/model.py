@@ -19,9 +19,9 @@ from torch import nn
 from .attention import GroupedQueryAttention, causal_attention
 from .course import artifacts
 from .course.folders import qwen2_values, read_json, read_weights
-from .kernels.cross_entropy import linear_cross_entropy
 from .kernels.cache import KVCache
-from .layers import RMSNorm, SwiGLU, rope_frequencies
+from .kernels.cross_entropy import linear_cross_entropy
+from .layers import RMSNorm, SwiGLU, rope_frequencies, rope_tables
 
 # %% ../notebooks/04_model.ipynb #37ed9b47
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +171,24 @@ class Qwen(nn.Module):
         x = self._embed(input_ids)                        # (batch, length, hidden_size)
         if cache is not None:
             cache.remember(document_ids, input_ids.shape[1])
+        attention = self._attention_with_tables(x, position_ids, cache)
         for index, layer in enumerate(self.model.layers):
-            x = layer(x, self.attention, position_ids, document_ids,
+            x = layer(x, attention, position_ids, document_ids,
                       cache.layers[index] if cache is not None else None)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return self.model.norm(x)
+
+    def _attention_with_tables(self, x, position_ids, cache):
+        """`attention`; the usual one with its rope tables, computed once for all layers."""
+        if getattr(self.attention, "func", None) is not causal_attention:
+            return self.attention
+        if position_ids is None:
+            start = cache.length if cache is not None else 0
+            position_ids = torch.arange(start, start + x.shape[1], device=x.device)
+        frequencies = self.attention.keywords["frequencies"]
+        tables = rope_tables(position_ids, frequencies, x.dtype)
+        return functools.partial(self.attention, tables=tables)
 
     def _embed(self, input_ids):
         try:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .course import CourseError, artifacts
 from .kernels.cross_entropy import linear_cross_entropy, total_weight
@@ -323,13 +324,14 @@ class Trainer:
     def update(self) -> dict[str, float]:
         """One optimiser step with the gradients that have come; its numbers.
 
-        FloatingPointError if the loss or the gradient is not finite: the weights are untouched then.
+        Gradients are summed over processes; `fully_shard` has done so already. FloatingPointError if the loss or the
+        gradient is not finite: the weights are untouched then.
         """
         loss, self.loss = self.loss, torch.zeros((), dtype=torch.float64)
         for p in self.masters:  # a loss need not reach every weight, nor a process have one
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if world()[1] > 1:
-            for x in [loss, *(p.grad for p in self.masters)]:
+            for x in [loss, *(p.grad for p in self.masters if not isinstance(p, DTensor))]:
                 dist.all_reduce(x)
         grad_norm = nn.utils.clip_grad_norm_(self.masters, self.settings.clip_norm).item()
         _check_finite(self.step_count, loss.item(), grad_norm)

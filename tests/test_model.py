@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qwen_mini import course
+from qwen_mini import model as chapter
 from qwen_mini.course import artifacts
 from qwen_mini.layers import SwiGLU
 from qwen_mini.model import (
@@ -392,6 +393,20 @@ def test_attention_can_be_exchanged():
     model.attention = spy
     assert torch.equal(model(token_ids()), expected)
     assert seen == [((3, 4, 100, 16), (3, 2, 100, 16))] * 3
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_rope_tables_are_computed_once_a_forward(monkeypatch, cached):
+    """All layers turn by the same tables, at the places that the cache says."""
+    net, ids, made = lively(), token_ids()[:, :20], []
+    real = chapter.rope_tables
+    monkeypatch.setattr(chapter, "rope_tables", lambda *x: made.append(x[0]) or real(*x))
+    with torch.no_grad():
+        cache = net.make_cache(len(ids), 32) if cached else None
+        for part in ids.split(10, 1) if cached else [ids]:
+            net(part, cache=cache)
+    expected = [list(range(10)), list(range(10, 20))] if cached else [list(range(20))]
+    assert [x.tolist() for x in made] == expected
 
 
 def test_causal_and_independent_rows():

@@ -322,18 +322,20 @@ for rows in torch.load(sys.argv[2]):
     dist.all_reduce(loss)
     found.append(loss.item())
 gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+record = trainer.update()
+weights = {name: p.full_tensor() for name, p in model.named_parameters()}
 if rank == 0:
-    torch.save([found, gradients], sys.argv[3])
+    torch.save([found, gradients, record, weights], sys.argv[3])
 """
 
 
-def test_two_processes_with_all_parameters_sharded_have_the_loss_and_the_gradient_of_one(config, tmp_path):
+def test_two_processes_with_all_parameters_sharded_take_the_step_of_one(config, tmp_path):
     """`fully_shard` sees the whole forward pass, the loss included, also when gradients of two batches are added up."""
     batches = [text_batch(step) for step in (0, 1)]
     batches[1].weights[1::2] = 0  # all that the second process gets
     torch.save([[b.input_ids, b.targets, b.weights] for b in batches], tmp_path / "batches.pt")
     run_two_processes(tmp_path, SHARDED, tiny_scale(tmp_path), tmp_path / "batches.pt", tmp_path / "found.pt")
-    losses, gradients = torch.load(tmp_path / "found.pt")
+    losses, gradients, record, weights = torch.load(tmp_path / "found.pt")
     alone = fresh(config, optimizer="adamw", grad_accumulation=2)
     for batch, loss in zip(batches, losses, strict=True):
         alone.forward_backward(batch)
@@ -342,3 +344,6 @@ def test_two_processes_with_all_parameters_sharded_have_the_loss_and_the_gradien
     assert gradients.keys() == expected.keys()
     flat = lambda found: torch.cat([found[name].double().flatten() for name in expected])
     assert (flat(gradients) - flat(expected)).norm() < 1e-6 * flat(expected).norm()
+    assert record == pytest.approx(alone.update(), rel=1e-6)
+    for name, p in zip(alone.names, alone.masters, strict=True):
+        torch.testing.assert_close(weights[name], p.detach(), rtol=1e-5, atol=1e-6)
