@@ -81,7 +81,7 @@ def k3_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     distance = reference_logprobs - logprobs
     return distance.exp() - distance - 1
 
-# %% ../notebooks/19_grpo.ipynb #75506382
+# %% ../notebooks/19_grpo.ipynb #7d8304c3
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 
 
@@ -136,7 +136,7 @@ def grpo_loss(
         losses = losses + beta * (k3 * (logprobs - old_logprobs).exp() if bias_corrected_kl else k3)
     return batch_loss(losses, mask, kind, max_length, total), seen
 
-# %% ../notebooks/19_grpo.ipynb #7131962c
+# %% ../notebooks/19_grpo.ipynb #c821a5f4
 def group_attention(
     q: Tensor, k: Tensor, v: Tensor, position_ids=None, document_ids=None, cache=None, *, frequencies, **shape
 ) -> Tensor:
@@ -164,7 +164,7 @@ def group_states(model: Qwen, ids: Tensor, position_ids: Tensor, real: Tensor, r
     finally:
         model.attention = usual
 
-# %% ../notebooks/19_grpo.ipynb #77f68a41
+# %% ../notebooks/19_grpo.ipynb #80256e0e
 @dataclass(frozen=True)
 class Group:
     """One prompt and its responses as token ids, with a reward each."""
@@ -195,7 +195,7 @@ def group_logprobs(
     mask = (torch.arange(width + 1) < sizes[:, None]).to(device)
     return target_logprobs(model, hidden, responses.to(device), mask, temperature), mask
 
-# %% ../notebooks/19_grpo.ipynb #7f57c0b5
+# %% ../notebooks/19_grpo.ipynb #73c768be
 Reward = Callable[[Sequence[Sequence[Answer]]], Sequence[Sequence[float]]]
 
 
@@ -324,7 +324,7 @@ def read_probe(folder: Path) -> tuple[Weights, int]:
     found = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
     return {tuple(kind): weight for *kind, weight in found["weights"]}, found["tokens"]
 
-# %% ../notebooks/19_grpo.ipynb #f0d6d3f0
+# %% ../notebooks/19_grpo.ipynb #65705538
 def summed(*values: float) -> list[float]:
     """The values, each summed over all processes."""
     totals = torch.tensor(values, dtype=torch.float64)
@@ -366,7 +366,7 @@ def part_losses(
         seen.append(facts)
         yield loss
 
-# %% ../notebooks/19_grpo.ipynb #628d3186
+# %% ../notebooks/19_grpo.ipynb #246761dd
 def policy_update(
     trainer: Trainer,
     groups: Sequence[Group],
@@ -412,7 +412,7 @@ def token_means(names: Sequence[str], seen: Sequence[dict], tokens: Sequence[int
     *sums, computed = summed(*sums, sum(tokens))
     return {name: x / computed for name, x in zip(names, sums, strict=True)}
 
-# %% ../notebooks/19_grpo.ipynb #f771591a
+# %% ../notebooks/19_grpo.ipynb #ca149a6a
 ATTEMPTS = 3  # batches that are drawn before a step without any variance is an error
 
 

@@ -91,7 +91,7 @@ def demonstrated_inputs(config: ScaleConfig, seed: int = 0) -> dict:
         "corpus": corpus_inputs(config, seed),
     }
 
-# %% ../notebooks/20_online_rl.ipynb #3f6dbdc4
+# %% ../notebooks/20_online_rl.ipynb #6257f8ef
 def more_sft_stage(config: ScaleConfig, seed: int = 0) -> Stage:
     """GRPO's start fine-tuned further, for the `token_passes` of GRPO's first run, as the stage `more_sft`."""
     settings, gentle = config.grpo, gentle_settings(config)
