@@ -8,16 +8,18 @@ __all__ = ['QWEN2_5', 'ModelConfig', 'DecoderLayer', 'Decoder', 'rope_frequencie
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from .attention import GroupedQueryAttention, causal_attention
 from .course import artifacts
 from .course.folders import qwen2_values, read_json, read_weights
-from .kernels.cache import KVCache
+from .course.scales import ScaleConfig
+from .kernels.cache import KVCache, LayerCache
 from .layers import RMSNorm, SwiGLU, rope_frequencies
 
 # %% ../notebooks/04_model.ipynb #37ed9b47
@@ -39,7 +41,7 @@ class ModelConfig:
     initializer_range: float = 0.02
 
     @classmethod
-    def from_scale(cls, config) -> "ModelConfig":
+    def from_scale(cls, config: ScaleConfig) -> "ModelConfig":
         """The `[model]` section of a scale."""
         return cls(**dataclasses.asdict(config.model))
 
@@ -62,8 +64,10 @@ class ModelConfig:
                 "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
 # %% ../notebooks/04_model.ipynb #d25f9c78
-def _published(layers, hidden, intermediate, heads, kv_heads, head_dim, tied, vocab,
-               eps=1e-6, positions=32_768):
+def _published(
+    layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int,
+    tied: bool, vocab: int, eps: float = 1e-6, positions: int = 32_768,
+) -> ModelConfig:
     return ModelConfig(vocab, hidden, intermediate, layers, heads, kv_heads, head_dim,
                        positions, 1_000_000.0, eps, tied)
 
@@ -92,7 +96,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size)
 
-    def forward(self, x, attention, position_ids=None, document_ids=None, cache=None):
+    def forward(
+        self, x: Tensor, attention: Callable[..., Tensor], position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None, cache: LayerCache | None = None,
+    ) -> Tensor:
         """(batch, length, hidden_size) → the same shape; cache: this layer's part."""
         x = x + self.self_attn(self.input_layernorm(x), attention,
                                position_ids, document_ids, cache)
@@ -142,8 +149,10 @@ class Qwen(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def hidden_states(self, input_ids, position_ids=None, document_ids=None,
-                      cache=None) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None, cache: KVCache | None = None,
+    ) -> Tensor:
         """Token ids (batch, length) → final norm's output (batch, length, hidden_size).
 
         position_ids: (length,) or (batch, length), default 0, 1, … or counting on from
@@ -164,7 +173,7 @@ class Qwen(nn.Module):
             cache.length += input_ids.shape[1]
         return self.model.norm(x)
 
-    def _embed(self, input_ids):
+    def _embed(self, input_ids: Tensor) -> Tensor:
         try:
             return self.model.embed_tokens(input_ids)
         except IndexError:
@@ -172,8 +181,10 @@ class Qwen(nn.Module):
             raise ValueError(f"input_ids must lie in 0 … {self.config.vocab_size - 1} "
                              f"(vocab_size), got {low} … {high}") from None
 
-    def forward(self, input_ids, position_ids=None, document_ids=None,
-                cache=None) -> torch.Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None, cache: KVCache | None = None,
+    ) -> Tensor:
         """Logits (batch, length, vocab_size); arguments as in `hidden_states`."""
         hidden = self.hidden_states(input_ids, position_ids, document_ids, cache)
         return self.lm_head(hidden)
