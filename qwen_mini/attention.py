@@ -109,7 +109,7 @@ def causal_attention(
     mask = visible(length, k.shape[2], document_ids, key_documents, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
-
+# %% ../notebooks/03_attention.ipynb #9982e701
 class GroupedQueryAttention(nn.Module):
     """Query, key, value projections with bias, an attention function, an output projection without (report §2)."""
 

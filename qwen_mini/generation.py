@@ -133,7 +133,9 @@ class Sampling:
                                  f"all of the {logits.shape[1]} that may be chosen")
         return logits / self.temperature if self.temperature not in (0, 1) else logits
 
-    def choose(self, logits, history, uniform) -> torch.Tensor:
+    def choose(
+        self, logits: torch.Tensor, history: torch.Tensor, uniform: torch.Tensor
+    ) -> torch.Tensor:
         """One id a row, (batch, 1); uniform: (batch, 1) random numbers in [0, 1)."""
         logits = self.adjust(logits, history)
         if self.temperature == 0:
@@ -146,7 +148,7 @@ class Sampling:
             return ids.gather(1, sample(logits, uniform))
         return sample(logits, uniform)
 
-    def probabilities(self, logits, history) -> torch.Tensor:
+    def probabilities(self, logits: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
         """What `choose` draws from, over the whole vocabulary: to look at it."""
         full, greedy = self.adjust(logits, history), self.temperature == 0
         kept, ids = candidates(full, 1 if greedy else self.top_k, self.top_p)
@@ -194,10 +196,10 @@ DROP_SHARE = 0.25
 #: Tokens by which the cache grows when it is full.
 BLOCK = 16
 
-
+# %% ../notebooks/05_generation.ipynb #15d05771
 @torch.inference_mode()
 def rollout(
-    model, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling,
+    model: Qwen, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling,
     stop_ids: Sequence[int] = (), generator: torch.Generator | None = None,
     copies: int = 1, return_logprobs: bool = False,
 ) -> Iterator[tuple]:
@@ -273,7 +275,8 @@ def id_list(ids: int | Sequence[int] | torch.Tensor) -> list[int]:
 
 
 def check_request(
-    model, prompts, max_new_tokens: int, stop_ids: Sequence[int], context: int | None
+    model: Qwen, prompts: Sequence[Sequence[int]] | torch.Tensor, max_new_tokens: int,
+    stop_ids: Sequence[int], context: int | None,
 ) -> list[list[int]]:
     """The prompts as lists of ids, or a ValueError: one sentence on what is wrong."""
     prompts = prompts.tolist() if isinstance(prompts, torch.Tensor) else list(prompts)
@@ -302,9 +305,10 @@ def check_request(
                              f"knows the ids 0 to {vocab_size - 1}")
     return [list(prompt) for prompt in prompts]
 
-
+# %% ../notebooks/05_generation.ipynb #7e7c21ad
 def generate(
-    model, prompts, max_new_tokens: int, *, stop_ids: Sequence[int] = (),
+    model: Qwen, prompts: Sequence[Sequence[int]] | torch.Tensor, max_new_tokens: int, *,
+    stop_ids: int | Sequence[int] | torch.Tensor = (),
     num_return_sequences: int = 1, generator: torch.Generator | None = None,
     return_logprobs: bool = False, context: int | None = None, **sampling,
 ) -> list[Completion]:
@@ -345,7 +349,7 @@ def generate(
 
 # %% ../notebooks/05_generation.ipynb #9235e024
 def sample_group(
-    model, prompt: Sequence[int], group_size: int, max_new_tokens: int,
+    model: Qwen, prompt: Sequence[int], group_size: int, max_new_tokens: int,
     temperature: float = 1.0, **options,
 ) -> list[Completion]:
     """`group_size` samples of one prompt, computed once; options as in `generate`."""
@@ -355,7 +359,7 @@ def sample_group(
 
 
 def sample_groups(
-    model, prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int,
+    model: Qwen, prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int,
     temperature: float = 1.0, **options,
 ) -> list[list[Completion]]:
     """`sample_group` of several prompts in one batch: one list a prompt."""
@@ -364,7 +368,7 @@ def sample_groups(
     return [flat[start:start + group_size] for start in range(0, len(flat), group_size)]
 
 # %% ../notebooks/05_generation.ipynb #783ddb7e
-def inference_copy(model, dtype: torch.dtype | None = None):
+def inference_copy(model: Qwen, dtype: torch.dtype | None = None) -> Qwen:
     """A copy for sampling only, in `dtype` or in what is faster on this machine."""
     twin = copy.deepcopy(model).to(dtype or hardware.pick_dtype())
     twin.zero_grad(set_to_none=True)
@@ -372,7 +376,7 @@ def inference_copy(model, dtype: torch.dtype | None = None):
 
 # %% ../notebooks/05_generation.ipynb #9e26f8b7
 def stream(
-    model, tokenizer, prompt: str | Sequence[int], max_new_tokens: int, *,
+    model: Qwen, tokenizer, prompt: str | Sequence[int], max_new_tokens: int, *,
     stop_ids: Sequence[int] | None = None, generator: torch.Generator | None = None,
     context: int | None = None, **sampling,
 ) -> Iterator[str]:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from .attention import GroupedQueryAttention, causal_attention
 from .course import artifacts
 from .course.folders import qwen2_values, read_json, read_weights
-from .kernels.cache import KVCache
+from .course.scales import ScaleConfig
+from .kernels.cache import KVCache, LayerCache
 from .kernels.cross_entropy import linear_cross_entropy
 from .layers import RMSNorm, SwiGLU, rope_frequencies, rope_tables
 
@@ -42,7 +43,7 @@ class ModelConfig:
     initializer_range: float = 0.02
 
     @classmethod
-    def from_scale(cls, config) -> "ModelConfig":
+    def from_scale(cls, config: ScaleConfig) -> "ModelConfig":
         """The `[model]` section of a scale."""
         return cls(**dataclasses.asdict(config.model))
 
@@ -65,8 +66,10 @@ class ModelConfig:
                 "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
 # %% ../notebooks/04_model.ipynb #d25f9c78
-def _published(layers, hidden, intermediate, heads, kv_heads, head_dim, tied, vocab,
-               eps=1e-6, positions=32_768):
+def _published(
+    layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int,
+    tied: bool, vocab: int, eps: float = 1e-6, positions: int = 32_768,
+) -> ModelConfig:
     return ModelConfig(vocab, hidden, intermediate, layers, heads, kv_heads, head_dim,
                        positions, 1_000_000.0, eps, tied)
 
@@ -93,7 +96,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
-    def forward(self, x, attention, position_ids=None, document_ids=None, cache=None):
+    def forward(
+        self, x: Tensor, attention: Callable[..., Tensor], position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None, cache: LayerCache | None = None,
+    ) -> Tensor:
         """(batch, length, hidden_size) → the same shape; cache: this layer's part."""
         x = x + self.self_attn(self.input_layernorm(x), attention,
                                position_ids, document_ids, cache)
@@ -156,8 +162,10 @@ class Qwen(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def hidden_states(self, input_ids, position_ids=None, document_ids=None,
-                      cache=None) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None, cache: KVCache | None = None,
+    ) -> Tensor:
         """Token ids (batch, length) → final norm's output (batch, length, hidden_size).
 
         position_ids: (length,) or (batch, length), default 0, 1, … or counting on from
@@ -179,7 +187,9 @@ class Qwen(nn.Module):
             cache.length += input_ids.shape[1]
         return self.model.norm(x)
 
-    def _attention_with_tables(self, x, position_ids, cache):
+    def _attention_with_tables(
+        self, x: Tensor, position_ids: Tensor | None, cache: KVCache | None
+    ) -> Callable[..., Tensor]:
         """`attention`; the usual one with its rope tables, computed once for all layers."""
         if getattr(self.attention, "func", None) is not causal_attention:
             return self.attention
@@ -190,7 +200,7 @@ class Qwen(nn.Module):
         tables = rope_tables(position_ids, frequencies, x.dtype)
         return functools.partial(self.attention, tables=tables)
 
-    def _embed(self, input_ids):
+    def _embed(self, input_ids: Tensor) -> Tensor:
         try:
             return self.model.embed_tokens(input_ids)
         except IndexError:
@@ -198,8 +208,11 @@ class Qwen(nn.Module):
             raise ValueError(f"input_ids must lie in 0 … {self.config.vocab_size - 1} "
                              f"(vocab_size), got {low} … {high}") from None
 
-    def forward(self, input_ids, position_ids=None, document_ids=None, cache=None,
-                targets=None, weights=None) -> torch.Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None, cache: KVCache | None = None,
+        targets: Tensor | None = None, weights: Tensor | None = None,
+    ) -> Tensor:
         """Logits (batch, length, vocab_size), or, with `targets`, the loss: a scalar.
 
         The loss is the weighted mean of −log p(target), in float32. targets: (batch,
