@@ -187,8 +187,9 @@ class OnlineMergingAdamW(torch.optim.Optimizer):
     a share `keep`, once. method "dare": entries are kept at random; "ties": the largest, and where update and τ
     disagree in sign one of them yields. θ ← θ + (1 − α) F(Δ) + α F(τ).
 
-    The authors' code is the default; `rescale=False` (kept entries of "dare" are not divided by `keep`) and
-    `weighted=True` (signs are compared after weighting with α, and the smaller of the two yields) are the paper's form.
+    The authors' code is the default: signs are compared before weighting, so that nearly always the update yields, as
+    the smaller one. `rescale=False` (kept entries of "dare" are not divided by `keep`; not the option of that name in
+    the authors' code) and `weighted=True` (signs are compared after weighting with α) are the paper's form.
     """
 
     def __init__(
