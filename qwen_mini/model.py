@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['QWEN2_5', 'ModelConfig', 'DecoderLayer', 'dense_layer', 'Decoder', 'rope_frequencies_on_cpu', 'Qwen',
            'count_parameters', 'flops_per_token', 'kv_cache_bytes_per_token', 'save_checkpoint', 'read_config',
-           'load_weights']
+           'load_weights', 'assign_weights']
 
 # %% ../notebooks/04_model.ipynb #3756f68c
 import dataclasses
@@ -321,15 +321,23 @@ def load_weights(model: "Qwen", folder: str | Path,
         if head is not None and not torch.equal(head, embedding):
             raise ValueError(f"{folder} holds a head of its own, but its config.json says "
                              "that the head is tied: set tie_word_embeddings to false")
+    assign_weights(model, state, f"{folder} does not fit its config.json")
+
+
+def assign_weights(model: "Qwen", state: dict[str, torch.Tensor], misfit: str) -> None:
+    """Make tensors the parameters of `model`, name by name; a tied head has none.
+
+    ValueError: `misfit`, and the first tensor that is missing, surplus or mis-shaped.
+    """
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
-            raise ValueError(f"{folder} does not fit its config.json: tensor {name} is "
+            raise ValueError(f"{misfit}: tensor {name} is "
                              f"{found.get(name, 'missing')}, expected "
                              f"{expected.get(name, 'no such tensor')}")
     if model.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
     model.load_state_dict(state, assign=True)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

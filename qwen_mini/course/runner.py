@@ -123,20 +123,16 @@ def _each(books: list[Notebook], one: Callable[[Notebook], Result], jobs: int) -
 def _orderly_end() -> Iterator[None]:
     """SIGTERM and SIGHUP (a closed terminal, a lost connection) do what Ctrl-C does: the kernel ends."""
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    own = threading.current_thread() is threading.main_thread()
-    names = [name for name in ("SIGTERM", "SIGHUP") if own and hasattr(signal, name)]
-    old = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    old = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names if hasattr(signal, name)}
+    for number, handler in old.items():
+        if handler != signal.SIG_IGN:  # nohup's run goes on
+            signal.signal(number, signal.default_int_handler)
     try:
-        for name, handler in old.items():
-            if handler != signal.SIG_IGN:  # nohup's run goes on
-                signal.signal(getattr(signal, name), interrupt)
         yield
     finally:
-        for name, handler in old.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def execute(

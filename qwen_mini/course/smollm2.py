@@ -130,7 +130,7 @@ def read_config(reader):
 
 def read_model(reader, dtype: torch.dtype = torch.float32):
     """A `Qwen` with the file's weights, dequantised. Llama has no bias at q, k and v: ours are zero."""
-    from ..model import Qwen
+    from ..model import Qwen, assign_weights
 
     config = read_config(reader)
     try:
@@ -138,25 +138,13 @@ def read_model(reader, dtype: torch.dtype = torch.float32):
             model = Qwen(config)
     except ValueError as error:
         raise SmolLM2Error(f"the GGUF file's metadata describes no model: {error}") from None
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    state = {name: torch.zeros(shape, dtype=dtype) for name, shape in expected.items() if name.endswith("proj.bias")}
-    state |= read_tensors(reader, config, dtype)
-    _check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in state.items()})
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    biases = {name: p.shape for name, p in model.named_parameters() if name.endswith("proj.bias")}
+    state = {name: torch.zeros(shape, dtype=dtype) for name, shape in biases.items()}
+    try:
+        assign_weights(model, state | read_tensors(reader, config, dtype), "the GGUF file does not fit its metadata")
+    except ValueError as error:
+        raise SmolLM2Error(str(error)) from None
     return model
-
-
-def _check_shapes(expected: dict[str, tuple], found: dict[str, tuple]) -> None:
-    for name in sorted(expected.keys() | found.keys()):
-        if found.get(name) != expected.get(name):
-            raise SmolLM2Error(
-                f"the GGUF file does not fit its metadata: tensor {name} is {found.get(name, 'missing')}, "
-                f"expected {expected.get(name, 'no such tensor')}"
-            )
 
 
 def read_tensors(reader, config, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """What has to be made anew, told without executing anything: from keys and versions, and with the time it will take."""
 
-import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,32 +30,27 @@ def stale(root: Path) -> list[Stale]:
 def stale_stages(root: Path) -> list[Stale]:
     """Shipped checkpoints made by another version of a chapter."""
     found = []
-    for path in sorted((root / "data" / "checkpoints").glob("*/manifest.json")):
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        reason = other_versions(facts.get("versions", {})) or _other_settings(root, path.parent.name, facts)
-        if reason:
-            seconds = facts.get("provenance", {}).get("seconds", 0)
-            found.append(Stale(f"stage {path.parent.name}", reason, seconds))
+    for name, facts in _manifests(root).items():
+        if reason := other_versions(facts.get("versions", {})) or _other_settings(root, name, facts):
+            found.append(Stale(f"stage {name}", reason, facts.get("provenance", {}).get("seconds", 0)))
     return found
 
 
 def stale_records(root: Path) -> list[Stale]:
     """Shipped records made by another version of a chapter, or not whole."""
     found = []
-    for path in record_files(root):
-        try:
-            record = read(path)
-        except BadRecord as problem:
-            found.append(Stale(f"record {path.parent.name}/{path.stem}", str(problem)))
-            continue
-        if reason := other_versions(record["versions"]):
-            found.append(Stale(f"record {record['name']}", reason, record["seconds"]))
+    for name, record in _records(root).items():
+        if isinstance(record, BadRecord):
+            found.append(Stale(f"record {name}", str(record)))
+        elif reason := other_versions(record["versions"]):
+            found.append(Stale(f"record {name}", reason, record["seconds"]))
     return found
 
 
 def stale_outputs(root: Path) -> list[Stale]:
     """Notebooks without outputs, with outputs of other code, or of other stages and records than are shipped."""
-    stages, records = _stage_keys(root), _record_keys(root)
+    stages = {name: facts.get("key", "") for name, facts in _manifests(root).items()}
+    records = {name: record["key"] for name, record in _records(root).items() if isinstance(record, dict)}
     return [Stale(nb.name, reason) for nb in notebooks(root) if (reason := _why_stale(nb, stages, records))]
 
 
@@ -93,15 +87,19 @@ def record_files(root: Path) -> list[Path]:
     return sorted((root / "data" / "records" / SCALE).glob("*/*.json"))
 
 
-def _stage_keys(root: Path) -> dict[str, str]:
-    paths = (root / "data" / "checkpoints").glob("*/manifest.json")
-    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")).get("key", "") for path in paths}
+def _manifests(root: Path) -> dict[str, dict]:
+    """What each shipped checkpoint says about itself."""
+    paths = sorted((root / "data" / "checkpoints").glob("*/manifest.json"))
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
-def _record_keys(root: Path) -> dict[str, str]:
+def _records(root: Path) -> dict[str, dict | BadRecord]:
+    """The shipped records by name, or by file where one is damaged: then what is wrong with it."""
     found = {}
     for path in record_files(root):
-        with contextlib.suppress(BadRecord):  # `stale_records` tells of it
+        try:
             record = read(path)
-            found[record["name"]] = record["key"]
+            found[record["name"]] = record
+        except BadRecord as problem:
+            found[f"{path.parent.name}/{path.stem}"] = problem
     return found
