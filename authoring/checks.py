@@ -15,8 +15,8 @@ from qwen_mini.course.versions import imported_chapters
 
 from .digits import typed_numbers
 from .measurements import measurements_are_current
-from .report_map import map_is_current
 
+ROOMS = {"course": set(), "world": {"course"}, "kernels": {"course"}}  # hand-written package → what it may import
 MAX_NOTEBOOK_BYTES = 1_000_000
 MAX_RECORDS = 2_000_000
 MAX_COLUMNS = 120  # the formatter's, until one formatter goes over everything
@@ -45,7 +45,7 @@ def modules_equal_notebooks(root: Path) -> list[str]:
 
 
 def imports_point_backwards(root: Path) -> list[str]:
-    """A module or a notebook uses chapters before its own only; imports inside functions count."""
+    """course ← world, kernels ← chapters, and a chapter uses only earlier ones; imports inside functions count."""
     books = notebooks(root)
     chapters = {nb.module: nb.number for nb in books if nb.module}
     problems = []
@@ -65,14 +65,33 @@ def imports_point_backwards(root: Path) -> list[str]:
             for name in sorted(names):
                 if name in chapters and chapters[name] > last:
                     problems.append(f"{where} imports {name}, which is not an earlier chapter")
-                elif name not in chapters and name not in ("course", "__version__"):
+                elif name not in chapters and name not in (*ROOMS, "__version__"):
                     problems.append(f"{where} imports qwen_mini.{name}, which no notebook exports")
-    for path in sorted((root / "qwen_mini" / "course").glob("*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            for name in sorted(imported_chapters(ast.unparse(node), "..") - {"course", "__version__"}):
-                if isinstance(node, ast.Import | ast.ImportFrom):
-                    problems.append(f"qwen_mini/course/{path.name} imports the chapter {name} at import time")
+    return problems + [problem for room, allowed in ROOMS.items() for problem in _room_imports(root, room, allowed)]
+
+
+def _room_imports(root: Path, room: str, allowed: set[str]) -> list[str]:
+    """What the files of a hand-written package import of `qwen_mini` besides `allowed`."""
+    problems = []
+    for path in sorted((root / "qwen_mini" / room).glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if room == "course":  # commands load chapters when they run
+            tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        text = ast.unparse(_WithoutTypeChecking().visit(tree))
+        for name in sorted(imported_chapters(text, "..") - allowed - {room, "__version__"}):
+            what = name if name in ROOMS else f"the chapter {name}"
+            rule = f"{room} may import only {' and '.join(sorted({room, *allowed}))}"
+            problems.append(f"qwen_mini/{room}/{path.name} imports {what}, but {rule}")
     return problems
+
+
+class _WithoutTypeChecking(ast.NodeTransformer):
+    """Leaves out what stands under `if TYPE_CHECKING:`, which never runs."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        if ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            return [ast.Pass(), *(self.visit(statement) for statement in node.orelse)]
+        return self.generic_visit(node)
 
 
 def parameters_are_literal(root: Path) -> list[str]:
@@ -220,7 +239,6 @@ CHECKS = [
     commands_exist,
     typed_numbers,
     measurements_are_current,
-    map_is_current,
 ]
 
 

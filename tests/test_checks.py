@@ -105,6 +105,42 @@ def test_imports_of_unknown_modules_and_by_the_course_are_found(project):
     only(checks.imports_point_backwards(project), "eager.py", "one")
 
 
+@pytest.mark.parametrize("room", ["kernels", "world"])
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        ("from ..one import f", "the chapter one"),
+        ("from .. import one", "the chapter one"),
+        ("import qwen_mini.one", "the chapter one"),
+        ("def g():\n    from qwen_mini.one import f\n    return f", "the chapter one"),
+        ("try:\n    from ..one import f\nexcept ImportError:\n    pass", "the chapter one"),
+        ("if TYPE_CHECKING:\n    pass\nelse:\n    from ..one import f", "the chapter one"),
+        ("from ..{other}.fast import f", "{other}"),
+    ],
+)
+def test_kernels_and_world_import_no_chapter_and_not_each_other(project, room, code, name):
+    other = {"kernels": "world", "world": "kernels"}[room]
+    path = project / "qwen_mini" / room / "bad.py"
+    path.parent.mkdir()
+    path.write_text(code.replace("{other}", other) + "\n")
+    only(checks.imports_point_backwards(project), f"{room}/bad.py imports {name.format(other=other)}, but {room} may")
+
+
+def test_imports_that_kernels_may_have(project):
+    path = project / "qwen_mini" / "kernels" / "good.py"
+    path.parent.mkdir()
+    path.write_text(
+        "import torch\nfrom . import cache\nfrom .one import f\nfrom ..course import hardware\n"
+        "from qwen_mini.kernels.layers import rope\nif TYPE_CHECKING:\n    from ..one import f\n\n\n"
+        "def g():\n    if typing.TYPE_CHECKING:\n        from qwen_mini.two import g\n"
+    )
+    imports = "from qwen_mini.kernels.good import g\nfrom qwen_mini import kernels"
+    write(project, "01_one", imports, "def f(x):\n    return x")
+    assert sync.main([]) == 0 and checks.imports_point_backwards(project) == []
+    (project / "qwen_mini" / "course" / "eager.py").write_text("from ..kernels.good import g\n")
+    only(checks.imports_point_backwards(project), "course/eager.py imports kernels, but course may import only course")
+
+
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
