@@ -37,23 +37,7 @@ from .world.needles import needle_pieces, needle_rows
 from .world.problems import FAMILIES, Problem, render_problem
 
 # later chapters take these from here
-from .course.corpus_files import clean, corpus_inputs  # noqa: F401
-from qwen_mini.world.needles import (  # noqa: F401
-    WEIGHT_ANSWER,
-    WEIGHT_FILLER,
-    WEIGHT_TEMPLATE,
-    NeedlePieces,
-    draw_keys,
-    draw_value,
-    filler_slice,
-    hide_needles,
-    needle_prompt,
-    needle_question,
-    needle_row,
-    needle_statement,
-    passkey_prompt,
-    recall_row,
-)
+from .course.corpus_files import corpus_inputs  # noqa: F401
 from .world.words import LANGUAGES, LEXICON, TASK_NAMES, TASK_WORDS  # noqa: F401
 
 # %% ../notebooks/07_corpus.ipynb #29888f88
