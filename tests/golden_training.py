@@ -23,10 +23,9 @@ from qwen_mini import long_context as lc
 from qwen_mini import pretraining as p
 from qwen_mini import reward_model as r
 from qwen_mini import tasks as t
-from qwen_mini.corpus import pack
+from qwen_mini.corpus import needle_pieces, needle_rows, pack
 from qwen_mini.course.scales import Phase, Stage
 from qwen_mini.tokenizer import Tokenizer
-from qwen_mini.world.needles import needle_pieces, needle_rows
 
 
 @dataclasses.dataclass(frozen=True)
