@@ -15,7 +15,6 @@ from qwen_mini.course.versions import imported_chapters
 
 from .digits import typed_numbers
 from .measurements import measurements_are_current
-from .report_map import map_is_current
 
 ROOMS = {"course": set(), "world": {"course"}, "kernels": {"course"}}  # hand-written package → what it may import
 MAX_NOTEBOOK_BYTES = 1_000_000
@@ -240,7 +239,6 @@ CHECKS = [
     commands_exist,
     typed_numbers,
     measurements_are_current,
-    map_is_current,
 ]
 
 

@@ -25,12 +25,17 @@ import torch.nn.functional as F
 
 from .attention import causal_attention
 from qwen_mini.corpus import (
+    corpus_inputs,
+    open_prepared,
+    pack,
+    prepare_corpus,
+    unpack,
+)
+from qwen_mini.world.needles import (
     WEIGHT_ANSWER,
     WEIGHT_FILLER,
     WEIGHT_TEMPLATE,
     NeedlePieces,
-    clean,
-    corpus_inputs,
     draw_keys,
     draw_value,
     filler_slice,
@@ -40,13 +45,10 @@ from qwen_mini.corpus import (
     needle_question,
     needle_row,
     needle_statement,
-    open_prepared,
-    pack,
     passkey_prompt,
-    prepare_corpus,
     recall_row,
-    unpack,
 )
+from .course.corpus_files import clean
 from .course import CourseError, hardware, stages
 from .course.scales import Phase
 from .course.stages import Stage

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .corpus import corpus_inputs, needle_pieces, prepare_corpus
+from .corpus import corpus_inputs, prepare_corpus
+from .world.needles import needle_pieces
 from .course import CourseError, hardware, stages
 from .course.stages import Stage
 from .generation import generate

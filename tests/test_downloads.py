@@ -11,8 +11,7 @@ import zipfile
 
 import pytest
 
-from qwen_mini import corpus
-from qwen_mini.course import downloads
+from qwen_mini.course import corpus_files, downloads
 from qwen_mini.course.scales import load_scale
 
 WHEEL = ("pack", "1.0", "0" * 64)
@@ -115,12 +114,12 @@ def test_the_corpus_says_why_it_goes_on_without_sources(
     tmp_path, monkeypatch, capsys, said, reason
 ):
     pretend(tmp_path, monkeypatch, said)
-    monkeypatch.setattr(corpus, "_said", set())
+    monkeypatch.setattr(corpus_files, "_said", set())
     config = load_scale("quick")
-    kept, gone = corpus.available_sources(config)
+    kept, gone = corpus_files.available_sources(config)
     lines = capsys.readouterr().out.splitlines()
     assert lines and all(line.startswith(reason) for line in lines)
     assert gone and all(any(name in line for line in lines) for name in gone)
     assert {source.name for source in kept} | set(gone) == set(config.corpus.sources)
-    corpus.available_sources(config)
+    corpus_files.available_sources(config)
     assert capsys.readouterr().out == ""  # once is enough

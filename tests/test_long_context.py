@@ -10,7 +10,7 @@ import torch
 
 from qwen_mini import course
 from qwen_mini.attention import causal_attention
-from qwen_mini.corpus import needle_pieces, needle_question, needle_statement, pack, prepare_corpus
+from qwen_mini.corpus import pack, prepare_corpus
 from qwen_mini.course import artifacts, stages
 from qwen_mini.course.scales import Stage
 from qwen_mini.generation import generate
@@ -45,6 +45,7 @@ from qwen_mini.long_context import (
 )
 from qwen_mini.model import Qwen, read_config
 from qwen_mini.tokenizer import Tokenizer
+from qwen_mini.world.needles import needle_pieces, needle_question, needle_statement
 
 SHIPPED = artifacts.shipped_dir("pretraining")
 

