@@ -37,9 +37,9 @@ from qwen_mini import (
 )
 from qwen_mini import reward_model as rewards
 from qwen_mini import tokenizer as tok
-from qwen_mini.kernels.cross_entropy import LinearCrossEntropy
 from qwen_mini.kernels import layers as fast_layers
 from qwen_mini.kernels.attention import TiledAttention
+from qwen_mini.kernels.cross_entropy import LinearCrossEntropy
 from qwen_mini.tasks import Verdict
 
 
