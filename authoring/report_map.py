@@ -28,7 +28,7 @@ def page(root: Path) -> str:
     """The page: a table per section of the report."""
     books = {nb.module: nb for nb in notebooks(root) if nb.module}
     parts = [HEAD, "# Where the report is in the code", ""]
-    parts.append("A row for each statement of the report that the course rebuilds: notebook, code, a test that holds it.")
+    parts.append("A row for each statement that the course rebuilds: the notebook, the code, and a test that holds it.")
     section = ""
     for row in rows(root):
         if row["report"] != section:
