@@ -4,8 +4,6 @@ import ast
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 from qwen_mini.course.nb import cell_imports, notebooks, source
@@ -19,7 +17,7 @@ from .report_map import map_is_current
 
 MAX_NOTEBOOK_BYTES = 1_000_000
 MAX_RECORDS = 2_000_000
-MAX_COLUMNS = 120  # the formatter's, until one formatter goes over everything
+MAX_COLUMNS = 120  # of texts in code; the formatter breaks code at 100
 NAMED_FILE = re.compile(r"`((?:qwen_mini|notebooks|tests|docs|benchmarks|data)/[\w./-]+\.\w+)`")
 LINK = re.compile(r"\]\(\s*<?([^)>\s]+)>?(?:\s+\"[^\"]*\")?\s*\)|(?:src|href)=\"([^\"]+)\"")
 
@@ -132,22 +130,24 @@ def notebooks_are_tidy(root: Path) -> list[str]:
 
 
 def code_is_clean(root: Path) -> list[str]:
-    """ruff finds nothing."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--output-format", "json", "--quiet", str(root)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    try:
-        found = json.loads(done.stdout)
-    except json.JSONDecodeError:
-        return [f"ruff could not run: {done.stderr.strip()[:300]}"]
+    """ruff finds nothing, and the formatter has been over everything."""
+    from .sync import run_ruff
+
     problems = []
-    for item in found:
-        path = Path(item["filename"]).relative_to(root.resolve()).as_posix()
-        cell = f" cell {item['cell']}" if item.get("cell") else ""
-        problems.append(f"{path}{cell} line {item['location']['row']}: {item['code']} {item['message']}")
+    for command in (["check"], ["format", "--check"]):
+        done = run_ruff(*command, "--output-format", "json", "--quiet", root)
+        try:
+            found = json.loads(done.stdout or ("" if done.returncode else "[]"))
+        except json.JSONDecodeError:
+            return [f"ruff could not run: {done.stderr.strip()[:300]}"]
+        for item in found:
+            path = Path(item["filename"]).relative_to(root.resolve()).as_posix()
+            cell = f" cell {item['cell']}" if item.get("cell") else ""
+            where = f"{path}{cell} line {item['location']['row']}"
+            if item["code"] == "unformatted":
+                problems.append(f"{where} is not formatted: run `python -m authoring.sync`")
+            else:
+                problems.append(f"{where}: {item['code']} {item['message']}")
     return problems
 
 

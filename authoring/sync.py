@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -13,11 +14,17 @@ from qwen_mini.course.nb import Notebook, select
 from qwen_mini.course.paths import home
 
 
+def run_ruff(*words: str | Path) -> subprocess.CompletedProcess:
+    """The formatter and linter of this environment."""
+    command = [sys.executable, "-m", "ruff", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+
+
 def generate(root: Path, books: list[Notebook]) -> dict[str, str]:
     """Module name -> text that nbdev makes of the notebooks, generated aside in a copy of the project's skeleton."""
     from nbdev.export import nb_export
 
-    modules = {}
+    modules: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         aside = Path(folder).resolve()
         shutil.copy(root / "pyproject.toml", aside)
@@ -31,8 +38,9 @@ def generate(root: Path, books: list[Notebook]) -> dict[str, str]:
             made = aside / "qwen_mini" / f"{nb.module}.py"
             if not made.exists():
                 raise CourseError(f"{nb.path.name} names the module {nb.module} but exports no cell")
-            modules[nb.module] = made.read_text(encoding="utf-8")
-    return modules
+            modules[nb.module] = ""
+        run_ruff("format", "--quiet", aside / "qwen_mini")
+        return {name: (aside / "qwen_mini" / f"{name}.py").read_text(encoding="utf-8") for name in modules}
 
 
 def tidy(nb: Notebook) -> bool:
@@ -48,8 +56,11 @@ def tidy(nb: Notebook) -> bool:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Write the modules of the named notebooks, or of all."""
+    """Format everything, and write the modules of the named notebooks, or of all."""
     root = home()
+    formatted = run_ruff("format", root)
+    if "reformatted" in formatted.stdout:
+        print(formatted.stdout.strip())
     try:
         books = select(root, sys.argv[1:] if words is None else words)
         for nb in books:

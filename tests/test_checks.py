@@ -224,6 +224,13 @@ def test_untidy_notebooks(project):
     only(checks.notebooks_are_tidy(project), "larger")
 
 
+def test_code_that_the_formatter_would_change(project):
+    (project / "tests").mkdir()
+    (project / "tests" / "test_one.py").write_text("x = { 1 : 2 }\n")
+    only(checks.code_is_clean(project), "tests/test_one.py line 1 is not formatted", "authoring.sync")
+    assert sync.main([]) == 0 and checks.code_is_clean(project) == []
+
+
 def test_ruff_problems_name_file_and_line(project):
     (project / "qwen_mini" / "course" / "bad.py").write_text("import os\n")
     only(checks.code_is_clean(project), "qwen_mini/course/bad.py line 1: F401")
