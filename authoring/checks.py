@@ -4,8 +4,6 @@ import ast
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 from qwen_mini.course.nb import cell_imports, notebooks, source
@@ -16,10 +14,14 @@ from qwen_mini.course.versions import imported_chapters
 from .digits import typed_numbers
 from .measurements import measurements_are_current
 
-ROOMS = {"course": set(), "world": {"course"}, "kernels": {"course"}}  # hand-written package → what it may import
+ROOMS = {
+    "course": set(),
+    "world": {"course"},
+    "kernels": {"course"},
+}  # hand-written package → what it may import
 MAX_NOTEBOOK_BYTES = 1_000_000
 MAX_RECORDS = 2_000_000
-MAX_COLUMNS = 120  # the formatter's, until one formatter goes over everything
+MAX_COLUMNS = 120  # of texts in code; the formatter breaks code at 100
 NAMED_FILE = re.compile(r"`((?:qwen_mini|notebooks|tests|docs|benchmarks|data)/[\w./-]+\.\w+)`")
 LINK = re.compile(r"\]\(\s*<?([^)>\s]+)>?(?:\s+\"[^\"]*\")?\s*\)|(?:src|href)=\"([^\"]+)\"")
 
@@ -34,10 +36,14 @@ def modules_equal_notebooks(root: Path) -> list[str]:
     for name, text in generated.items():
         path = root / "qwen_mini" / f"{name}.py"
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            problems.append(f"qwen_mini/{name}.py differs from its notebook: run `python -m authoring.sync`")
+            problems.append(
+                f"qwen_mini/{name}.py differs from its notebook: run `python -m authoring.sync`"
+            )
     for nb in books:
         if nb.module and not nb.name.endswith(f"_{nb.module}"):
-            problems.append(f"{nb.path.name} exports to {nb.module}, not to the module of its own name")
+            problems.append(
+                f"{nb.path.name} exports to {nb.module}, not to the module of its own name"
+            )
     for path in sorted((root / "qwen_mini").glob("*.py")):
         if path.stem not in generated and path.name not in ("__init__.py", "_modidx.py"):
             problems.append(f"qwen_mini/{path.name} has no notebook that exports it")
@@ -60,14 +66,19 @@ def imports_point_backwards(root: Path) -> list[str]:
             problems.append(f"{nb.path.name} has a cell that is not Python: {error.msg}: `{line}`")
             continue
         if path.exists():
-            used[f"qwen_mini/{path.name}"] = (imported_chapters(path.read_text(encoding="utf-8")), nb.number - 1)
+            used[f"qwen_mini/{path.name}"] = (
+                imported_chapters(path.read_text(encoding="utf-8")),
+                nb.number - 1,
+            )
         for where, (names, last) in used.items():
             for name in sorted(names):
                 if name in chapters and chapters[name] > last:
                     problems.append(f"{where} imports {name}, which is not an earlier chapter")
                 elif name not in chapters and name not in (*ROOMS, "__version__"):
                     problems.append(f"{where} imports qwen_mini.{name}, which no notebook exports")
-    return problems + [problem for room, allowed in ROOMS.items() for problem in _room_imports(root, room, allowed)]
+    return problems + [
+        problem for room, allowed in ROOMS.items() for problem in _room_imports(root, room, allowed)
+    ]
 
 
 def _room_imports(root: Path, room: str, allowed: set[str]) -> list[str]:
@@ -76,7 +87,9 @@ def _room_imports(root: Path, room: str, allowed: set[str]) -> list[str]:
     for path in sorted((root / "qwen_mini" / room).glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if room == "course":  # commands load chapters when they run
-            tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+            tree.body = [
+                node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
+            ]
         text = ast.unparse(_WithoutTypeChecking().visit(tree))
         for name in sorted(imported_chapters(text, "..") - allowed - {room, "__version__"}):
             what = name if name in ROOMS else f"the chapter {name}"
@@ -104,7 +117,9 @@ def parameters_are_literal(root: Path) -> list[str]:
             problems.append(f"{nb.path.name} {error}")
             continue
         if names != {"scale", "seed"}:
-            problems.append(f"{nb.path.name} has the parameters {sorted(names)} instead of scale and seed")
+            problems.append(
+                f"{nb.path.name} has the parameters {sorted(names)} instead of scale and seed"
+            )
         if not re.search(rf"course\.start\(\s*[\"']{re.escape(nb.name)}[\"']", "\n".join(nb.code)):
             problems.append(f'{nb.path.name} does not begin with course.start("{nb.name}", …)')
     return problems
@@ -118,7 +133,9 @@ def results_are_current(root: Path) -> list[str]:
         problems.append(f"{thing.what} is not current, because {thing.reason}: {remedy}")
     for nb in notebooks(root):
         outputs = [output for cell in nb.cells for output in cell.get("outputs", [])]
-        if any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs):
+        if any(
+            output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs
+        ):
             problems.append(f"{nb.path.name} has an error or a warning among its outputs")
     return problems
 
@@ -126,7 +143,11 @@ def results_are_current(root: Path) -> list[str]:
 def records_are_small(root: Path) -> list[str]:
     """All shipped records together stay small: they hold numbers, not texts."""
     total = sum(path.stat().st_size for path in record_files(root))
-    return [f"the records take {total:,} bytes, more than {MAX_RECORDS:,}"] if total > MAX_RECORDS else []
+    return (
+        [f"the records take {total:,} bytes, more than {MAX_RECORDS:,}"]
+        if total > MAX_RECORDS
+        else []
+    )
 
 
 def notebooks_are_tidy(root: Path) -> list[str]:
@@ -146,27 +167,31 @@ def notebooks_are_tidy(root: Path) -> list[str]:
             widest = max(map(len, code.splitlines()), default=0)
             if widest > MAX_COLUMNS and not re.search(r"^#\|\s*export", code, re.MULTILINE):
                 line = next(line for line in code.splitlines() if len(line) > MAX_COLUMNS).strip()
-                problems.append(f"{name} has a line wider than {MAX_COLUMNS} columns: `{line[:50]}…`")
+                problems.append(
+                    f"{name} has a line wider than {MAX_COLUMNS} columns: `{line[:50]}…`"
+                )
     return problems
 
 
 def code_is_clean(root: Path) -> list[str]:
-    """ruff finds nothing."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--output-format", "json", "--quiet", str(root)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    try:
-        found = json.loads(done.stdout)
-    except json.JSONDecodeError:
-        return [f"ruff could not run: {done.stderr.strip()[:300]}"]
+    """ruff finds nothing, and the formatter has been over everything."""
+    from .sync import run_ruff
+
     problems = []
-    for item in found:
-        path = Path(item["filename"]).relative_to(root.resolve()).as_posix()
-        cell = f" cell {item['cell']}" if item.get("cell") else ""
-        problems.append(f"{path}{cell} line {item['location']['row']}: {item['code']} {item['message']}")
+    for command in (["check"], ["format", "--check"]):
+        done = run_ruff(*command, "--output-format", "json", "--quiet", root)
+        try:
+            found = json.loads(done.stdout or ("" if done.returncode else "[]"))
+        except json.JSONDecodeError:
+            return [f"ruff could not run: {done.stderr.strip()[:300]}"]
+        for item in found:
+            path = Path(item["filename"]).relative_to(root.resolve()).as_posix()
+            cell = f" cell {item['cell']}" if item.get("cell") else ""
+            where = f"{path}{cell} line {item['location']['row']}"
+            if item["code"] == "unformatted":
+                problems.append(f"{where} is not formatted: run `python -m authoring.sync`")
+            else:
+                problems.append(f"{where}: {item['code']} {item['message']}")
     return problems
 
 
@@ -192,13 +217,21 @@ def links_exist(root: Path) -> list[str]:
 def commands_exist(root: Path) -> list[str]:
     """`make` targets and `qwen-mini` commands that the documentation shows exist, their options too."""
     makefile = root / "Makefile"
-    targets = set(re.findall(r"^([\w-]+):", makefile.read_text(encoding="utf-8") if makefile.exists() else "", re.M))
+    targets = set(
+        re.findall(
+            r"^([\w-]+):", makefile.read_text(encoding="utf-8") if makefile.exists() else "", re.M
+        )
+    )
     problems = []
     for path, text in _prose(root):
         where = path.relative_to(root).as_posix()
-        for target in sorted(set(re.findall(r"(?:^|`|&& )make ([a-z][\w-]*)", text, re.MULTILINE)) - targets):
+        for target in sorted(
+            set(re.findall(r"(?:^|`|&& )make ([a-z][\w-]*)", text, re.MULTILINE)) - targets
+        ):
             problems.append(f"{where} shows `make {target}`, which the Makefile does not have")
-        for line in re.findall(r"(?:^|`|-m )(?:qwen-mini|qwen_mini\.course) ([a-z][^`\n#]*)", text, re.MULTILINE):
+        for line in re.findall(
+            r"(?:^|`|-m )(?:qwen-mini|qwen_mini\.course) ([a-z][^`\n#]*)", text, re.MULTILINE
+        ):
             if problem := _command_problem(line):
                 problems.append(f"{where} shows `qwen-mini {line.strip()}`, {problem}")
     return problems
@@ -209,11 +242,15 @@ def _command_problem(line: str) -> str:
     from qwen_mini.course.cli import parser
 
     commands = parser()._subparsers._group_actions[0].choices
-    words = shlex.split(line.replace("…", ""), posix=True) if line.count("'") % 2 == 0 else line.split()
+    words = (
+        shlex.split(line.replace("…", ""), posix=True) if line.count("'") % 2 == 0 else line.split()
+    )
     if words[0] not in commands:
         return "which is no command" if "|" not in words[0] else ""
     options = set(commands[words[0]]._option_string_actions)
-    unknown = [word for word in words if word.startswith("--") and word.split("=")[0] not in options]
+    unknown = [
+        word for word in words if word.startswith("--") and word.split("=")[0] not in options
+    ]
     return f"which does not know {unknown[0]}" if unknown else ""
 
 

@@ -66,7 +66,10 @@ def typed_numbers(root: Path) -> list[str]:
     """One sentence for each passage of the texts that types a result; [] if there is none."""
     books = notebooks(root)
     missing = sorted(set(NOT_YET) - {book.name for book in books})
-    problems = [f"the list NOT_YET in authoring/digits.py names {name}, which does not exist" for name in missing]
+    problems = [
+        f"the list NOT_YET in authoring/digits.py names {name}, which does not exist"
+        for name in missing
+    ]
     texts = {}
     for book in books:
         if book.name not in NOT_YET:
@@ -77,7 +80,9 @@ def typed_numbers(root: Path) -> list[str]:
             texts[path] = text
     for path, text in texts.items():
         where = path.relative_to(root).as_posix()
-        problems += [f'{where} types "{found}" in "{passage}": {REMEDY}' for found, passage in typed(text)]
+        problems += [
+            f'{where} types "{found}" in "{passage}": {REMEDY}' for found, passage in typed(text)
+        ]
     return problems
 
 

@@ -53,11 +53,17 @@ def _per_byte(column: str) -> Callable[[dict[str, Any]], float]:
     """Bits per byte of all real text together, from the domains of chapter 09."""
 
     def value(found: dict[str, Any]) -> float:
-        real = {name: facts for name, facts in found.items() if isinstance(facts, dict) and facts["kind"] == "real"}
+        real = {
+            name: facts
+            for name, facts in found.items()
+            if isinstance(facts, dict) and facts["kind"] == "real"
+        }
         bits = {name: facts.get(column) for name, facts in real.items()}
         if column == "model":
             bits = {name: found[name.replace("baselines/", "model/")] for name in real}
-        return sum(bits[name] * real[name]["bytes"] for name in real) / sum(facts["bytes"] for facts in real.values())
+        return sum(bits[name] * real[name]["bytes"] for name in real) / sum(
+            facts["bytes"] for facts in real.values()
+        )
 
     return value
 
@@ -99,7 +105,13 @@ NUMBERS = (
         _per_byte("xz -9"),
         ".2f",
     ),
-    Number("sft", "held-out problems solved after fine-tuning", ("20_online_rl/final_sft.json",), _solved, "{:.0%}"),
+    Number(
+        "sft",
+        "held-out problems solved after fine-tuning",
+        ("20_online_rl/final_sft.json",),
+        _solved,
+        "{:.0%}",
+    ),
     Number(
         "grpo",
         "held-out problems solved after DPO and GRPO",
@@ -124,11 +136,22 @@ def write(root: Path, check: bool = False) -> list[str]:
     number in README that nobody computes.
     """
     page, readme = root / "docs" / "measurements.md", root / "README.md"
-    wanted = {page: _page(root), readme: _filled(readme.read_text(encoding="utf-8"), root)} if readme.exists() else {}
-    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    wanted = (
+        {page: _page(root), readme: _filled(readme.read_text(encoding="utf-8"), root)}
+        if readme.exists()
+        else {}
+    )
+    stale = [
+        path
+        for path, text in wanted.items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     for path in [] if check else stale:
         write_file(path, wanted[path])
-    return [f"{path.relative_to(root).as_posix()} has old numbers: run `make measurements`" for path in stale]
+    return [
+        f"{path.relative_to(root).as_posix()} has old numbers: run `make measurements`"
+        for path in stale
+    ]
 
 
 def measurements_are_current(root: Path) -> list[str]:
@@ -148,11 +171,17 @@ def benchmarks(root: Path) -> list[dict]:
         machines = json.loads(path.read_text(encoding="utf-8"))
         for machine in machines:
             wanted = {"processor", "torch", "date", "lines"} - set(machine)
-            wanted |= {key for line in machine["lines"] for key in {"name", "ours", "peer_name", "unit"} - set(line)}
+            wanted |= {
+                key
+                for line in machine["lines"]
+                for key in {"name", "ours", "peer_name", "unit"} - set(line)
+            }
             if wanted:
                 raise ValueError(f"{sorted(wanted)[0]} is missing")
     except (ValueError, TypeError, KeyError) as error:
-        raise CourseError(f"docs/bench.json cannot be read ({error}): run `python benchmarks/run.py --store`") from None
+        raise CourseError(
+            f"docs/bench.json cannot be read ({error}): run `python benchmarks/run.py --store`"
+        ) from None
     return machines
 
 
@@ -171,7 +200,9 @@ def _value(number: Number | Ratio, root: Path) -> tuple[str, Mapping]:
     if isinstance(number, Ratio):
         for machine in benchmarks(root):
             for line in machine["lines"]:
-                if line["name"].startswith(number.bench) and line["peer_name"].startswith(number.peer):
+                if line["name"].startswith(number.bench) and line["peer_name"].startswith(
+                    number.peer
+                ):
                     return _formatted(line["ratio"], number.form), machine
         return NOT_YET, {}
     folder, found, how = root / "data" / "records" / SCALE, {}, {}
@@ -258,7 +289,9 @@ def _machine(machine: Mapping) -> str:
                 _short(ratio),
             ]
         )
-    return f"{title}\n\n" + _markdown(["what", "ours", "compared with", "peer", "unit", "ratio"], rows)
+    return f"{title}\n\n" + _markdown(
+        ["what", "ours", "compared with", "peer", "unit", "ratio"], rows
+    )
 
 
 def _short(value: Any) -> str:
@@ -278,7 +311,11 @@ def _recorded(root: Path) -> str:
 
 
 def _markdown(heads: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    lines = [
+        heads,
+        ["---"] * len(heads),
+        *([cell.replace("|", "\\|") for cell in row] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

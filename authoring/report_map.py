@@ -28,12 +28,20 @@ def page(root: Path) -> str:
     """The page: a table per section of the report."""
     books = {nb.module: nb for nb in notebooks(root) if nb.module}
     parts = [HEAD, "# Where the report is in the code", ""]
-    parts.append("A row for each statement that the course rebuilds: the notebook, the code, and a test that holds it.")
+    parts.append(
+        "A row for each statement that the course rebuilds: the notebook, the code, and a test that holds it."
+    )
     section = ""
     for row in rows(root):
         if row["report"] != section:
             section = row["report"]
-            parts += ["", f"## {section}", "", "| the report | notebook | code | test |", "|---|---|---|---|"]
+            parts += [
+                "",
+                f"## {section}",
+                "",
+                "| the report | notebook | code | test |",
+                "|---|---|---|---|",
+            ]
         module, _, name = row["code"].partition(".")
         if name:
             book, file = books[module], f"../qwen_mini/{module}.py"
@@ -51,7 +59,7 @@ def problems(root: Path) -> list[str]:
     found = []
     modules = {nb.module for nb in notebooks(root) if nb.module}
     for row in rows(root):
-        where = f"docs/map.toml, \"{row.get('says', '')[:40]}\""
+        where = f'docs/map.toml, "{row.get("says", "")[:40]}"'
         if set(row) - KEYS or not {"report", "says", "code"} <= set(row):
             found.append(f"{where}: a line has report, says, code and test")
             continue
@@ -88,7 +96,13 @@ def _names(node: ast.stmt) -> set[str]:
         return {node.name}
     if isinstance(node, ast.ImportFrom):
         return {alias.asname or alias.name for alias in node.names}
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AnnAssign)
+        else []
+    )
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 

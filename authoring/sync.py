@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -13,11 +14,17 @@ from qwen_mini.course.nb import Notebook, select
 from qwen_mini.course.paths import home
 
 
+def run_ruff(*words: str | Path) -> subprocess.CompletedProcess:
+    """The formatter and linter of this environment."""
+    command = [sys.executable, "-m", "ruff", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+
+
 def generate(root: Path, books: list[Notebook]) -> dict[str, str]:
     """Module name -> text that nbdev makes of the notebooks, generated aside in a copy of the project's skeleton."""
     from nbdev.export import nb_export
 
-    modules = {}
+    modules: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         aside = Path(folder).resolve()
         shutil.copy(root / "pyproject.toml", aside)
@@ -30,26 +37,43 @@ def generate(root: Path, books: list[Notebook]) -> dict[str, str]:
                 nb_export(copy, lib_path=aside / "qwen_mini")
             made = aside / "qwen_mini" / f"{nb.module}.py"
             if not made.exists():
-                raise CourseError(f"{nb.path.name} names the module {nb.module} but exports no cell")
-            modules[nb.module] = made.read_text(encoding="utf-8")
-    return modules
+                raise CourseError(
+                    f"{nb.path.name} names the module {nb.module} but exports no cell"
+                )
+            modules[nb.module] = ""
+        run_ruff("format", "--quiet", aside / "qwen_mini")
+        return {
+            name: (aside / "qwen_mini" / f"{name}.py").read_text(encoding="utf-8")
+            for name in modules
+        }
 
 
 def tidy(nb: Notebook) -> bool:
     """Remove the cell and notebook metadata that editors leave behind; returns whether there was any."""
-    own = {key: value for key, value in nb.data["metadata"].items() if key in ("kernelspec", "qwen_mini")}
-    foreign = own != nb.data["metadata"] or any(set(cell["metadata"]) - {"tags"} for cell in nb.cells)
+    own = {
+        key: value
+        for key, value in nb.data["metadata"].items()
+        if key in ("kernelspec", "qwen_mini")
+    }
+    foreign = own != nb.data["metadata"] or any(
+        set(cell["metadata"]) - {"tags"} for cell in nb.cells
+    )
     if foreign:
         nb.data["metadata"] = own
         for cell in nb.cells:
-            cell["metadata"] = {key: value for key, value in cell["metadata"].items() if key == "tags"}
+            cell["metadata"] = {
+                key: value for key, value in cell["metadata"].items() if key == "tags"
+            }
         write_file(nb.path, json.dumps(nb.data, indent=1, ensure_ascii=False) + "\n")
     return foreign
 
 
 def main(words: list[str] | None = None) -> int:
-    """Write the modules of the named notebooks, or of all."""
+    """Format everything, and write the modules of the named notebooks, or of all."""
     root = home()
+    formatted = run_ruff("format", root)
+    if "reformatted" in formatted.stdout:
+        print(formatted.stdout.strip())
     try:
         books = select(root, sys.argv[1:] if words is None else words)
         for nb in books:

@@ -20,7 +20,12 @@ ROWS, PROMPT, NEW = 256, 32, 64
 WAYS = {
     "sample": {"temperature": 1.0},
     "greedy": {"temperature": 0.0},
-    "instruct defaults": {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
+    "instruct defaults": {
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.8,
+        "repetition_penalty": 1.05,
+    },
 }
 
 
@@ -42,19 +47,30 @@ def report(name: str, ours: float, peer: float, peer_name: str, unit: str) -> No
     print(json.dumps(line), flush=True)
 
 
-def compare(name: str, models: dict, prompts: torch.Tensor, copies: int, way: dict, rounds: int) -> None:
+def compare(
+    name: str, models: dict, prompts: torch.Tensor, copies: int, way: dict, rounds: int
+) -> None:
     """One way of sampling on both sides, in both dtypes."""
     hf = {"do_sample": way["temperature"] > 0, "max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0,
           "num_return_sequences": copies, "repetition_penalty": way.get("repetition_penalty", 1.0)}  # fmt: skip
     if hf["do_sample"]:
-        hf |= {"temperature": way["temperature"], "top_k": way.get("top_k", 0), "top_p": way.get("top_p", 1.0)}
+        hf |= {
+            "temperature": way["temperature"],
+            "top_k": way.get("top_k", 0),
+            "top_p": way.get("top_p", 1.0),
+        }
     lists, mask = prompts.tolist(), torch.ones_like(prompts)
     functions = {}
     for dtype, (mine, theirs) in models.items():
-        functions[f"ours {dtype}"] = lambda m=mine: generate(m, lists, NEW, num_return_sequences=copies, **way)
+        functions[f"ours {dtype}"] = lambda m=mine: generate(
+            m, lists, NEW, num_return_sequences=copies, **way
+        )
         functions[f"peer {dtype}"] = lambda m=theirs: m.generate(prompts, attention_mask=mask, **hf)
     seconds = fastest(functions, rounds)
-    best = {side: min((s, key) for key, s in seconds.items() if key.startswith(side)) for side in ("ours", "peer")}
+    best = {
+        side: min((s, key) for key, s in seconds.items() if key.startswith(side))
+        for side in ("ours", "peer")
+    }
     tokens = len(prompts) * copies * NEW
     dtypes = {side: key.split()[1] for side, (_, key) in best.items()}
     report(f"{name} ({dtypes['ours']})", tokens / best["ours"][0], tokens / best["peer"][0],
@@ -85,7 +101,13 @@ def main() -> None:
     logits, uniform = torch.randn(ROWS, 2_048), torch.rand(ROWS, 1)
     seconds = fastest({"ours": lambda: sample(logits, uniform),
                        "peer": lambda: torch.multinomial(torch.softmax(logits, -1), 1)}, 10 * rounds)  # fmt: skip
-    report("draw from 2,048 ids", ROWS / seconds["ours"], ROWS / seconds["peer"], "torch.multinomial", "draws/s")
+    report(
+        "draw from 2,048 ids",
+        ROWS / seconds["ours"],
+        ROWS / seconds["peer"],
+        "torch.multinomial",
+        "draws/s",
+    )
 
 
 if __name__ == "__main__":

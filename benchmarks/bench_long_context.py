@@ -25,7 +25,13 @@ def seconds(run) -> float:
 
 
 def report(name, ours, peer, peer_name):
-    line = {"name": name, "ours": round(ours, 3), "peer": round(peer, 3), "peer_name": peer_name, "unit": "s"}
+    line = {
+        "name": name,
+        "ours": round(ours, 3),
+        "peer": round(peer, 3),
+        "peer_name": peer_name,
+        "unit": "s",
+    }
     print(json.dumps(line | {"ratio": round(peer / ours, 2)}), flush=True)
 
 
@@ -48,8 +54,18 @@ def main():
                 took = seconds(lambda i=ids, a=attention, c=chunk: sparse_prefill(model, i, a, c))
                 best[name] = min(best[name], took)
         name = f"time to the first token, {length:,} tokens"
-        report(f"{name}, dual chunk attention", best["dual chunk"], best["flash"], "plain flash attention")
-        report(f"{name}, sparse prefill", best["sparse"], best["dual chunk"], "dense dual chunk attention")
+        report(
+            f"{name}, dual chunk attention",
+            best["dual chunk"],
+            best["flash"],
+            "plain flash attention",
+        )
+        report(
+            f"{name}, sparse prefill",
+            best["sparse"],
+            best["dual chunk"],
+            "dense dual chunk attention",
+        )
 
 
 if __name__ == "__main__":

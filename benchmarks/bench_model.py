@@ -45,7 +45,10 @@ def best_seconds(models, work, ids):
 def main():
     for size, config in SIZES.items():
         torch.manual_seed(0)
-        ours, theirs = Qwen(config), Qwen2ForCausalLM(Qwen2Config(**config.to_dict(), use_cache=False))
+        ours, theirs = (
+            Qwen(config),
+            Qwen2ForCausalLM(Qwen2Config(**config.to_dict(), use_cache=False)),
+        )
         theirs.load_state_dict(ours.state_dict())
         ids = torch.randint(config.vocab_size, (ROWS, LENGTH))
         models = {"ours": ours, "theirs": lambda ids, model=theirs: model(ids).logits}

@@ -67,7 +67,9 @@ def trl_step(folder, trainer, settings, rows, numbers, **options) -> float:
         watch = Stopwatch()
         with contextlib.redirect_stdout(io.StringIO()):
             trainer(
-                model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+                model=transformers.AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.float32
+                ),
                 args=settings(bf16=bf16, **numbers),
                 train_dataset=Dataset.from_list(rows),
                 processing_class=transformers.AutoTokenizer.from_pretrained(folder),
@@ -81,14 +83,23 @@ def trl_step(folder, trainer, settings, rows, numbers, **options) -> float:
 def bench_dpo(config, start, folder, tokenizer, dtype):
     """The reference's log-probabilities are computed before, by both."""
     policy = Qwen.from_pretrained(start, dtype).eval()
-    pairs = build_pairs(tokenizer, evaluate_tasks(policy, tokenizer, draw_examples(24, 0), 1.0, 8, 128, 0, 512))
+    pairs = build_pairs(
+        tokenizer, evaluate_tasks(policy, tokenizer, draw_examples(24, 0), 1.0, 8, 128, 0, 512)
+    )
     pairs = random.Random(0).sample(pairs, PAIRS)
     settings = dataclasses.replace(config.dpo, batch_pairs=PAIRS, epochs=STEPS + 1)
     _, step = make_trainer(config, start, pairs, settings, dtype=dtype)
     ours = our_step(step)
-    texts = [(p.prompt, p.chosen[:-1], p.rejected[:-1]) for p in pairs]  # TRL adds the end token itself
-    rows = [dict(zip(("prompt", "chosen", "rejected"), map(tokenizer.decode, ids), strict=True)) for ids in texts]
-    numbers = dict(per_device_train_batch_size=PAIRS, precompute_ref_log_probs=True, max_length=None)
+    texts = [
+        (p.prompt, p.chosen[:-1], p.rejected[:-1]) for p in pairs
+    ]  # TRL adds the end token itself
+    rows = [
+        dict(zip(("prompt", "chosen", "rejected"), map(tokenizer.decode, ids), strict=True))
+        for ids in texts
+    ]
+    numbers = dict(
+        per_device_train_batch_size=PAIRS, precompute_ref_log_probs=True, max_length=None
+    )
     peer = trl_step(folder, trl.DPOTrainer, trl.DPOConfig, rows, numbers)
     report(f"a DPO step on {PAIRS} pairs", ours, peer, "TRL's DPOTrainer")
 
@@ -112,11 +123,22 @@ def bench_grpo(config, start, folder, tokenizer, dtype):
     numbers = dict(per_device_train_batch_size=QUERIES * settings.group_size, num_generations=settings.group_size,
                    max_completion_length=settings.max_new_tokens, learning_rate=settings.learning_rate)  # fmt: skip
     peer = trl_step(folder, trl.GRPOTrainer, trl.GRPOConfig, rows, numbers, reward_funcs=reward)
-    report(f"a GRPO step, {QUERIES} problems x {settings.group_size} answers", ours, peer, "TRL's GRPOTrainer")
+    report(
+        f"a GRPO step, {QUERIES} problems x {settings.group_size} answers",
+        ours,
+        peer,
+        "TRL's GRPOTrainer",
+    )
 
 
 def report(name, ours, peer, peer_name):
-    line = {"name": name, "ours": round(ours, 3), "peer": round(peer, 3), "peer_name": peer_name, "unit": "s"}
+    line = {
+        "name": name,
+        "ours": round(ours, 3),
+        "peer": round(peer, 3),
+        "peer_name": peer_name,
+        "unit": "s",
+    }
     print(json.dumps(line | {"ratio": round(peer / ours, 2)}), flush=True)
 
 

@@ -16,7 +16,15 @@ os.environ["RAYON_NUM_THREADS"] = "1"  # `tokenizers` on one thread, read when i
 
 from pydoc_data.topics import topics
 
-from qwen_mini.tokenizer import Tokenizer, _train_fast, _train_plain, byte_ids, count_pieces, merge_word, split_pieces
+from qwen_mini.tokenizer import (
+    Tokenizer,
+    _train_fast,
+    _train_plain,
+    byte_ids,
+    count_pieces,
+    merge_word,
+    split_pieces,
+)
 
 VOCABULARY = 4_096
 TEXT_BYTES = 4_000_000
@@ -59,7 +67,9 @@ def naive_step(words: list[tuple[list[int], int]]) -> None:
             i += 2 if found else 1
 
 
-def naive_seconds(pieces: list[tuple[str, int]], merges: list[tuple[int, int]], places: int = 5) -> float:
+def naive_seconds(
+    pieces: list[tuple[str, int]], merges: list[tuple[int, int]], places: int = 5
+) -> float:
     """Estimated time of all merges: trapezoids over single merges, each measured on the text as it stands then."""
     at = [round(i * (len(merges) - 1) / (places - 1)) for i in range(places)]
     cost = []
@@ -68,13 +78,27 @@ def naive_seconds(pieces: list[tuple[str, int]], merges: list[tuple[int, int]], 
         known = {piece: merge_word(byte_ids(piece), ranks) for piece, _ in pieces}
         words = [(list(known[piece]), count) for piece, count in pieces]
         cost.append(cpu_seconds(lambda words=words: naive_step(words), repeat=1))
-    return sum((b - a) * (x + y) / 2 for (a, b), (x, y) in zip(pairwise(at), pairwise(cost), strict=True))
+    return sum(
+        (b - a) * (x + y) / 2 for (a, b), (x, y) in zip(pairwise(at), pairwise(cost), strict=True)
+    )
 
 
 def report(name: str, ours: float, peer: float, peer_name: str, unit: str) -> None:
     ratio = peer / ours if unit == "s" else ours / peer
-    line = {"name": name, "ours": ours, "peer": peer, "peer_name": peer_name, "unit": unit, "ratio": ratio}
-    print(json.dumps({key: float(f"{x:.3g}") if isinstance(x, float) else x for key, x in line.items()}), flush=True)
+    line = {
+        "name": name,
+        "ours": ours,
+        "peer": peer,
+        "peer_name": peer_name,
+        "unit": unit,
+        "ratio": ratio,
+    }
+    print(
+        json.dumps(
+            {key: float(f"{x:.3g}") if isinstance(x, float) else x for key, x in line.items()}
+        ),
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -100,11 +124,23 @@ def main() -> None:
     compiled.encode("warm up")
     fresh = cpu_seconds(lambda: Tokenizer(tokenizer.merges, fast=False).encode_batch(texts))
     rust = cpu_seconds(lambda: compiled.encode_batch(texts))
-    report(f"encoding, {megabytes:.1f} MB", megabytes / fresh, megabytes / rust, "tokenizers, 1 thread", "MB/s")
+    report(
+        f"encoding, {megabytes:.1f} MB",
+        megabytes / fresh,
+        megabytes / rust,
+        "tokenizers, 1 thread",
+        "MB/s",
+    )
     ids = tokenizer.encode_batch(texts)
     ours = cpu_seconds(lambda: [tokenizer.decode(row) for row in ids])
     rust = cpu_seconds(lambda: compiled._rust.decode_batch(ids))
-    report(f"decoding, {megabytes:.1f} MB", megabytes / ours, megabytes / rust, "tokenizers, 1 thread", "MB/s")
+    report(
+        f"decoding, {megabytes:.1f} MB",
+        megabytes / ours,
+        megabytes / rust,
+        "tokenizers, 1 thread",
+        "MB/s",
+    )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,11 @@ def main():
     threads = torch.get_num_threads()
     for name, config in SIZES.items():
         ids = torch.randint(0, config.vocab_size, (ROWS, LENGTH + 1))
-        steps = {"ours": ours(config), "fp32": theirs(config, False), "bf16 autocast": theirs(config, True)}
+        steps = {
+            "ours": ours(config),
+            "fp32": theirs(config, False),
+            "bf16 autocast": theirs(config, True),
+        }
         seconds = {key: [] for key in steps}
         for round_ in range(ROUNDS + 2):
             for key, step in steps.items():

@@ -17,7 +17,14 @@ import torch
 
 from qwen_mini.course import hardware, load_scale
 from qwen_mini.dual_chunk import position_scheme
-from qwen_mini.long_context import ask_all, extended_checkpoint, frozen_model, haystack, open_hay, wilson_interval
+from qwen_mini.long_context import (
+    ask_all,
+    extended_checkpoint,
+    frozen_model,
+    haystack,
+    open_hay,
+    wilson_interval,
+)
 from qwen_mini.sparse_prefill import SparseAttention, choose_budgets, sparse_prefill
 
 
@@ -26,9 +33,14 @@ def main() -> None:
     parser.add_argument("length", type=int, help="tokens of a prompt")
     parser.add_argument("--tries", type=int, default=20, help="prompts")
     parser.add_argument(
-        "--keys", type=int, default=1, help="1: the pass key; more: so many named keys beside it, one asked"
+        "--keys",
+        type=int,
+        default=1,
+        help="1: the pass key; more: so many named keys beside it, one asked",
     )
-    parser.add_argument("--checkpoint", type=Path, help="default: the scale laptop's long-context checkpoint")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="default: the scale laptop's long-context checkpoint"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     config = load_scale("laptop")
@@ -38,7 +50,10 @@ def main() -> None:
     hay = np.tile(hay, -(-n // len(hay)))
     sample, _ = haystack(min(n, 16_384), 4, hay, pieces, random.Random(options.seed))
     budgets = choose_budgets(model, torch.tensor([sample]))
-    scheme, attention = position_scheme(model.config, "dca+temperature", n), SparseAttention(model.config, n, budgets)
+    scheme, attention = (
+        position_scheme(model.config, "dca+temperature", n),
+        SparseAttention(model.config, n, budgets),
+    )
     rng, found = random.Random(f"{options.seed}/{n}/{options.keys}"), []
     for attempt in range(options.tries):
         one = options.keys == 1
@@ -50,11 +65,20 @@ def main() -> None:
         asked = planted if one else [rng.choice(planted[1:])]
         found += ask_all(model, cache, asked, pieces, scheme, style)
         depth, seconds = asked[0][2], time.perf_counter() - begin
-        print(f"{attempt + 1:3} depth {depth:.2f} {'found' if found[-1] else 'missed'} {seconds:.1f} s", flush=True)
+        print(
+            f"{attempt + 1:3} depth {depth:.2f} {'found' if found[-1] else 'missed'} {seconds:.1f} s",
+            flush=True,
+        )
     low, high = wilson_interval(sum(found) / len(found), len(found))
     print(
         json.dumps(
-            {"length": n, "keys": options.keys, "found": sum(found), "tries": len(found), "interval": [low, high]}
+            {
+                "length": n,
+                "keys": options.keys,
+                "found": sum(found),
+                "tries": len(found),
+                "interval": [low, high],
+            }
         )
     )
 

@@ -17,7 +17,9 @@ sys.path.insert(0, str(HERE.parent))  # authoring/ is part of no installation
 def main() -> int:
     codes, lines = [], []
     for path in sorted(HERE.glob("bench_*.py")):
-        with subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
+        with subprocess.Popen(
+            [sys.executable, path], stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        ) as process:
             for line in process.stdout:
                 print(line, end="", flush=True)
                 lines.append(line)
@@ -34,7 +36,9 @@ def store(lines: list[dict]) -> None:
     from qwen_mini.course.provenance import provenance
 
     machine = {**provenance(), "date": datetime.date.today().isoformat(), "lines": lines}
-    print(f"stored in {store_benchmarks(HERE.parent, machine)}: `make measurements` writes the page")
+    print(
+        f"stored in {store_benchmarks(HERE.parent, machine)}: `make measurements` writes the page"
+    )
 
 
 if __name__ == "__main__":

@@ -53,7 +53,14 @@ def run_two_processes(folder, body, *arguments, **variables):
         "dist.barrier()\n"  # neither leaves while the other still reads from it
         "dist.destroy_process_group()\n"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     subprocess.run([*launch, *map(str, arguments)], check=True, timeout=600, env=environment)
 

@@ -31,7 +31,9 @@ from qwen_mini.course import artifacts
 EVENTS = {
     "open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "os.listdir", "os.scandir"
 }  # fmt: skip
-VARYING = re.compile(rb'"(seconds|metrics\.jsonl)": ?[0-9.e+-]+')  # the latter in the manifest: its bytes
+VARYING = re.compile(
+    rb'"(seconds|metrics\.jsonl)": ?[0-9.e+-]+'
+)  # the latter in the manifest: its bytes
 SCALE = "quick"
 
 
@@ -59,7 +61,9 @@ class Case:
 # ---------------------------------------------------------------- the machinery
 
 
-def start(call: Callable[[], object], runs: Path, kill_at: int | None = None, after: float | None = None) -> int | None:
+def start(
+    call: Callable[[], object], runs: Path, kill_at: int | None = None, after: float | None = None
+) -> int | None:
     """Run in a process of its own; returns the number of its file operations, or None if it was killed.
 
     kill_at: SIGKILL before the operation of that number, from 1; after: SIGKILL after so many seconds.
@@ -102,7 +106,9 @@ def _count_operations(runs: Path, kill_at: int | None) -> list[int]:
     def watch(event: str, arguments: tuple) -> None:
         if event in EVENTS and isinstance(arguments[0], str | bytes | os.PathLike):
             path = os.fsdecode(arguments[0])
-            if path.startswith(inside) or not os.path.isabs(path):  # relative: shutil.rmtree by handles
+            if path.startswith(inside) or not os.path.isabs(
+                path
+            ):  # relative: shutil.rmtree by handles
                 operation()
 
     def counted(function: Callable) -> Callable:
@@ -112,7 +118,10 @@ def _count_operations(runs: Path, kill_at: int | None) -> list[int]:
 
         return functools.wraps(function)(call)
 
-    os.fsync, fcntl.lockf = counted(os.fsync), counted(fcntl.lockf)  # neither tells the audit hooks by path
+    os.fsync, fcntl.lockf = (
+        counted(os.fsync),
+        counted(fcntl.lockf),
+    )  # neither tells the audit hooks by path
     sys.addaudithook(watch)
     return count
 
@@ -138,7 +147,9 @@ def check_versions(case: Case, runs: Path, before: Path, after: Path, reader: bo
             os.environ["QWEN_MINI_RUNS"] = str(runs)
             if artifacts.made(SCALE, stage):
                 if tree(artifacts.find(SCALE, stage), case.normalise) not in allowed:
-                    raise Failure(f"{stage} as found is neither the version before nor the one after")
+                    raise Failure(
+                        f"{stage} as found is neither the version before nor the one after"
+                    )
             elif (before / SCALE / stage / "manifest.json").exists():
                 raise Failure(f"no version of {stage} is found any more")
 
@@ -151,7 +162,9 @@ class Trial:
     folder: Path
 
     def __post_init__(self):
-        self.before, self.after, self.copy = (self.folder / name for name in ("before", "after", "copy"))
+        self.before, self.after, self.copy = (
+            self.folder / name for name in ("before", "after", "copy")
+        )
         self.before.mkdir(parents=True)
         start(self.case.prepare, self.before)
         shutil.copytree(self.before, self.after)
@@ -174,12 +187,16 @@ class Trial:
         start(self.case.run, self.copy)
         got = tree(self.copy, self.case.normalise)
         if got != self.wanted:
-            names = [name for name in sorted(got | self.wanted) if got.get(name) != self.wanted.get(name)]
+            names = [
+                name for name in sorted(got | self.wanted) if got.get(name) != self.wanted.get(name)
+            ]
             raise Failure(f"other than a run without a kill: {', '.join(names)}")
         return killed
 
 
-def trials(trial: Trial, every: int, kills: int, rng: random.Random) -> Iterator[tuple[str, Callable[[], bool]]]:
+def trials(
+    trial: Trial, every: int, kills: int, rng: random.Random
+) -> Iterator[tuple[str, Callable[[], bool]]]:
     """The kills of one case: every `every`-th operation, half of them with a second kill later, and random moments."""
     first = rng.randrange(every) + 1
     for number, point in enumerate(range(first, trial.operations + 1, every)):
@@ -188,7 +205,10 @@ def trials(trial: Trial, every: int, kills: int, rng: random.Random) -> Iterator
         yield f"killed at operation {points}", functools.partial(trial.kill, *points, reader=reader)
     for number in range(kills):
         after = rng.uniform(0, trial.seconds)
-        yield f"killed after {after:.4f} s", functools.partial(trial.kill, after=after, reader=number % 2 == 0)
+        yield (
+            f"killed after {after:.4f} s",
+            functools.partial(trial.kill, after=after, reader=number % 2 == 0),
+        )
 
 
 def examine(case: Case, every: int = 1, kills: int = 0, seed: int = 0) -> str:
@@ -224,7 +244,9 @@ def _write_toy(content: str) -> None:
 def _write_pair(content: str) -> None:
     """Two stages, the second from the first, neither of them made again: as tokenizer and corpus."""
     for stage in ("first", "second"):
-        if artifacts.read_manifest(artifacts.stage_dir(SCALE, stage)).get("inputs") != {"content": content}:
+        if artifacts.read_manifest(artifacts.stage_dir(SCALE, stage)).get("inputs") != {
+            "content": content
+        }:
             with artifacts.write_stage(SCALE, stage, {"content": content}) as folder:
                 (folder / stage).write_text(content)
         else:
@@ -259,7 +281,11 @@ def _train(key: str, steps: int = 6) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         state, metrics = artifacts.state_file(SCALE, "toy", key), []
         for p in model.parameters():
-            optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": 0 * p.data, "exp_avg_sq": 0 * p.data}
+            optimizer.state[p] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": 0 * p.data,
+                "exp_avg_sq": 0 * p.data,
+            }
         tensors = {
             f"{name}.{field}": x
             for name, p in model.named_parameters()
@@ -279,7 +305,9 @@ def _train(key: str, steps: int = 6) -> None:
             metrics.append({"loss": loss.item(), "seconds": time.monotonic()})
             artifacts.write_file(state, save(tensors, {"metrics": json.dumps(metrics)}))
         with artifacts.write_stage(SCALE, "toy", key=key) as folder:
-            save_file({name: p.data for name, p in model.named_parameters()}, folder / "model.safetensors")
+            save_file(
+                {name: p.data for name, p in model.named_parameters()}, folder / "model.safetensors"
+            )
             lines = [json.dumps(record) + "\n" for record in metrics]
             (folder / "metrics.jsonl").write_text("".join(lines))
 
@@ -327,8 +355,19 @@ def _load_stages() -> None:
 CASES = [
     Case("file", _write_state),
     Case("stage", functools.partial(_write_toy, "2"), functools.partial(_write_toy, "1"), ("toy",)),
-    Case("pair", functools.partial(_write_pair, "2"), functools.partial(_write_pair, "1"), ("first", "second")),
-    Case("training", functools.partial(_train, "0a"), functools.partial(_train_with, "0b"), ("toy",), load=load_torch),
+    Case(
+        "pair",
+        functools.partial(_write_pair, "2"),
+        functools.partial(_write_pair, "1"),
+        ("first", "second"),
+    ),
+    Case(
+        "training",
+        functools.partial(_train, "0a"),
+        functools.partial(_train_with, "0b"),
+        ("toy",),
+        load=load_torch,
+    ),
 ]
 REAL = [  # the course's own code: with --all only
     Case("model", _train_a_model, lambda: _write_toy("1"), ("toy",), load=_load_stages),
@@ -336,15 +375,23 @@ REAL = [  # the course's own code: with --all only
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(case.name for case in CASES + REAL))
-    parser.add_argument("--all", action="store_true", help="every file operation, and 163 random kills of each case")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=", ".join(case.name for case in CASES + REAL)
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every file operation, and 163 random kills of each case"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     options = parser.parse_args(words)
     known = CASES + REAL
     if unknown := set(options.cases) - {case.name for case in known}:
         parser.error(f"there is no case {', '.join(sorted(unknown))}")
-    chosen = [case for case in known if case.name in options.cases] or (known if options.all else CASES)
+    chosen = [case for case in known if case.name in options.cases] or (
+        known if options.all else CASES
+    )
     for case in chosen:
         every, kills = (1, 163) if options.all else (9, 12)
         print(examine(case, every, kills, options.seed), flush=True)

@@ -52,7 +52,9 @@ TALK = [
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"word": "string"}}}]
 LEARNED = " ".join(
     f"The {word} number {i * i} stands near the {other}, isn't it? été {word}s."
-    for i, (word, other) in enumerate(zip(words.TASK_WORDS, reversed(words.TASK_WORDS), strict=True))
+    for i, (word, other) in enumerate(
+        zip(words.TASK_WORDS, reversed(words.TASK_WORDS), strict=True)
+    )
 )
 
 

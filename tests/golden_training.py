@@ -238,7 +238,9 @@ def _():
     return {
         "ids": [digest([b.input_ids, b.targets]) for b in batches],
         "weights": digest([b.weights for b in batches]),
-        "domains": [np.repeat(np.arange(len(n)), n) for plan in sampler.plans for n in np.diff(plan, axis=0)],
+        "domains": [
+            np.repeat(np.arange(len(n)), n) for plan in sampler.plans for n in np.diff(plan, axis=0)
+        ],
         "shared": digest(parts),
         "steps": sampler.steps,
         "without b": p.available_phases(Numbers().phases, without)[1].mixture,

@@ -54,7 +54,11 @@ def test_an_exception_keeps_the_old_stage(runs_folder):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device")]
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device"),
+    ],
 )
 def test_a_full_disk_keeps_the_old_stage_and_says_so(runs_folder, error):
     make("one")
@@ -94,10 +98,14 @@ def test_kill_at_any_moment_leaves_a_whole_stage(runs_folder):
         found = artifacts.find("quick", "toy")
         assert len({(found / name).read_text() for name in "abc"}) == 1
         manifest = json.loads((found / "manifest.json").read_text())
-        assert all((found / name).stat().st_size == size for name, size in manifest["files"].items())
+        assert all(
+            (found / name).stat().st_size == size for name, size in manifest["files"].items()
+        )
     make("next")
     leftovers = [path.name for path in (runs_folder / "quick").iterdir()]
-    assert leftovers == ["toy"] or os.name == "nt"  # there nobody knows whether a writer still lives
+    assert (
+        leftovers == ["toy"] or os.name == "nt"
+    )  # there nobody knows whether a writer still lives
 
 
 @pytest.mark.parametrize(("renames", "content"), [(0, "one"), (1, "two"), (2, "two"), (3, "two")])
@@ -133,9 +141,13 @@ def test_a_missing_stage_names_the_command(runs_folder):
         ("my", "sft"): "qwen-mini train sft --scale my.toml",
     }
     for (scale, stage), command in commands.items():
-        with pytest.raises(course.MissingStage, match=f"'{stage}' of scale '{scale}' is missing: .* `{command}`"):
+        with pytest.raises(
+            course.MissingStage, match=f"'{stage}' of scale '{scale}' is missing: .* `{command}`"
+        ):
             artifacts.find(scale, stage)
-    with pytest.raises(course.MissingStage, match="'toy' .* no stage has that name; those that train are"):
+    with pytest.raises(
+        course.MissingStage, match="'toy' .* no stage has that name; those that train are"
+    ):
         artifacts.find("laptop", "toy")
 
 
@@ -177,14 +189,18 @@ def test_a_stage_is_found_by_its_key(shipped, runs_folder):
     found = [artifacts.find_by_key("quick", "toy", key) for key in ("0a", "0b", "0c")]
     assert found == [shipped, own, None]
     (own / "manifest.json").write_text('{"key": "0b"')  # cut by hand
-    assert artifacts.find_by_key("quick", "toy", "0b") is None and artifacts.read_manifest(own) == {}
+    assert (
+        artifacts.find_by_key("quick", "toy", "0b") is None and artifacts.read_manifest(own) == {}
+    )
 
 
 def test_a_stage_of_another_scale_file_of_that_name_is_refused(runs_folder):
     with artifacts.write_stage("my", "toy", scale_digest="a"):
         pass
     assert artifacts.find("my", "toy") == artifacts.find("my", "toy", scale_digest="a")
-    with pytest.raises(course.MissingStage, match="made with another scale of the name 'my': rename"):
+    with pytest.raises(
+        course.MissingStage, match="made with another scale of the name 'my': rename"
+    ):
         artifacts.find("my", "toy", scale_digest="b")
 
 
@@ -195,7 +211,10 @@ import os, signal
 from qwen_mini.course import artifacts
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 """
-HALF_A_FILE = LEAVE + "os.replace = die; artifacts.write_file(artifacts.state_file('quick', 'toy', '0a'), b'x')"
+HALF_A_FILE = (
+    LEAVE
+    + "os.replace = die; artifacts.write_file(artifacts.state_file('quick', 'toy', '0a'), b'x')"
+)
 HALF_A_STAGE = LEAVE + "with artifacts.write_stage('quick', 'toy'): die()"
 BEFORE_THE_SWAP = LEAVE + "with artifacts.write_stage('quick', 'toy'): artifacts._finish = die"
 
@@ -219,7 +238,10 @@ def test_half_a_training_state_is_swept(runs_folder, heal):
     assert len(names(runs_folder)) == 4
     if heal == "write_file":
         artifacts.write_file(artifacts.state_file("quick", "toy", "0a"), b"y")
-        assert names(runs_folder / "quick") == ["training_state", "training_state/toy-0a.safetensors"]
+        assert names(runs_folder / "quick") == [
+            "training_state",
+            "training_state/toy-0a.safetensors",
+        ]
     elif heal == "write_stage":
         make("one")
         assert names(runs_folder / "quick") == [
@@ -244,7 +266,8 @@ def test_what_a_dead_writer_left_around_a_stage_is_cleaned_up(runs_folder, heal)
 
 def test_training_states_go_when_the_stage_is_there(runs_folder):
     mine, former, other = (
-        artifacts.state_file("quick", stage, key) for stage, key in [("toy", "0a"), ("toy", "0b"), ("toy-2", "0a")]
+        artifacts.state_file("quick", stage, key)
+        for stage, key in [("toy", "0a"), ("toy", "0b"), ("toy-2", "0a")]
     )
     for file in (mine, former, other):
         artifacts.write_file(file, b"x")
@@ -259,12 +282,17 @@ def test_training_states_go_when_the_stage_is_there(runs_folder):
 
 @posix
 def test_only_the_dead_are_swept(runs_folder):
-    code = LEAVE.replace("SIGKILL", "SIGSTOP") + "with artifacts.write_stage('quick', 'living'): die()"
+    code = (
+        LEAVE.replace("SIGKILL", "SIGSTOP") + "with artifacts.write_stage('quick', 'living'): die()"
+    )
     leave(HALF_A_STAGE)
     writer = subprocess.Popen([sys.executable, "-c", code])
     os.waitpid(writer.pid, os.WUNTRACED)
     before = names(runs_folder / "quick")
-    assert [name.partition("partial")[0] for name in before] == [".living.", ".living.writer"]  # it has swept `toy`
+    assert [name.partition("partial")[0] for name in before] == [
+        ".living.",
+        ".living.writer",
+    ]  # it has swept `toy`
     leave(HALF_A_STAGE)
     for heal in (lambda: artifacts.sweep("quick"), lambda: artifacts.made("quick", "living")):
         heal()
@@ -286,13 +314,20 @@ with artifacts.stage_lock("quick", "toy", wait=sys.argv[1] == "wait"):
 @posix
 def test_the_second_writer_waits_and_finds_the_stage(runs_folder):
     with artifacts.stage_lock("quick", "toy"):
-        second = subprocess.Popen([sys.executable, "-u", "-c", SECOND, "wait"], stdout=subprocess.PIPE, text=True)
+        second = subprocess.Popen(
+            [sys.executable, "-u", "-c", SECOND, "wait"], stdout=subprocess.PIPE, text=True
+        )
         line = second.stdout.readline()
         assert f"toy is being made by process {os.getpid()} on " in line and " since " in line
         make("one")  # whoever holds the lock may write
         assert second.poll() is None
-        refused = subprocess.run([sys.executable, "-c", SECOND, "go"], capture_output=True, text=True)
-        assert f"ArtifactError: {runs_folder}/quick/toy is being made by process {os.getpid()}" in refused.stderr
+        refused = subprocess.run(
+            [sys.executable, "-c", SECOND, "go"], capture_output=True, text=True
+        )
+        assert (
+            f"ArtifactError: {runs_folder}/quick/toy is being made by process {os.getpid()}"
+            in refused.stderr
+        )
     assert second.stdout.read() == "toy\n" and second.wait() == 0
     assert names(runs_folder / "quick") == ["toy", "toy/deep", "toy/deep/file", "toy/manifest.json"]
 
@@ -308,7 +343,10 @@ def test_a_lock_ends_with_its_process_and_a_fork_does_not_hold_it(runs_folder):
         "    sys.stdin.read()\n"
     )
     holder = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         assert holder.stdout.readline() == b"held\n"
@@ -335,7 +373,9 @@ def test_where_there_are_no_locks_only_writers_clean_up(runs_folder, monkeypatch
     else:
         monkeypatch.setattr(artifacts.fcntl, "lockf", refuse)
     make("one")
-    (runs_folder / "quick" / "toy").rename(runs_folder / "quick" / ".toy.new")  # as between a swap's two renames
+    (runs_folder / "quick" / "toy").rename(
+        runs_folder / "quick" / ".toy.new"
+    )  # as between a swap's two renames
     assert read() == "one" and artifacts.find("quick", "toy").name == ".toy.new"
     with pytest.raises(ZeroDivisionError), artifacts.write_stage("quick", "toy"):
         1 / 0  # noqa: B018
@@ -364,13 +404,18 @@ def test_threads_take_turns(runs_folder):
 def test_two_writers_never_fail_and_readers_always_find_a_whole_version(runs_folder):
     writer = WRITER.replace("10**9", "150")
     make("one")
-    writers = [subprocess.Popen([sys.executable, "-c", writer], stderr=subprocess.PIPE) for _ in range(2)]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", writer], stderr=subprocess.PIPE) for _ in range(2)
+    ]
     reads = 0
     while any(process.poll() is None for process in writers):
         assert artifacts.find("quick", "toy")
         reads += 1
     assert [process.communicate()[1] for process in writers] == [b"", b""] and reads > 100
-    assert names(runs_folder / "quick") == ["toy", *(f"toy/{name}" for name in ["a", "b", "c", "manifest.json"])]
+    assert names(runs_folder / "quick") == [
+        "toy",
+        *(f"toy/{name}" for name in ["a", "b", "c", "manifest.json"]),
+    ]
 
 
 # ---------------------------------------------------------------- messages
@@ -386,11 +431,15 @@ def test_two_writers_never_fail_and_readers_always_find_a_whole_version(runs_fol
         (errno.EMFILE, "too many files are open: .*ulimit"),
     ],
 )
-def test_what_cannot_be_written_says_why_before_and_after_the_work(runs_folder, monkeypatch, code, message):
+def test_what_cannot_be_written_says_why_before_and_after_the_work(
+    runs_folder, monkeypatch, code, message
+):
     make("one")
     monkeypatch.chdir(runs_folder.parent)
     monkeypatch.setenv("QWEN_MINI_HOME", str(runs_folder.parent))
-    with pytest.raises(course.ArtifactError, match=f"^runs/quick/toy was not written because {message}"):
+    with pytest.raises(
+        course.ArtifactError, match=f"^runs/quick/toy was not written because {message}"
+    ):
         with artifacts.write_stage("quick", "toy"):
             raise RuntimeError(f"Error while serializing: I/O error: it broke (os error {code})")
 
@@ -402,12 +451,17 @@ def test_what_cannot_be_written_says_why_before_and_after_the_work(runs_folder, 
             patch.setattr(os, "chmod", fail)
             artifacts.write_file(folder / "model.safetensors", b"x")
     assert str(raised.value).startswith("runs/quick/toy/model.safetensors was not written because ")
-    assert read() == "one" and sorted(path.name for path in (runs_folder / "quick").iterdir()) == ["toy"]
+    assert read() == "one" and sorted(path.name for path in (runs_folder / "quick").iterdir()) == [
+        "toy"
+    ]
     artifacts.check_writable("quick")
     with monkeypatch.context() as patch, pytest.raises(course.ArtifactError, match=message):
         patch.setattr(os, "fsync", fail)
         artifacts.check_writable("quick")
-    with monkeypatch.context() as patch, pytest.raises(course.ArtifactError, match="runs/quick was not written"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(course.ArtifactError, match="runs/quick was not written"),
+    ):
         patch.setattr(os, "mkdir", fail)
         artifacts.check_writable("quick")
         shutil.rmtree(runs_folder)
@@ -421,13 +475,18 @@ def test_a_file_where_the_folder_should_be(runs_folder):
 
 
 def test_errors_about_other_files_are_left_alone(runs_folder, tmp_path):
-    for error in (PermissionError(errno.EACCES, "", str(tmp_path / "a" / "source")), FileExistsError(errno.EEXIST, "")):
+    for error in (
+        PermissionError(errno.EACCES, "", str(tmp_path / "a" / "source")),
+        FileExistsError(errno.EEXIST, ""),
+    ):
         with pytest.raises(type(error)), artifacts.write_stage("quick", "toy"):
             raise error
 
 
 @posix
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(
+    hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere"
+)
 def test_a_folder_that_may_only_be_read(runs_folder):
     make("one")
     (runs_folder / "quick").chmod(0o555)
@@ -481,5 +540,7 @@ def test_start_seeds_every_generator(runs_folder, capsys):
 
 def test_a_missing_oracle_says_what_it_would_have_compared(capsys):
     assert course.oracle("no_such_module", what="logits") is None
-    assert capsys.readouterr().out == "no_such_module is not installed: would have compared logits\n"
+    assert (
+        capsys.readouterr().out == "no_such_module is not installed: would have compared logits\n"
+    )
     assert course.oracle("json").loads("1") == 1

@@ -31,7 +31,10 @@ def _seed():
 
 def heads(batch, query_heads, kv_heads, length, head_dim=HEAD_DIM, **options):
     """Random q, k, v."""
-    return [torch.randn(batch, n, length, head_dim, **options) for n in (query_heads, kv_heads, kv_heads)]
+    return [
+        torch.randn(batch, n, length, head_dim, **options)
+        for n in (query_heads, kv_heads, kv_heads)
+    ]
 
 
 def one_by_one(q, k, v, mask):
@@ -69,19 +72,25 @@ def test_reference_equals_loops(kv_heads):
     q, k, v = heads(2, 4, kv_heads, 9)
     documents = torch.tensor([[0] * 4 + [1] * 5, [3] * 9])
     for mask in (visible(9, 9), visible(9, 9, documents, documents)):
-        torch.testing.assert_close(masked_attention(q, k, v, mask), one_by_one(q, k, v, mask), **CLOSE)
+        torch.testing.assert_close(
+            masked_attention(q, k, v, mask), one_by_one(q, k, v, mask), **CLOSE
+        )
 
 
 def test_consecutive_query_heads_share_a_kv_head():
     q, k, v = heads(1, 6, 2, 5)
     out = masked_attention(q, k, v)
-    moved = masked_attention(q, torch.stack([k[:, 0], k[:, 1] + 1], 1), torch.stack([v[:, 0], v[:, 1] + 1], 1))
+    moved = masked_attention(
+        q, torch.stack([k[:, 0], k[:, 1] + 1], 1), torch.stack([v[:, 0], v[:, 1] + 1], 1)
+    )
     assert torch.equal(out[:, :3], moved[:, :3]) and not torch.allclose(out[:, 3:], moved[:, 3:])
 
 
 def test_decode_attention_equals_the_reference():
     q, k, v = heads(3, 4, 2, 12)
-    torch.testing.assert_close(decode_attention(q[:, :, -1:], k, v), masked_attention(q[:, :, -1:], k, v), **CLOSE)
+    torch.testing.assert_close(
+        decode_attention(q[:, :, -1:], k, v), masked_attention(q[:, :, -1:], k, v), **CLOSE
+    )
     documents = torch.tensor([[0] * 12, [-1] * 5 + [0] * 7, [1] * 11 + [0]])
     mask = visible(1, 12, documents[:, -1:], documents)
     out = decode_attention(q[:, :, -1:], k, v, documents[:, -1:], documents)
@@ -135,7 +144,9 @@ def test_documents_do_not_leak(lengths, seed):
         for number in range(len(lengths)):
             mine = documents == number
             changed = torch.where(mine[..., None], x, other)
-            assert (layer(changed, ATTENTION, document_ids=documents)[mine] - packed[mine]).abs().max() <= 1e-6
+            assert (
+                layer(changed, ATTENTION, document_ids=documents)[mine] - packed[mine]
+            ).abs().max() <= 1e-6
             torch.testing.assert_close(layer(x[mine][None], ATTENTION)[0], packed[mine], **CLOSE)
 
 
@@ -143,7 +154,7 @@ def test_documents_stop_gradients_too():
     x = torch.randn(1, 10, 16, requires_grad=True)
     documents = torch.tensor([[0] * 4 + [1] * 6])
     out = GroupedQueryAttention(16, 4, 2, HEAD_DIM)(x, ATTENTION, document_ids=documents)
-    grad, = torch.autograd.grad(out[:, 4:].square().sum(), x)
+    (grad,) = torch.autograd.grad(out[:, 4:].square().sum(), x)
     assert grad[:, :4].abs().max() == 0 and grad[:, 4:].abs().min() > 0
 
 
@@ -173,10 +184,12 @@ def test_cached_in_pieces_equals_the_full_pass(sizes, padded, seed):
     length = sum(sizes)
     layer, x = GroupedQueryAttention(16, 4, 2, HEAD_DIM), torch.randn(2, length, 16)
     documents = torch.zeros(2, length, dtype=torch.long)
-    documents[1, :length // 2] = -1
+    documents[1, : length // 2] = -1
     documents = documents if padded else None
     pieces, cache = feed(layer, x, sizes, documents, capacity=length + 3)
-    torch.testing.assert_close(pieces, layer(x, ATTENTION, document_ids=documents).detach(), **CLOSE)
+    torch.testing.assert_close(
+        pieces, layer(x, ATTENTION, document_ids=documents).detach(), **CLOSE
+    )
     assert cache.length == length
 
 
@@ -215,15 +228,28 @@ def test_heads_must_divide():
 def test_bias_on_query_key_value_and_none_on_the_output():
     layer = GroupedQueryAttention(32, 4, 2, 8)
     shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
-    assert shapes == {"q_proj.weight": (32, 32), "q_proj.bias": (32,), "k_proj.weight": (16, 32), "k_proj.bias": (16,),
-                      "v_proj.weight": (16, 32), "v_proj.bias": (16,), "o_proj.weight": (32, 32)}
+    assert shapes == {
+        "q_proj.weight": (32, 32),
+        "q_proj.bias": (32,),
+        "k_proj.weight": (16, 32),
+        "k_proj.bias": (16,),
+        "v_proj.weight": (16, 32),
+        "v_proj.bias": (16,),
+        "o_proj.weight": (32, 32),
+    }
 
 
 @pytest.mark.parametrize(("query_heads", "kv_heads"), [(4, 4), (4, 2), (7, 1), (6, 2)])
 def test_layer_equals_transformers_with_gradients(qwen2, query_heads, kv_heads):
     rope = {"rope_type": "default", "rope_theta": 1_000.0}
-    config = qwen2.Qwen2Config(hidden_size=24, num_attention_heads=query_heads, num_key_value_heads=kv_heads,
-                               head_dim=HEAD_DIM, rope_parameters=rope, attn_implementation="eager")
+    config = qwen2.Qwen2Config(
+        hidden_size=24,
+        num_attention_heads=query_heads,
+        num_key_value_heads=kv_heads,
+        head_dim=HEAD_DIM,
+        rope_parameters=rope,
+        attn_implementation="eager",
+    )
     ours = GroupedQueryAttention(24, query_heads, kv_heads, HEAD_DIM)
     theirs = qwen2.Qwen2Attention(config, layer_idx=0)
     theirs.load_state_dict(ours.state_dict())
@@ -231,8 +257,10 @@ def test_layer_equals_transformers_with_gradients(qwen2, query_heads, kv_heads):
     bias = torch.zeros(70, 70).masked_fill(~visible(70, 70), float("-inf"))
     tables = qwen2.Qwen2RotaryEmbedding(config)(x, torch.arange(70)[None])
     outputs = ours(x, ATTENTION), theirs(x, position_embeddings=tables, attention_mask=bias)[0]
-    results = [[y, *torch.autograd.grad(y, [x, *module.parameters()], upstream)]
-               for y, module in zip(outputs, (ours, theirs), strict=True)]
+    results = [
+        [y, *torch.autograd.grad(y, [x, *module.parameters()], upstream)]
+        for y, module in zip(outputs, (ours, theirs), strict=True)
+    ]
     torch.testing.assert_close(*results, rtol=1e-5, atol=2e-5)
 
 
@@ -251,8 +279,13 @@ class Block(nn.Module):
 
 def test_golden_logits_of_two_layers():
     """Weights from a linear congruential generator, logits from transformers' Qwen2ForCausalLM (tied, 2 layers)."""
-    model = nn.ModuleDict({"embed_tokens": nn.Embedding(12, 16), "layers": nn.ModuleList([Block(), Block()]),
-                           "norm": RMSNorm(16)})
+    model = nn.ModuleDict(
+        {
+            "embed_tokens": nn.Embedding(12, 16),
+            "layers": nn.ModuleList([Block(), Block()]),
+            "norm": RMSNorm(16),
+        }
+    )
     parameters = {f"model.{name}": p for name, p in model.named_parameters()}
     for seed, name in enumerate(sorted(parameters), start=1):
         state, values = seed, []
@@ -266,8 +299,20 @@ def test_golden_logits_of_two_layers():
     for layer in model["layers"]:
         x = layer(x, functools.partial(causal_attention, frequencies=rope_frequencies(4)))
     logits = model["norm"](x) @ model["embed_tokens"].weight.T
-    golden = [1.245379, -0.441101, -0.426658, 1.493341, 0.387465, 0.526805, -0.266382, -0.655909, 0.688256, -1.862029,
-              0.159538, -0.105091]
+    golden = [
+        1.245379,
+        -0.441101,
+        -0.426658,
+        1.493341,
+        0.387465,
+        0.526805,
+        -0.266382,
+        -0.655909,
+        0.688256,
+        -1.862029,
+        0.159538,
+        -0.105091,
+    ]
     torch.testing.assert_close(logits[0, -1], torch.tensor(golden), **CLOSE)
     loss = F.cross_entropy(logits[0, :-1], ids[0, 1:])
     assert loss.item() == pytest.approx(2.7750595, abs=1e-5)

@@ -21,7 +21,11 @@ def write(root, name, *cells, prose="# Title", parameters='scale = "laptop"\nsee
     book.cells = [nbformat.v4.new_markdown_cell(prose)]
     book.cells.append(nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}))
     module = name.partition("_")[2]
-    texts = [f"#| default_exp {module}", START.format(name=name), *(f"#| export\n{text}" for text in cells)]
+    texts = [
+        f"#| default_exp {module}",
+        START.format(name=name),
+        *(f"#| export\n{text}" for text in cells),
+    ]
     book.cells += [nbformat.v4.new_code_cell(text) for text in texts]
     book.cells[-1].outputs = [nbformat.v4.new_output("stream", text="fine\n")]
     path = root / "notebooks" / f"{name}.ipynb"
@@ -32,7 +36,11 @@ def write(root, name, *cells, prose="# Title", parameters='scale = "laptop"\nsee
 
 def stamp(path):
     """Note that the outputs belong to the code as it is."""
-    facts = {"scale": "laptop", "code": nb.Notebook(path).code_digest, "settings": outputs.settings_digest()}
+    facts = {
+        "scale": "laptop",
+        "code": nb.Notebook(path).code_digest,
+        "settings": outputs.settings_digest(),
+    }
     edit(path, lambda data: data["metadata"].update(qwen_mini=facts))
 
 
@@ -65,7 +73,9 @@ def only(problems, *words):
 
 def test_a_sound_project_has_no_problems(project, capsys):
     assert checks.problems(project) == []
-    assert checks.main() == 0 and f"all {len(checks.CHECKS)} checks passed" in capsys.readouterr().out
+    assert (
+        checks.main() == 0 and f"all {len(checks.CHECKS)} checks passed" in capsys.readouterr().out
+    )
 
 
 def test_a_module_that_differs_or_has_no_notebook(project):
@@ -101,7 +111,9 @@ def test_imports_of_unknown_modules_and_by_the_course_are_found(project):
     write(project, "01_one", "from qwen_mini.three import h")
     assert "no notebook exports" in checks.imports_point_backwards(project)[0]
     write(project, "01_one", "from qwen_mini.course import artifacts")
-    (project / "qwen_mini" / "course" / "eager.py").write_text("from ..one import f\nfrom .. import __version__\n")
+    (project / "qwen_mini" / "course" / "eager.py").write_text(
+        "from ..one import f\nfrom .. import __version__\n"
+    )
     only(checks.imports_point_backwards(project), "eager.py", "one")
 
 
@@ -123,7 +135,10 @@ def test_kernels_and_world_import_no_chapter_and_not_each_other(project, room, c
     path = project / "qwen_mini" / room / "bad.py"
     path.parent.mkdir()
     path.write_text(code.replace("{other}", other) + "\n")
-    only(checks.imports_point_backwards(project), f"{room}/bad.py imports {name.format(other=other)}, but {room} may")
+    only(
+        checks.imports_point_backwards(project),
+        f"{room}/bad.py imports {name.format(other=other)}, but {room} may",
+    )
 
 
 def test_imports_that_kernels_may_have(project):
@@ -138,7 +153,10 @@ def test_imports_that_kernels_may_have(project):
     write(project, "01_one", imports, "def f(x):\n    return x")
     assert sync.main([]) == 0 and checks.imports_point_backwards(project) == []
     (project / "qwen_mini" / "course" / "eager.py").write_text("from ..kernels.good import g\n")
-    only(checks.imports_point_backwards(project), "course/eager.py imports kernels, but course may import only course")
+    only(
+        checks.imports_point_backwards(project),
+        "course/eager.py imports kernels, but course may import only course",
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,7 +206,13 @@ def record(project, key="k", versions=None, result=1.0):
     """A shipped record of the notebook 01_one."""
     path = project / "data" / "records" / "laptop" / "01_one" / "a.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"name": "01_one/a", "key": key, "versions": versions or {}, "tolerance": 0, "seconds": 90.0}
+    facts = {
+        "name": "01_one/a",
+        "key": key,
+        "versions": versions or {},
+        "tolerance": 0,
+        "seconds": 90.0,
+    }
     facts["provenance"] = {}
     path.write_text(json.dumps(records.sealed(facts | {"result": result})))
     return path
@@ -211,7 +235,10 @@ def test_exported_code_is_decided_by_goldens_and_versions(project, monkeypatch):
 def test_a_cell_that_is_not_python_is_one_sentence(project):
     path = project / "notebooks" / "01_one.ipynb"
     edit(path, lambda data: data["cells"][-1].update(source="x = (\n"))
-    assert any("01_one.ipynb has a cell that is not Python" in text for text in checks.imports_point_backwards(project))
+    assert any(
+        "01_one.ipynb has a cell that is not Python" in text
+        for text in checks.imports_point_backwards(project)
+    )
     edit(path, lambda data: data["cells"][-1].update(source='x = ("%d"\n % 3)\n'))
     assert not [text for text in checks.imports_point_backwards(project) if "01_one" in text]
     edit(path, lambda data: data["cells"][1].update(source="x = ("))
@@ -234,7 +261,11 @@ def test_a_raised_version_makes_exactly_what_depends_on_it_stale(project):
     assert checks.results_are_current(project) == []
     path = project / "data" / "checkpoints" / "sft" / "manifest.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"key": "k", "versions": {"tasks": now["tasks"] - 1}, "provenance": {"seconds": 30}}))
+    path.write_text(
+        json.dumps(
+            {"key": "k", "versions": {"tasks": now["tasks"] - 1}, "provenance": {"seconds": 30}}
+        )
+    )
     found = stale.stale(project)
     assert [(thing.what, thing.seconds) for thing in found] == [("stage sft", 30)]
     assert f"tasks {now['tasks'] - 1} → {now['tasks']}" in found[0].reason
@@ -258,6 +289,15 @@ def test_untidy_notebooks(project):
     only(checks.notebooks_are_tidy(project), "wider than 120")
     edit(path, lambda data: data["cells"][-1].update(source="# " + "long\n# " * 200_000))
     only(checks.notebooks_are_tidy(project), "larger")
+
+
+def test_code_that_the_formatter_would_change(project):
+    (project / "tests").mkdir()
+    (project / "tests" / "test_one.py").write_text("x = { 1 : 2 }\n")
+    only(
+        checks.code_is_clean(project), "tests/test_one.py line 1 is not formatted", "authoring.sync"
+    )
+    assert sync.main([]) == 0 and checks.code_is_clean(project) == []
 
 
 def test_ruff_problems_name_file_and_line(project):
@@ -286,10 +326,13 @@ def test_outputs_are_copied_by_cell_and_cleaned(project, runs_folder):
     path = write(project, "01_one", "x = 1")
     code = 'import sys\nprint("a", end="")\nsys.stdout.flush()\nprint("b", object())\n'
     code += 'print("no", file=sys.stderr)\nobject()'
-    extra = 'import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()'
+    extra = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
     widget = "from ipywidgets import interact\ninteract(lambda n: print(n), n=[0, 1]);"
     for text in (code, extra, widget):
-        edit(path, lambda data, text=text: data["cells"].append(dict(nbformat.v4.new_code_cell(text))))
+        edit(
+            path,
+            lambda data, text=text: data["cells"].append(dict(nbformat.v4.new_code_cell(text))),
+        )
     book, texts = nb.Notebook(path), []
     for _ in range(2):
         assert runner.run([book], "laptop")[0].ok
@@ -299,7 +342,12 @@ def test_outputs_are_copied_by_cell_and_cleaned(project, runs_folder):
     assert not outputs.copy_outputs(book)
     done = nbformat.read(path, as_version=4)
     printed, value = done.cells[-3].outputs
-    assert printed.text == "ab <object object at 0x…>\n" and value.data["text/plain"] == "<object at 0x…>"
+    assert (
+        printed.text == "ab <object object at 0x…>\n"
+        and value.data["text/plain"] == "<object at 0x…>"
+    )
     assert "image/png" in done.cells[-2].outputs[-1].data and done.cells[-1].outputs == []
-    assert set(done.metadata) == {"kernelspec", "qwen_mini"} and "injected-parameters" not in texts[0]
+    assert (
+        set(done.metadata) == {"kernelspec", "qwen_mini"} and "injected-parameters" not in texts[0]
+    )
     assert checks.results_are_current(project) + checks.notebooks_are_tidy(project) == []

@@ -31,7 +31,9 @@ def documents(texts):
 def small(sources=("python",), **settings):
     """A scale that is prepared in a second."""
     config = course.load_scale("quick")
-    numbers = dict(max_bytes_per_source=60_000, max_heldout_bytes=8_000, task_documents=60, chat_documents=40)
+    numbers = dict(
+        max_bytes_per_source=60_000, max_heldout_bytes=8_000, task_documents=60, chat_documents=40
+    )
     numbers |= dict(needle_rows=20, needle_lengths=(64, 128), heldout_fraction=0.1)
     return replace(
         config,
@@ -42,7 +44,9 @@ def small(sources=("python",), **settings):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    texts = [d.text for d in c.task_documents(300, 0, False)] + ["The pass key is the key? What is"] * 50
+    texts = [d.text for d in c.task_documents(300, 0, False)] + [
+        "The pass key is the key? What is"
+    ] * 50
     return Tokenizer.train(texts, vocab_size=800)
 
 
@@ -58,7 +62,9 @@ def standard_library():
 
 @pytest.fixture
 def fast_python(monkeypatch, standard_library):
-    monkeypatch.setattr(corpus_files, "python_documents", lambda source: iter(standard_library[:200]))
+    monkeypatch.setattr(
+        corpus_files, "python_documents", lambda source: iter(standard_library[:200])
+    )
 
 
 @pytest.fixture
@@ -102,11 +108,22 @@ def test_every_source_is_described():
 
 def test_clean_is_nfc_and_idempotent():
     assert corpus_files.clean(" cafe\u0301\r\nx\0\r ") == "caf\u00e9\nx"
-    assert corpus_files.clean(corpus_files.clean("\tA\u030a\r")) == corpus_files.clean("\tA\u030a\r") == "\u00c5"
+    assert (
+        corpus_files.clean(corpus_files.clean("\tA\u030a\r"))
+        == corpus_files.clean("\tA\u030a\r")
+        == "\u00c5"
+    )
 
 
 def test_readers():
-    pages = {"A": {"title": "A", "extract": "First. Second one. " + "x" * 300, "description": "", "topic": ""}}
+    pages = {
+        "A": {
+            "title": "A",
+            "extract": "First. Second one. " + "x" * 300,
+            "description": "",
+            "topic": "",
+        }
+    }
     (page,) = corpus_files.wikipedia_documents(json.dumps(pages), "s")
     assert page.text.startswith("A\n\nFirst.") and page.records == (("A", "First. Second one."),)
     glosses = list(corpus_files.gloss_documents("a\tx | y\nb\ty\n", "s", entries=1))
@@ -129,7 +146,12 @@ def test_invalid_utf8_names_source_member_and_offset(wheel):
     with pytest.raises(corpus_files.CorpusError) as error:
         c.load_corpus(small(["wiki_en"]))
     message = str(error.value)
-    assert "wiki_en" in message and member in message and "byte offset 7" in message and "\n" not in message
+    assert (
+        "wiki_en" in message
+        and member in message
+        and "byte offset 7" in message
+        and "\n" not in message
+    )
 
 
 def test_invalid_utf8_inside_gzip(wheel):
@@ -171,7 +193,9 @@ def test_hub_needs_datasets(monkeypatch):
 def test_split_keeps_identical_documents_together(texts, fraction):
     train, heldout = c.split_by_hash(documents(texts), fraction)
     assert len(train) + len(heldout) == len(texts)
-    assert {c.document_key(d.text) for d in train}.isdisjoint(c.document_key(d.text) for d in heldout)
+    assert {c.document_key(d.text) for d in train}.isdisjoint(
+        c.document_key(d.text) for d in heldout
+    )
     assert heldout or len(texts) < 2
 
 
@@ -210,7 +234,11 @@ def test_take_bytes():
 
 
 def test_shuffled_depends_on_the_seed_alone():
-    assert c.shuffled(range(50), 0, "a") == c.shuffled(range(50), 0, "a") != c.shuffled(range(50), 1, "a")
+    assert (
+        c.shuffled(range(50), 0, "a")
+        == c.shuffled(range(50), 0, "a")
+        != c.shuffled(range(50), 1, "a")
+    )
 
 
 def test_training_sample_gives_equal_shares():
@@ -237,7 +265,9 @@ def test_pack_loses_and_wastes_nothing(encoded):
 @given(ENCODED)
 def test_document_numbers(encoded):
     stream = c.pack(encoded, 99)
-    assert c.document_numbers(stream[None], 99)[0].tolist() == [i for i, ids in enumerate(encoded) for _ in [*ids, 99]]
+    assert c.document_numbers(stream[None], 99)[0].tolist() == [
+        i for i, ids in enumerate(encoded) for _ in [*ids, 99]
+    ]
 
 
 # -- procedural tasks: every answer by a rule of the test's own
@@ -277,7 +307,13 @@ def solve_spelling(question):
 
 
 def solve_python(question):
-    value = eval(re.sub(r"^(>>> |What is the value of |Evaluate the Python expression )|( in Python\?)$", "", question))
+    value = eval(
+        re.sub(
+            r"^(>>> |What is the value of |Evaluate the Python expression )|( in Python\?)$",
+            "",
+            question,
+        )
+    )
     return repr(value)
 
 
@@ -306,7 +342,11 @@ def solve_counting(question):
 
 def solve_lookup(question):
     shown, asked = question.rsplit("\n", 1)
-    table = json.loads(shown) if shown[0] == "{" else dict(line.split(": ") for line in shown.split("\n"))
+    table = (
+        json.loads(shown)
+        if shown[0] == "{"
+        else dict(line.split(": ") for line in shown.split("\n"))
+    )
     return table[re.sub(r"What is the value of |Look up |[.?]", "", asked)]
 
 
@@ -328,7 +368,9 @@ SOLVERS = {
     "listing": solve_listing,
     "counting": solve_counting,
     "lookup": solve_lookup,
-    "logic": lambda q: eval(re.sub(r"^(Evaluate: |True or False\? |What is the value of )|\?$", "", q)),
+    "logic": lambda q: eval(
+        re.sub(r"^(Evaluate: |True or False\? |What is the value of )|\?$", "", q)
+    ),
     "ordering": solve_ordering,
     "spelling": solve_spelling,
     "python_value": solve_python,
@@ -359,7 +401,9 @@ def test_equations_in_the_steps_hold():
     rng = random.Random(2)
     for name in ("addition", "subtraction", "multiplication", "story"):
         for _ in range(200):
-            for left, right in re.findall(r"([\d+*\- ]+)=\s*(-?\d+)", problems.FAMILIES[name](rng)[1]):
+            for left, right in re.findall(
+                r"([\d+*\- ]+)=\s*(-?\d+)", problems.FAMILIES[name](rng)[1]
+            ):
                 assert eval(re.sub(r"\b0+(\d)", r"\1", left)) == int(right)
 
 
@@ -367,7 +411,9 @@ def test_no_problem_is_on_both_sides():
     rng = random.Random(3)
     sides = [{c.draw_problem(rng, heldout)[0] for _ in range(2000)} for heldout in (False, True)]
     assert sides[0].isdisjoint(sides[1])
-    drawn = {name for name in problems.FAMILIES if any(True for _ in [c.draw_problem(rng, True, [name])])}
+    drawn = {
+        name for name in problems.FAMILIES if any(True for _ in [c.draw_problem(rng, True, [name])])
+    }
     assert drawn == set(problems.FAMILIES)
 
 
@@ -401,7 +447,10 @@ def test_rows_read_as_text_are_the_same_tokens(tokenizer, pieces):
     rng = random.Random(0)
     for style in ("compact", "prose"):
         for tokens in (1, 2):
-            (key,), value = needles.draw_keys(pieces, rng, 1, tokens), needles.draw_value(pieces, rng)
+            (key,), value = (
+                needles.draw_keys(pieces, rng, 1, tokens),
+                needles.draw_value(pieces, rng),
+            )
             for ids in (
                 needles.needle_statement(pieces, key, value, style),
                 [*needles.needle_question(pieces, key, style), *value],
@@ -453,7 +502,11 @@ def test_tiny_vocabulary_still_has_keys():
 
 
 def files(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_stage(runs_folder, offline, capsys):
@@ -470,14 +523,23 @@ def test_stage(runs_folder, offline, capsys):
         assert facts["kind"] == ("real" if domain == "python" else "procedural")
         for split in ("train", "heldout"):
             tokens = corpus.tokens(domain, split)
-            assert tokens.dtype == np.dtype("<u2") and tokens.size == facts[f"{split}_tokens"] and tokens.max() < 600
+            assert (
+                tokens.dtype == np.dtype("<u2")
+                and tokens.size == facts[f"{split}_tokens"]
+                and tokens.max() < 600
+            )
             if facts["row_tokens"]:
                 weights = corpus.weights(domain, split)
-                assert tokens.size == weights.size == facts[f"{split}_documents"] * facts["row_tokens"]
+                assert (
+                    tokens.size == weights.size == facts[f"{split}_documents"] * facts["row_tokens"]
+                )
                 assert tokenizer.endoftext_id not in tokens
                 continue
             assert corpus.weights(domain, split) is None
-            texts = [tokenizer.decode(ids.tolist()) for ids in c.unpack(np.asarray(tokens), tokenizer.endoftext_id)]
+            texts = [
+                tokenizer.decode(ids.tolist())
+                for ids in c.unpack(np.asarray(tokens), tokenizer.endoftext_id)
+            ]
             assert len(texts) == facts[f"{split}_documents"]
             assert sum(len(text.encode()) + 1 for text in texts) == facts[f"{split}_bytes"]
             keys[split] |= {c.document_key(text) for text in texts}
@@ -519,22 +581,37 @@ def test_a_failure_keeps_the_previous_corpus(runs_folder, offline, monkeypatch):
 
 def test_wheel_sources_become_domains_and_conversations(runs_folder, wheel):
     known = corpus_files.read_sources()
-    page = lambda i: {"title": f"Topic {i}", "extract": f"Topic number {i} is a thing. It has {i} parts."}
-    pair = lambda i: {"chinese": f"第{i}个", "pinyin": f"di {i} ge", "translation": {"en": f"Number {i}"}}
+    page = lambda i: {
+        "title": f"Topic {i}",
+        "extract": f"Topic number {i} is a thing. It has {i} parts.",
+    }
+    pair = lambda i: {
+        "chinese": f"第{i}个",
+        "pinyin": f"di {i} ge",
+        "translation": {"en": f"Number {i}"},
+    }
     pages = json.dumps({str(i): page(i) for i in range(60)})
     wheel(
         {
             **{known[name].files[0]: pages for name in ("wiki_en", "wiki_fr")},
-            known["glosses"].files[0]: gzip.compress("\n".join(f"w{i}\tgloss {i}" for i in range(900)).encode()),
+            known["glosses"].files[0]: gzip.compress(
+                "\n".join(f"w{i}\tgloss {i}" for i in range(900)).encode()
+            ),
             known["chinese_english"].files[0]: json.dumps([pair(i) for i in range(300)]),
         }
     )
     config = small(["wiki_en", "wiki_fr", "glosses", "chinese_english"], chat_documents=200)
     corpus = c.open_corpus(c.prepare_corpus(config))
-    assert corpus.domains["wiki_en"]["train_documents"] + corpus.domains["wiki_en"]["heldout_documents"] == 60
+    assert (
+        corpus.domains["wiki_en"]["train_documents"]
+        + corpus.domains["wiki_en"]["heldout_documents"]
+        == 60
+    )
     assert "wiki_fr" not in corpus.domains  # the same texts again
     chat = corpus.heldout_bytes("chat").decode()
-    heldout = "".join(corpus.heldout_bytes(d).decode() for d in ("wiki_en", "glosses", "chinese_english"))
+    heldout = "".join(
+        corpus.heldout_bytes(d).decode() for d in ("wiki_en", "glosses", "chinese_english")
+    )
     for topic in re.findall(r"(?:about|of) Topic (\d+)", chat):
         assert f"Topic {topic}\n" in heldout
     for word in re.findall(r"What does (w\d+) mean", chat):
@@ -543,9 +620,13 @@ def test_wheel_sources_become_domains_and_conversations(runs_folder, wheel):
 
 def test_a_streamed_source_is_written_block_by_block(runs_folder, monkeypatch):
     texts = [f"Document {i} of a stream, and {i * 7 % 101} is its number." for i in range(400)]
-    monkeypatch.setattr(corpus_files, "hub_documents", lambda source: iter(documents([*texts, *texts[:50]])))
+    monkeypatch.setattr(
+        corpus_files, "hub_documents", lambda source: iter(documents([*texts, *texts[:50]]))
+    )
     monkeypatch.setattr(c, "HUB_HEAD", 8_000)
-    corpus = c.open_corpus(c.prepare_corpus(small(["fineweb_edu"], max_bytes_per_source=0, heldout_fraction=0.2)))
+    corpus = c.open_corpus(
+        c.prepare_corpus(small(["fineweb_edu"], max_bytes_per_source=0, heldout_fraction=0.2))
+    )
     tokenizer = Tokenizer.from_pretrained(runs_folder / "quick" / "tokenizer")
     parts = c.unpack(np.asarray(corpus.tokens("fineweb_edu")), tokenizer.endoftext_id)
     train = [tokenizer.decode(ids.tolist()) for ids in parts]

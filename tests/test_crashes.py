@@ -66,7 +66,10 @@ def _counting() -> None:
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (functools.partial(_straight_into_place, "2"), "neither the version before nor the one after"),
+        (
+            functools.partial(_straight_into_place, "2"),
+            "neither the version before nor the one after",
+        ),
         (functools.partial(_leaving, "aside"), "other than a run without a kill"),
         (functools.partial(_by_deletion, "2"), "no version of toy is found any more"),
         (_counting, "other than a run without a kill"),

@@ -99,7 +99,10 @@ def test_notebooks_readme_and_docs_are_read_and_named(project):
 
 
 def test_a_notebook_on_the_list_and_a_generated_page_are_left_alone(project):
-    assert project(corpus="It gains 13.4 points.", page="<!-- generated -->\nIt gains 13.4 points.") == []
+    assert (
+        project(corpus="It gains 13.4 points.", page="<!-- generated -->\nIt gains 13.4 points.")
+        == []
+    )
 
 
 def test_the_list_holds_no_notebook_that_is_gone(project, monkeypatch):

@@ -71,10 +71,14 @@ def test_the_loss_is_that_of_trl(kind, tokenizer, tmp_path):
     for model, name in ((policy, "policy"), (reference, "reference")):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    load = lambda name: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+    load = lambda name: transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / name, dtype=torch.float32
+    )
     pairs = some_pairs()
     text = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    options = dict(output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True, bf16=False, max_length=None)
+    options = dict(
+        output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True, bf16=False, max_length=None
+    )
     options |= dict(beta=0.3, loss_type=[kind], disable_dropout=True, gradient_checkpointing=False)
     trainer = trl.DPOTrainer(
         model=load("policy"),
@@ -83,13 +87,17 @@ def test_the_loss_is_that_of_trl(kind, tokenizer, tmp_path):
         train_dataset=Dataset.from_list(text),
         processing_class=transformers.AutoTokenizer.from_pretrained(tmp_path / "policy"),
     )
-    data = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
+    data = [
+        {"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs
+    ]
     batch = trainer.data_collator(data)
     trainer.model.eval()
     with torch.no_grad():
         theirs = trainer.compute_loss(trainer.model, batch)
         counts = pair_batch(pairs).weights.sum(1).view(2, -1)
-        now, then = (token_logprobs(m, pair_batch(pairs)).sum(1).view(2, -1) for m in (policy, reference))
+        now, then = (
+            token_logprobs(m, pair_batch(pairs)).sum(1).view(2, -1) for m in (policy, reference)
+        )
     if kind == "ipo":
         now, then = now / counts, then / counts
     ours = dpo_loss(*now, *then, 0.3, kind).mean()
@@ -103,7 +111,9 @@ def test_logprobs_are_those_of_the_whole_softmax():
     batch = pair_batch(pairs)
     with torch.no_grad():
         found = token_logprobs(model, batch, temperature=0.7)
-        full = torch.log_softmax(model(batch.input_ids) / 0.7, -1).gather(-1, batch.targets[..., None])[..., 0]
+        full = torch.log_softmax(model(batch.input_ids) / 0.7, -1).gather(
+            -1, batch.targets[..., None]
+        )[..., 0]
     torch.testing.assert_close(found, full * batch.weights, rtol=1e-5, atol=1e-5)
     assert (found != 0).sum() == sum(len(p.chosen) + len(p.rejected) for p in pairs)
 
@@ -112,7 +122,8 @@ def group(pattern, seed=0):
     """Answers right (+) and wrong (-), each of different tokens."""
     [example] = draw_examples(1, seed, tasks=["story"])
     return [
-        Answer(example, str(i), True, Verdict(sign == "+", True), [100 + i] * (i + 1)) for i, sign in enumerate(pattern)
+        Answer(example, str(i), True, Verdict(sign == "+", True), [100 + i] * (i + 1))
+        for i, sign in enumerate(pattern)
     ]
 
 
@@ -146,7 +157,9 @@ def test_two_problems_of_three_are_in_wordings_without_demonstrations(monkeypatc
 def test_pairs_may_match_in_length(tokenizer):
     [pair] = build_pairs(tokenizer, [group("+---+++-")], match_length=True)
     assert abs(len(pair.chosen) - len(pair.rejected)) == 1
-    assert build_pairs(tokenizer, [group("+-")], seed=1) == build_pairs(tokenizer, [group("+-")], seed=1)
+    assert build_pairs(tokenizer, [group("+-")], seed=1) == build_pairs(
+        tokenizer, [group("+-")], seed=1
+    )
 
 
 BASE, START = torch.tensor([0.5, 1.2, 0.9, 1.4]), torch.ones(4)
@@ -156,7 +169,11 @@ GRADIENTS = [torch.tensor([1.0, -2.0, 0.5, 3.0]), torch.tensor([0.5, 1.0, -1.0, 
 @pytest.mark.parametrize(
     "method, keep, wanted",
     [
-        ("dare", 1.0, [[0.960003, 1.069999, 0.920006, 0.870001], [0.926109, 1.073969, 0.962954, 0.742670]]),
+        (
+            "dare",
+            1.0,
+            [[0.960003, 1.069999, 0.920006, 0.870001], [0.926109, 1.073969, 0.962954, 0.742670]],
+        ),
         ("ties", 1.0, [[1.05, 0.98, 1.01, 0.870001], [1.1, 0.96, 1.052948, 0.742670]]),
         ("ties", 0.5, [[1.05, 1.089999, 1.0, 0.870001], [1.1, 1.089999, 1.0, 0.742670]]),
     ],
@@ -269,7 +286,10 @@ def test_training_prefers_the_chosen_and_pushes_both_where_dpo_pushes_them(small
 def test_the_policy_starts_as_its_reference_in_16_bits_too(small, epochs):
     """β 1 and pairs of very different lengths: with a reference from other batches the first loss would miss ln 2."""
     settings = dataclasses.replace(small.dpo, epochs=epochs, learning_rate=1e-12, beta=1.0)
-    long = [dataclasses.replace(p, rejected=p.rejected * (1 + i % 7)) for i, p in enumerate(some_pairs(24))]
+    long = [
+        dataclasses.replace(p, rejected=p.rejected * (1 + i % 7))
+        for i, p in enumerate(some_pairs(24))
+    ]
     trainer, records = prefer(small, FOLDER, long, settings, dtype=torch.bfloat16)
     assert [r["loss"] for r in records] == pytest.approx([0.693147] * len(records), abs=1e-4)
     assert len(records) == 6 * epochs
@@ -291,7 +311,9 @@ def test_merging_needs_the_base(small):
     pairs = some_pairs(8)
     merging = dict(base=FOLDER, alpha=0.5, keep=1.0)
     trainer, step = make_trainer(small, FOLDER, pairs, small.dpo, **merging)
-    assert all(not delta.any() for delta in trainer.optimizers[0].deltas.values())  # the start is the base here
+    assert all(
+        not delta.any() for delta in trainer.optimizers[0].deltas.values()
+    )  # the start is the base here
     step(0)
     assert trainer.step_count == 1
 
@@ -303,7 +325,12 @@ def test_the_key_holds_every_number_that_the_training_reads(small):
     made.make()
     own = {field.name for field in dataclasses.fields(small.dpo)} & reads
     assert {"epochs", "batch_pairs", "beta", "learning_rate", "alpha", "keep"} <= own
-    own |= {"problems", "samples", "pairs_per_problem", "max_new_tokens"}  # by which pairs are drawn
+    own |= {
+        "problems",
+        "samples",
+        "pairs_per_problem",
+        "max_new_tokens",
+    }  # by which pairs are drawn
     fixed = "optimizer min_lr_ratio weight_decay schedule decay_fraction grad_accumulation".split()
     rest = set(stages.OPTIMIZER) - own - {*fixed, "matrix_learning_rate"}
     others = [changed(small, "dpo", field) for field in sorted(own)]

@@ -49,7 +49,9 @@ TINY = ModelConfig(
 def tiny():
     torch.manual_seed(0)
     model = Qwen(TINY).eval().requires_grad_(False)
-    for p in model.parameters():  # larger than at initialisation: attention must have something to say
+    for (
+        p
+    ) in model.parameters():  # larger than at initialisation: attention must have something to say
         p.copy_(torch.randn_like(p) * 0.3 + (p.ndim == 1) * p)
     return model
 
@@ -65,7 +67,9 @@ def test_yarn_range_and_frequencies_are_the_golden_ones():
     assert yarn_range(64, 1e6, 32_768) == (11, 20)
     assert yarn_range(16, 1e4, 64) == (0, 3)
     want = [1, 0.23717082, 0.05, 0.00790569, 0.0025, 0.00079057, 0.00025, 7.906e-5]
-    torch.testing.assert_close(yarn_frequencies(16, 1e4, 4, 64), torch.tensor(want), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        yarn_frequencies(16, 1e4, 4, 64), torch.tensor(want), rtol=1e-4, atol=0
+    )
     ratio = yarn_frequencies(32, 1e4, 4, 256) / rope_frequencies(32, 1e4)
     want = [1, 0.892857, 0.785714, 0.678571, 0.571429, 0.464286, 0.357143] + [0.25] * 9
     torch.testing.assert_close(ratio, torch.tensor(want), rtol=1e-5, atol=0)
@@ -81,7 +85,13 @@ def test_the_temperature_is_the_golden_one(factor, squared):
 
 
 def test_nothing_changes_up_to_the_trained_length():
-    assert yarn_temperature(1) == yarn_temperature(0.5) == temperature_of(100, 512) == temperature_of(9_999, None) == 1
+    assert (
+        yarn_temperature(1)
+        == yarn_temperature(0.5)
+        == temperature_of(100, 512)
+        == temperature_of(9_999, None)
+        == 1
+    )
     torch.testing.assert_close(yarn_frequencies(64, 1e4, 1, 512), rope_frequencies(64, 1e4))
 
 
@@ -100,12 +110,20 @@ def test_yarn_logits_equal_transformers(tiny, factor):
     transformers = pytest.importorskip("transformers")
     rope = {"rope_type": "yarn", "rope_theta": TINY.rope_theta, "factor": factor,
             "original_max_position_embeddings": 32}  # fmt: skip
-    values = {k: v for k, v in TINY.to_dict().items() if k not in ("architectures", "rope_theta", "rope_parameters")}
-    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**values, rope_parameters=rope)).eval()
+    values = {
+        k: v
+        for k, v in TINY.to_dict().items()
+        if k not in ("architectures", "rope_theta", "rope_parameters")
+    }
+    theirs = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**values, rope_parameters=rope)
+    ).eval()
     theirs.load_state_dict(tiny.state_dict(), strict=True)
     ids = torch.randint(97, (2, 64), generator=torch.Generator().manual_seed(1))
     frequencies = yarn_frequencies(16, TINY.rope_theta, factor, 32)
-    attention = functools.partial(yarn_attention, frequencies=frequencies, temperature=yarn_temperature(factor))
+    attention = functools.partial(
+        yarn_attention, frequencies=frequencies, temperature=yarn_temperature(factor)
+    )
     own, tiny.attention = tiny.attention, attention
     try:
         with torch.no_grad():
@@ -127,16 +145,25 @@ def test_invariants_of_the_position_matrix(length, stride, local):
     matrix = dual_chunk_positions(length, stride, chunk_size)
     distance = torch.arange(length)[:, None] - torch.arange(length)
     causal = distance >= 0
-    assert (matrix[~causal] == -1).all() and (matrix[causal] >= 0).all() and matrix.max() <= chunk_size
+    assert (
+        (matrix[~causal] == -1).all() and (matrix[causal] >= 0).all() and matrix.max() <= chunk_size
+    )
     near = causal & (distance <= local)
     assert torch.equal(matrix[near], distance[near])
     short = min(length, chunk_size + 1)
-    assert torch.equal(matrix[:short, :short][causal[:short, :short]], distance[:short, :short][causal[:short, :short]])
+    assert torch.equal(
+        matrix[:short, :short][causal[:short, :short]],
+        distance[:short, :short][causal[:short, :short]],
+    )
 
 
 def golden_inputs():
     i, d = torch.arange(15, dtype=torch.float64)[:, None], torch.arange(4, dtype=torch.float64)
-    q, k, v = torch.sin(0.7 * i + 1.3 * d), torch.cos(0.5 * i - 0.9 * d), torch.sin(0.3 * i + 0.2 * d**2)
+    q, k, v = (
+        torch.sin(0.7 * i + 1.3 * d),
+        torch.cos(0.5 * i - 0.9 * d),
+        torch.sin(0.3 * i + 0.2 * d**2),
+    )
     return [x[None, None] for x in (q, k, v)]
 
 
@@ -151,10 +178,16 @@ GOLDEN = {
 
 def test_attention_is_the_golden_one():
     out = dual_chunk_attention(
-        *golden_inputs(), frequencies=rope_frequencies(4, 1e4), chunk_size=8, local_size=3, original_length=8
+        *golden_inputs(),
+        frequencies=rope_frequencies(4, 1e4),
+        chunk_size=8,
+        local_size=3,
+        original_length=8,
     )[0, 0]
     for row, want in GOLDEN.items():
-        torch.testing.assert_close(out[row], torch.tensor(want, dtype=torch.float64), rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            out[row], torch.tensor(want, dtype=torch.float64), rtol=0, atol=2e-6
+        )
     plain = causal_attention(*golden_inputs(), frequencies=rope_frequencies(4, 1e4))[0, 0, 14]
     want = torch.tensor([0.527374, 0.457309, 0.152394, -0.411736], dtype=torch.float64)
     torch.testing.assert_close(plain, want, rtol=0, atol=2e-6)
@@ -222,16 +255,23 @@ def test_short_inputs_do_not_change_with_dca_and_temperature(tiny):
 def test_merge_is_the_softmax_over_the_union_and_does_not_overflow():
     q, k, v = random_qkv(30, kv_heads=4)
     whole, lse = attention_and_lse(q, k, v)
-    parts = [attention_and_lse(q, k[:, :, s], v[:, :, s]) for s in (slice(0, 7), slice(7, 8), slice(8, 30))]
+    parts = [
+        attention_and_lse(q, k[:, :, s], v[:, :, s])
+        for s in (slice(0, 7), slice(7, 8), slice(8, 30))
+    ]
     torch.testing.assert_close(merge(parts), whole, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(merge([(o, s + 5_000) for o, s in parts]), whole, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        merge([(o, s + 5_000) for o, s in parts]), whole, rtol=1e-8, atol=1e-8
+    )
     scores = (q @ k.mT) * 16**-0.5
     torch.testing.assert_close(lse.to(torch.float64), scores.logsumexp(-1), rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_flow_through_the_naive_form():
     q, k, v = (x.requires_grad_() for x in random_qkv(20))
-    naive_dual_chunk_attention(q, k, v, frequencies=rope_frequencies(16, 1e3), stride=6, chunk_size=8).sum().backward()
+    naive_dual_chunk_attention(
+        q, k, v, frequencies=rope_frequencies(16, 1e3), stride=6, chunk_size=8
+    ).sum().backward()
     assert all(x.grad.isfinite().all() for x in (q, k, v))
 
 
@@ -252,8 +292,12 @@ def test_padding_and_own_positions_are_an_error():
     with pytest.raises(ValueError, match="counts positions itself"):
         dual_chunk_attention(q, k, v, position_ids=torch.arange(1, 5), **options)
     want = dual_chunk_attention(q, k, v, **options)
-    torch.testing.assert_close(dual_chunk_attention(q, k, v, position_ids=torch.arange(4), **options), want)
-    torch.testing.assert_close(dual_chunk_attention(q, k, v, position_ids=torch.arange(4)[None], **options), want)
+    torch.testing.assert_close(
+        dual_chunk_attention(q, k, v, position_ids=torch.arange(4), **options), want
+    )
+    torch.testing.assert_close(
+        dual_chunk_attention(q, k, v, position_ids=torch.arange(4)[None], **options), want
+    )
 
 
 def test_an_unknown_mode_is_an_error():

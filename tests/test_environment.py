@@ -38,7 +38,9 @@ print(json.dumps(seen))
 def in_python(code: str, **variables) -> str:
     """What a new interpreter prints."""
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env=os.environ | variables, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()
 
 
@@ -46,7 +48,9 @@ def executed(folder: Path, *cells: str) -> dict:
     """The cells' outputs by kind, of a notebook that has run and passed."""
     nb = nbformat.v4.new_notebook()
     nb.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    parameters = nbformat.v4.new_code_cell("scale = ''\nseed = 0", metadata={"tags": ["parameters"]})
+    parameters = nbformat.v4.new_code_cell(
+        "scale = ''\nseed = 0", metadata={"tags": ["parameters"]}
+    )
     nb.cells = [parameters, *map(nbformat.v4.new_code_cell, cells)]
     path = folder / "01_toy.ipynb"
     path.write_text(json.dumps(nb), encoding="utf-8")
@@ -70,7 +74,11 @@ def bad_values(folder: Path) -> dict[str, str]:
     (folder / "ipython" / "matplotlibrc").write_text("lines.linewidth: 17\n")
     kernel = folder / "jupyter" / "kernels" / "python3"
     kernel.mkdir(parents=True)
-    spec = {"argv": ["/no/such/python", "{connection_file}"], "display_name": "Another", "language": "python"}
+    spec = {
+        "argv": ["/no/such/python", "{connection_file}"],
+        "display_name": "Another",
+        "language": "python",
+    }
     (kernel / "kernel.json").write_text(json.dumps(spec))
     return {
         "MPLBACKEND": "Agg",
@@ -113,7 +121,9 @@ def test_no_variable_of_the_caller_reaches_into_a_notebook(tmp_path, runs_folder
     assert os.environ["MPLBACKEND"] == "Agg"  # the caller's own stays as it was
 
 
-def test_a_wrong_assertion_is_caught_whatever_the_caller_optimises(tmp_path, runs_folder, monkeypatch):
+def test_a_wrong_assertion_is_caught_whatever_the_caller_optimises(
+    tmp_path, runs_folder, monkeypatch
+):
     monkeypatch.setenv("PYTHONOPTIMIZE", "1")
     with pytest.raises(AssertionError, match="1 \\+ 1 == 3"):
         executed(tmp_path, "assert 1 + 1 == 3")
@@ -134,13 +144,17 @@ def test_importing_the_package_sets_how_threads_wait_and_loads_no_torch(module):
     code = f"import os, sys, {module}; print('torch' in sys.modules, *map(os.environ.get, {list(environment.WAITING)}))"
     unset = dict.fromkeys(environment.WAITING)
     plain = {name: value for name, value in os.environ.items() if name not in unset}
-    done = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["False", *environment.WAITING.values()]
     assert in_python(code, GOMP_SPINCOUNT="5", KMP_BLOCKTIME="6").split() == ["False", "5", "6"]
 
 
 def test_make_sets_the_same_values():
-    exported = dict(re.findall(r"^export (\w+) \?= (\w+)$", (home() / "Makefile").read_text(), re.MULTILINE))
+    exported = dict(
+        re.findall(r"^export (\w+) \?= (\w+)$", (home() / "Makefile").read_text(), re.MULTILINE)
+    )
     assert exported == environment.WAITING
 
 
@@ -169,5 +183,7 @@ def test_the_precision_is_the_scales_unless_the_environment_names_another(monkey
     assert hardware.pick_dtype("float32") == torch.bfloat16
     for wrong in ("auto", "float16"):
         monkeypatch.setenv("QWEN_MINI_DTYPE", wrong)
-        with pytest.raises(CourseError, match=f"^QWEN_MINI_DTYPE must be float32 or bfloat16, not '{wrong}'$"):
+        with pytest.raises(
+            CourseError, match=f"^QWEN_MINI_DTYPE must be float32 or bfloat16, not '{wrong}'$"
+        ):
             hardware.pick_dtype("float32")

@@ -35,7 +35,13 @@ READABLE = (CourseError, ValueError, FileNotFoundError)
 def places(value, path=()):
     """The way to every value of a JSON document."""
     yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, item in items:
         yield from places(item, (*path, key))
 
@@ -171,7 +177,10 @@ def test_scales(tmp_path):
     for number, line in enumerate(lines):
         key, equals, _ = line.partition(" = ")
         for value in values if equals else ():
-            path.write_text("\n".join([*lines[:number], f"{key} = {value}", *lines[number + 1 :]]), encoding="utf-8")
+            path.write_text(
+                "\n".join([*lines[:number], f"{key} = {value}", *lines[number + 1 :]]),
+                encoding="utf-8",
+            )
             try:
                 config = load_scale(path)
             except CourseError as error:
@@ -180,7 +189,24 @@ def test_scales(tmp_path):
                 assert config.name == "own"
 
 
-WORDS = ["", "-", "..", "../x", "/etc", "nosuch", "a b", "é", "-1", "0", "1e400", "9" * 20, "\n", "%s", "--", "laptop"]
+WORDS = [
+    "",
+    "-",
+    "..",
+    "../x",
+    "/etc",
+    "nosuch",
+    "a b",
+    "é",
+    "-1",
+    "0",
+    "1e400",
+    "9" * 20,
+    "\n",
+    "%s",
+    "--",
+    "laptop",
+]
 
 
 def _refuse(*_, **__):
@@ -194,14 +220,23 @@ def test_commands(command, runs_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if command == "run":
         monkeypatch.setenv("QWEN_MINI_HOME", str(tmp_path))  # without notebooks
-    for place, name in ((stages.Stage, "folder"), (training, "_prepare"), (runner, "run")):  # words that are right
+    for place, name in (
+        (stages.Stage, "folder"),
+        (training, "_prepare"),
+        (runner, "run"),
+    ):  # words that are right
         monkeypatch.setattr(place, name, _refuse)
     options = {"plan": ["--gpus", "--scale"], "train": ["", "--scale", "--seed"], "export": ["--scale"],
                "chat": ["--stage", "--max-tokens", "--temperature", "--seed"], "verify": [""],
                "run": ["", "--timeout", "--seed", "--scale"]}[command]  # fmt: skip
     for option in options:
         for word in WORDS:
-            words = [command, *([option] if option else []), word, *(["sft", "x"] if command == "export" else [])]
+            words = [
+                command,
+                *([option] if option else []),
+                word,
+                *(["sft", "x"] if command == "export" else []),
+            ]
             try:
                 code = cli.main(words)
             except SystemExit as end:  # argparse's own sentence

@@ -96,7 +96,9 @@ def test_left_padding_hides_itself_and_repeats_the_first_token():
 
 def test_stop_ids_end_rows_and_stay_in_the_tokens(model):
     plain = generate(model, PROMPTS, 20, temperature=1.0, generator=seeded())
-    stops = sorted({completion.tokens[n] for completion, n in zip(plain, (3, 0, 11, 19), strict=True)})
+    stops = sorted(
+        {completion.tokens[n] for completion, n in zip(plain, (3, 0, 11, 19), strict=True)}
+    )
     stopped = generate(model, PROMPTS, 20, temperature=1.0, generator=seeded(), stop_ids=stops)
     for free, completion in zip(plain, stopped, strict=True):
         end = next((i + 1 for i, token in enumerate(free.tokens) if token in stops), 20)
@@ -106,7 +108,12 @@ def test_stop_ids_end_rows_and_stay_in_the_tokens(model):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.9, 2.0])
 def test_dropping_finished_rows_changes_no_other_row(model, monkeypatch, share):
-    options = {"temperature": 1.0, "stop_ids": range(0, 300, 7), "repetition_penalty": 1.2, "return_logprobs": True}
+    options = {
+        "temperature": 1.0,
+        "stop_ids": range(0, 300, 7),
+        "repetition_penalty": 1.2,
+        "return_logprobs": True,
+    }
     prompts = PROMPTS * 6
     expected = generate(model, prompts, 25, generator=seeded(3), **options)
     monkeypatch.setattr(generation, "DROP_SHARE", share)
@@ -117,7 +124,10 @@ def test_dropping_finished_rows_changes_no_other_row(model, monkeypatch, share):
 
 
 def test_the_batch_shrinks_when_rows_finish(model):
-    sizes = [len(rows) for rows, _, _ in rollout(model, PROMPTS * 8, 25, Sampling(1.0), range(0, 300, 5), seeded())]
+    sizes = [
+        len(rows)
+        for rows, _, _ in rollout(model, PROMPTS * 8, 25, Sampling(1.0), range(0, 300, 5), seeded())
+    ]
     assert sizes[0] == 32 and sizes == sorted(sizes, reverse=True) and sizes[-1] <= 8
 
 
@@ -135,7 +145,9 @@ def test_same_seed_same_samples_and_later_prompts_change_nothing(model):
 
 def test_a_group_is_the_prompt_repeated(model):
     group = sample_group(model, PROMPTS[2], 5, 10, generator=seeded(4))
-    assert tokens(group) == tokens(generate(model, [PROMPTS[2]] * 5, 10, temperature=1.0, generator=seeded(4)))
+    assert tokens(group) == tokens(
+        generate(model, [PROMPTS[2]] * 5, 10, temperature=1.0, generator=seeded(4))
+    )
     assert len({tuple(completion.tokens) for completion in group}) > 1
 
 
@@ -148,16 +160,23 @@ def test_groups_of_several_prompts_of_different_length(model):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 1.0}, {"temperature": 0.6, "top_k": 5, "repetition_penalty": 1.3}]
+    "options",
+    [{}, {"temperature": 1.0}, {"temperature": 0.6, "top_k": 5, "repetition_penalty": 1.3}],
 )
 def test_logprobs_are_those_of_the_model_at_the_temperature(model, options):
-    found = generate(model, PROMPTS, 12, return_logprobs=True, generator=seeded(), stop_ids=[11], **options)
+    found = generate(
+        model, PROMPTS, 12, return_logprobs=True, generator=seeded(), stop_ids=[11], **options
+    )
     for prompt, completion in zip(PROMPTS, found, strict=True):
         ids = torch.tensor([prompt + completion.tokens])
         with torch.inference_mode():
             logprobs = (model(ids) / (options.get("temperature") or 1.0)).log_softmax(-1)
-        expected = logprobs[0, len(prompt) - 1 : -1].gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=1e-4, atol=1e-4)
+        expected = logprobs[0, len(prompt) - 1 : -1].gather(
+            1, torch.tensor(completion.tokens)[:, None]
+        )[:, 0]
+        torch.testing.assert_close(
+            torch.tensor(completion.logprobs), expected, rtol=1e-4, atol=1e-4
+        )
     assert generate(model, PROMPTS, 2)[0].logprobs is None
 
 
@@ -189,9 +208,13 @@ def test_an_inference_copy_shares_nothing(model):
 
 
 def test_generation_with_and_without_the_fused_step_agrees(model, monkeypatch):
-    expected = generate(model, PROMPTS, 20, temperature=1.0, generator=seeded(), stop_ids=range(0, 300, 9))
+    expected = generate(
+        model, PROMPTS, 20, temperature=1.0, generator=seeded(), stop_ids=range(0, 300, 9)
+    )
     monkeypatch.setattr(generation, "fused_decoder", lambda model, length: None)
-    found = generate(model, PROMPTS, 20, temperature=1.0, generator=seeded(), stop_ids=range(0, 300, 9))
+    found = generate(
+        model, PROMPTS, 20, temperature=1.0, generator=seeded(), stop_ids=range(0, 300, 9)
+    )
     assert found == expected
 
 
@@ -228,7 +251,13 @@ def chi_square_limit(freedom, z=3.09):
         {"temperature": 0.5, "forbidden_ids": (1, 4)},
         {"temperature": 1.5, "top_k": 9},
         {"temperature": 1.0, "top_p": 0.7},
-        {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.4, "vocab_size": 30},
+        {
+            "temperature": 0.8,
+            "top_k": 12,
+            "top_p": 0.9,
+            "repetition_penalty": 1.4,
+            "vocab_size": 30,
+        },
     ],
 )
 def test_draws_follow_the_distribution(settings):
@@ -256,9 +285,15 @@ def test_the_ends_of_the_unit_interval_never_draw_the_impossible():
 
 def test_temperature_zero_is_the_limit_of_low_temperatures(model):
     greedy = generate(model, PROMPTS, 10)
-    assert tokens(generate(model, PROMPTS, 10, temperature=1e-4, generator=seeded())) == tokens(greedy)
-    assert tokens(generate(model, PROMPTS, 10, temperature=2.0, top_k=1, generator=seeded())) == tokens(greedy)
-    assert tokens(generate(model, PROMPTS, 10, temperature=2.0, top_p=1e-6, generator=seeded())) == tokens(greedy)
+    assert tokens(generate(model, PROMPTS, 10, temperature=1e-4, generator=seeded())) == tokens(
+        greedy
+    )
+    assert tokens(
+        generate(model, PROMPTS, 10, temperature=2.0, top_k=1, generator=seeded())
+    ) == tokens(greedy)
+    assert tokens(
+        generate(model, PROMPTS, 10, temperature=2.0, top_p=1e-6, generator=seeded())
+    ) == tokens(greedy)
 
 
 def test_top_p_beyond_its_first_guess_is_the_same_as_sorting_everything():
@@ -286,8 +321,17 @@ def test_the_penalty_counts_prompt_and_answer_but_no_padding(model):
 
 
 def test_forbidden_and_padded_ids_never_come_out(model):
-    options = {"temperature": 3.0, "generator": seeded(), "vocab_size": 100, "forbidden_ids": range(0, 90)}
-    found = {token for completion in generate(model, PROMPTS * 4, 30, **options) for token in completion.tokens}
+    options = {
+        "temperature": 3.0,
+        "generator": seeded(),
+        "vocab_size": 100,
+        "forbidden_ids": range(0, 90),
+    }
+    found = {
+        token
+        for completion in generate(model, PROMPTS * 4, 30, **options)
+        for token in completion.tokens
+    }
     assert found == set(range(90, 100))
     assert generate(model, [[1]], 3, vocab_size=1)[0].tokens == [0, 0, 0]
 
@@ -305,13 +349,18 @@ def test_pieces_join_to_the_decoded_tokens(model, tokenizer, seed):
     [completion] = generate(model, [prompt], 40, **options)
     assert "".join(pieces) == tokenizer.decode(completion.tokens, skip_special_tokens=True)
     assert all(pieces)
-    assert list(stream(model, tokenizer, prompt, 40, temperature=1.5, generator=seeded(seed))) == pieces
+    assert (
+        list(stream(model, tokenizer, prompt, 40, temperature=1.5, generator=seeded(seed)))
+        == pieces
+    )
 
 
 def scripted(monkeypatch, ids):
     """Let every step choose the next of `ids`."""
     script = iter(ids)
-    monkeypatch.setattr(Sampling, "choose", lambda self, logits, history, uniform: torch.tensor([[next(script)]]))
+    monkeypatch.setattr(
+        Sampling, "choose", lambda self, logits, history, uniform: torch.tensor([[next(script)]])
+    )
 
 
 def test_a_character_is_not_shown_before_its_last_byte(model, tokenizer, monkeypatch):
@@ -344,20 +393,35 @@ def test_a_stream_can_be_left_early(model, tokenizer):
     "change, message",
     [
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
-        ({"prompts": [[1, 300]]}, "prompt 0 holds the id 300, but the model knows the ids 0 to 299"),
+        (
+            {"prompts": [[1, 300]]},
+            "prompt 0 holds the id 300, but the model knows the ids 0 to 299",
+        ),
         ({"prompts": [[-1]]}, "holds the id -1"),
         ({"prompts": [1, 2]}, r"wrap one prompt as \[ids\]"),
         ({"prompts": ["hello"]}, "must be a list of token lists"),
-        ({"prompts": [[1] * 128]}, "128 tokens and 1 new ones would follow, but the model's context holds 128"),
+        (
+            {"prompts": [[1] * 128]},
+            "128 tokens and 1 new ones would follow, but the model's context holds 128",
+        ),
         ({"prompts": [[1] * 9], "max_new_tokens": 120}, "context holds 128"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -0.1}, "temperature must be 0"),
         ({"temperature": math.nan}, "temperature must be 0"),
         ({"temperature": 1e-39}, "temperature must be 0 .greedy. or at least 1e-15"),
-        ({"repetition_penalty": 1e-39}, "repetition_penalty must be positive .1 is off., from 1e-15"),
-        ({"repetition_penalty": 1e39}, "repetition_penalty must be positive .1 is off., from 1e-15 to 1e15"),
+        (
+            {"repetition_penalty": 1e-39},
+            "repetition_penalty must be positive .1 is off., from 1e-15",
+        ),
+        (
+            {"repetition_penalty": 1e39},
+            "repetition_penalty must be positive .1 is off., from 1e-15 to 1e15",
+        ),
         ({"forbidden_ids": range(300)}, "forbidden_ids must leave at least one id"),
-        ({"forbidden_ids": range(300), "temperature": 1.0}, "forbidden_ids must leave at least one id"),
+        (
+            {"forbidden_ids": range(300), "temperature": 1.0},
+            "forbidden_ids must leave at least one id",
+        ),
         ({"top_k": -1}, "top_k must be 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\]"),
@@ -387,7 +451,9 @@ def test_a_wrong_request_is_one_sentence(model, change, message):
     ],
 )
 def test_what_a_refusal_offers_instead_works(model, options):
-    assert len(generate(model, PROMPTS, 6, return_logprobs=True, generator=seeded(), **options)) == len(PROMPTS)
+    assert len(
+        generate(model, PROMPTS, 6, return_logprobs=True, generator=seeded(), **options)
+    ) == len(PROMPTS)
     coldest = generate(model, PROMPTS, 6, temperature=1e-15, generator=seeded())
     assert tokens(coldest) == tokens(generate(model, PROMPTS, 6))
 
@@ -450,7 +516,9 @@ def test_several_stop_ids_equal_transformers(transformers, tmp_path):
     ids, document_ids = left_pad(PROMPTS)
     greedy = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": stops, "pad_token_id": 299}
     expected = theirs.generate(ids, attention_mask=1 - document_ids, **greedy)[:, ids.shape[1] :]
-    for completion, row in zip(generate(model, PROMPTS, 16, stop_ids=stops), expected.tolist(), strict=True):
+    for completion, row in zip(
+        generate(model, PROMPTS, 16, stop_ids=stops), expected.tolist(), strict=True
+    ):
         assert row[: len(completion.tokens)] == completion.tokens
         assert set(row[len(completion.tokens) :]) <= {299}
 
@@ -458,9 +526,16 @@ def test_several_stop_ids_equal_transformers(transformers, tmp_path):
 def test_penalized_greedy_equals_transformers(transformers, tmp_path):
     model = make(seed=21)
     theirs = in_transformers(transformers, model, tmp_path)
-    greedy = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None, "repetition_penalty": 1.3}
+    greedy = {
+        "do_sample": False,
+        "max_new_tokens": 20,
+        "eos_token_id": None,
+        "repetition_penalty": 1.3,
+    }
     for prompt in PROMPTS:
-        expected = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **greedy)
+        expected = theirs.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **greedy
+        )
         [found] = generate(model, [prompt], 20, repetition_penalty=1.3)
         assert found.tokens == expected[0, len(prompt) :].tolist()
 
@@ -469,12 +544,16 @@ def test_penalized_greedy_equals_transformers(transformers, tmp_path):
 @pytest.mark.parametrize("top_k", [0, 1, 20, 500])
 @pytest.mark.parametrize("top_p", [0.05, 0.8, 1.0])
 @pytest.mark.parametrize("penalty", [1.0, 1.05, 3.0])
-def test_distributions_equal_the_logits_processors(transformers, temperature, top_k, top_p, penalty):
+def test_distributions_equal_the_logits_processors(
+    transformers, temperature, top_k, top_p, penalty
+):
     from transformers.generation import logits_process as hf
 
     logits = torch.randn(6, 400, generator=seeded(3), dtype=torch.float64) * 3
     history = torch.randint(0, 400, (6, 30), generator=seeded(4))
-    processors = hf.LogitsProcessorList([hf.RepetitionPenaltyLogitsProcessor(penalty)] * (penalty != 1))
+    processors = hf.LogitsProcessorList(
+        [hf.RepetitionPenaltyLogitsProcessor(penalty)] * (penalty != 1)
+    )
     processors.append(hf.TemperatureLogitsWarper(temperature))
     if top_k:
         processors.append(hf.TopKLogitsWarper(top_k))
@@ -505,11 +584,18 @@ def test_top_p_at_exact_sums_and_off():
     for rows, top_p in ((exact, 0.8), (exact, 0.5), (exact, 0.9), (logits, 0.9), (logits, 0.999)):
         kept = generation.candidates(rows, 0, top_p)[0].isfinite().sum(-1)
         theirs = transformers.TopPLogitsWarper(top_p)(None, rows.clone()).isfinite().sum(-1)
-        assert (kept - theirs).abs().max() <= 1 and (rows is not exact or torch.equal(kept, theirs)), (kept, theirs)
+        assert (kept - theirs).abs().max() <= 1 and (
+            rows is not exact or torch.equal(kept, theirs)
+        ), (kept, theirs)
 
 
 @pytest.mark.parametrize(
-    "options", [{"repetition_penalty": 1.2}, {"forbidden_ids": [95]}, {"forbidden_ids": [95, 3], "temperature": 1.0}]
+    "options",
+    [
+        {"repetition_penalty": 1.2},
+        {"forbidden_ids": [95]},
+        {"forbidden_ids": [95, 3], "temperature": 1.0},
+    ],
 )
 def test_ids_among_the_padded_rows(options):
     """Allowed in a prompt, and never sampled."""

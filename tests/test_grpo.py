@@ -45,26 +45,38 @@ def padded(*rows):
 
 
 LOGPROBS = padded([-1, -0.5, -2, -0.2], [-0.3, -1.2], [-0.7] * 5, [-2, -0.1, -0.4])
-OLD = padded([-1.3, -0.5, -1.5, -0.2], [-0.3, -1], [-0.9, -0.5, -0.7, -1.2, -0.7], [-1.5, -0.1, -0.9])
-REFERENCE = padded([-1.1, -0.6, -1.9, -0.3], [-0.2, -1.1], [-0.8, -0.6, -0.9, -0.7, -0.5], [-1.8, -0.2, -0.5])
+OLD = padded(
+    [-1.3, -0.5, -1.5, -0.2], [-0.3, -1], [-0.9, -0.5, -0.7, -1.2, -0.7], [-1.5, -0.1, -0.9]
+)
+REFERENCE = padded(
+    [-1.1, -0.6, -1.9, -0.3], [-0.2, -1.1], [-0.8, -0.6, -0.9, -0.7, -0.5], [-1.8, -0.2, -0.5]
+)
 MASK = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
 REWARDS = [[1, 0, 0.5, 1]]
 
 
 def test_advantages_are_golden_and_centred():
     found = group_advantages(REWARDS)
-    torch.testing.assert_close(found, torch.tensor([[0.783186, -1.305310, -0.261062, 0.783186]]), rtol=0, atol=1e-6)
-    torch.testing.assert_close(group_advantages(REWARDS, scale=False), torch.tensor([[0.375, -0.625, -0.125, 0.375]]))
+    torch.testing.assert_close(
+        found, torch.tensor([[0.783186, -1.305310, -0.261062, 0.783186]]), rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(
+        group_advantages(REWARDS, scale=False), torch.tensor([[0.375, -0.625, -0.125, 0.375]])
+    )
     rewards = torch.rand(5, 8)
     torch.testing.assert_close(group_advantages(rewards).sum(1), torch.zeros(5), rtol=0, atol=1e-5)
     assert not group_advantages([[0.1] * 8, [0.7] * 8]).any()  # whose means are rounded
-    torch.testing.assert_close(group_advantages(rewards), group_advantages(3 + 2 * rewards), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        group_advantages(rewards), group_advantages(3 + 2 * rewards), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_rewards_that_cannot_be_compared_are_refused():
     with pytest.raises(CourseError, match="two answers or more"):
         group_advantages([[1.0], [0.0]])
-    with pytest.raises(CourseError, match="the reward of answer 1 of group 0 is nan: mend the reward function"):
+    with pytest.raises(
+        CourseError, match="the reward of answer 1 of group 0 is nan: mend the reward function"
+    ):
         group_advantages([[0.0, float("nan")], [0.0, 1.0]])
 
 
@@ -85,7 +97,10 @@ def test_rewards_that_cannot_be_compared_are_refused():
     ],
 )
 def test_the_losses_are_golden(options, loss, gradient):
-    logprobs, reference = LOGPROBS.clone().requires_grad_(), REFERENCE if "beta" in options else None
+    logprobs, reference = (
+        LOGPROBS.clone().requires_grad_(),
+        REFERENCE if "beta" in options else None,
+    )
     found, seen = grpo_loss(logprobs, OLD, group_advantages(REWARDS)[0], MASK, reference, **options)
     found.backward()
     assert found.item() == pytest.approx(loss, abs=2e-7)
@@ -101,7 +116,9 @@ def test_parts_of_a_batch_sum_to_the_whole():
         whole, _ = grpo_loss(LOGPROBS, OLD, advantages, MASK, kind=kind, max_length=8)
         total = 4 if kind in ("grpo", "dr_grpo") else sum(LENGTHS)
         parts = [
-            grpo_loss(LOGPROBS[s], OLD[s], advantages[s], MASK[s], kind=kind, max_length=8, total=total)[0]
+            grpo_loss(
+                LOGPROBS[s], OLD[s], advantages[s], MASK[s], kind=kind, max_length=8, total=total
+            )[0]
             for s in (slice(0, 1), slice(1, 4))
         ]
         torch.testing.assert_close(sum(parts), whole)
@@ -132,7 +149,11 @@ def some_groups(count=5, size=4, seed=0, longest=12):
     rng = random.Random(seed)
     draw = lambda low, high: [rng.randrange(30, 900) for _ in range(rng.randint(low, high))]
     return [
-        Group(draw(5, 30), [draw(1, longest) for _ in range(size)], [float(i % 2) for i in range(size)])
+        Group(
+            draw(5, 30),
+            [draw(1, longest) for _ in range(size)],
+            [float(i % 2) for i in range(size)],
+        )
         for _ in range(count)
     ]
 
@@ -152,7 +173,9 @@ def trainer_of_trl(tmp_path_factory, tokenizer):
                        per_device_train_batch_size=8, num_generations=4, max_completion_length=12)  # fmt: skip
         options |= extra
         return trl.GRPOTrainer(
-            model=transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
+            model=transformers.AutoModelForCausalLM.from_pretrained(
+                folder / "model", dtype=torch.float32
+            ),
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
             args=trl.GRPOConfig(**options),
             train_dataset=Dataset.from_list([{"prompt": "a"}]),
@@ -175,7 +198,9 @@ def test_the_whole_chain_is_that_of_trl(trainer_of_trl, kind, options):
     make, model = trainer_of_trl
     corrected = options.get("bias_corrected_kl", False)
     options = {name: value for name, value in options.items() if name != "bias_corrected_kl"}
-    theirs = options | ({"epsilon_high": 5.0} if kind == "cispo" else {})  # TRL's bound is 1 + ε_high itself there
+    theirs = options | (
+        {"epsilon_high": 5.0} if kind == "cispo" else {}
+    )  # TRL's bound is 1 + ε_high itself there
     trainer = make(loss_type=kind, use_bias_correction_kl=corrected, **theirs)
     groups = some_groups()
     rows = [(g.prompt, r) for g in groups for r in g.responses]
@@ -186,7 +211,11 @@ def test_the_whole_chain_is_that_of_trl(trainer_of_trl, kind, options):
     with torch.no_grad():
         now, mask = group_logprobs(model, groups)
     width = mask.shape[1]
-    old, reference = (now + x[:, :width] * mask for x in noise) if width <= 12 else (now[:, :12] + x for x in noise)
+    old, reference = (
+        (now + x[:, :width] * mask for x in noise)
+        if width <= 12
+        else (now[:, :12] + x for x in noise)
+    )
     now, mask = now[:, :12], mask[:, :12]
     old, reference = old[:, :12], reference[:, :12]
     advantages = group_advantages([g.rewards for g in groups]).flatten()
@@ -235,8 +264,15 @@ def answers_of(pattern, task="story", level=1):
 
 
 def test_queries_follow_the_variance_of_their_kind_and_repeat_exactly():
-    kinds = [("story", 1, "shown"), ("rules", 1, "shown"), ("story", 2, "shown"), ("story", 2, "asked")]
-    rewards = verified([answers_of("+-+-"), answers_of("++++"), answers_of("+---"), answers_of("+-+-")])
+    kinds = [
+        ("story", 1, "shown"),
+        ("rules", 1, "shown"),
+        ("story", 2, "shown"),
+        ("story", 2, "asked"),
+    ]
+    rewards = verified(
+        [answers_of("+-+-"), answers_of("++++"), answers_of("+---"), answers_of("+-+-")]
+    )
     assert rewards[0] == [1.0, 0.0, 1.0, 0.0]
     weights = query_weights(kinds, rewards)
     assert weights[kinds[1]] == 0 and weights[kinds[0]] / weights[kinds[2]] == pytest.approx(4 / 3)
@@ -262,7 +298,9 @@ def test_the_probe_asks_every_task_at_every_level_shown_and_asked(config, monkey
 
     monkeypatch.setattr("qwen_mini.grpo.roll_out", roll_out)
     weights = probe(None, None, config.grpo)
-    every = {(t, level, how) for t in TASKS for level in config.grpo.levels for how in ("shown", "asked")}
+    every = {
+        (t, level, how) for t in TASKS for level in config.grpo.levels for how in ("shown", "asked")
+    }
     assert set(weights) == every and len(asked) == config.grpo.probe * len(every)
     assert all(weight == pytest.approx(1 / len(every)) for weight in weights.values())
     assert {(e.task, e.level) for e in asked} == {kind[:2] for kind in every}
@@ -299,7 +337,9 @@ def test_micro_batches_change_nothing(config):
     groups[2] = dataclasses.replace(groups[2], rewards=[1.0] * 4)  # no variance: left out
     for micro in (1, 6):
         trainer = new_trainer(config, FOLDER, config.grpo)
-        record = policy_update(trainer, groups, dataclasses.replace(config.grpo, micro_groups=micro))
+        record = policy_update(
+            trainer, groups, dataclasses.replace(config.grpo, micro_groups=micro)
+        )
         weights.append([p.detach().clone() for p in trainer.masters])
         assert record["groups"] == pytest.approx(5 / 6)
     torch.testing.assert_close(*weights, rtol=1e-3, atol=2e-5)
@@ -370,7 +410,9 @@ def test_equal_rewards_still_have_the_gradient_of_a_kl_term(config):
     torch.manual_seed(0)
     reference = Qwen(trainer.model.config).eval()
     with torch.no_grad():
-        (now, mask), (theirs, _) = (group_logprobs(model, flat) for model in (trainer.model, reference))
+        (now, mask), (theirs, _) = (
+            group_logprobs(model, flat) for model in (trainer.model, reference)
+        )
     d = (theirs - now)[mask].double()
     record = policy_update(trainer, flat, settings, reference=reference)
     assert record["kl"] == pytest.approx((d.exp() - d - 1).mean().item(), rel=1e-4)
@@ -421,7 +463,11 @@ def test_an_interrupted_run_reaches_the_same_weights(rewarded):
     records = stages.metrics(whole)
     assert [r["step"] for r in records] == [1, 2, 3, 4] and all(r["grad_norm"] > 0 for r in records)
     assert records[0]["kl"] == 0 < records[-1]["kl"]  # measured against the start
-    assert len(records[0]["view"]["answers"]) == len(records[3]["end"]["answers"]) == config.grpo.group_size
+    assert (
+        len(records[0]["view"]["answers"])
+        == len(records[3]["end"]["answers"])
+        == config.grpo.group_size
+    )
 
 
 def test_the_probe_is_kept_with_the_tokens_that_it_took(rewarded):
@@ -454,7 +500,9 @@ def test_two_processes_update_as_one(config, tmp_path, flat, kind):
     given.write_text(json.dumps([dataclasses.asdict(g) for g in groups]))
     run_two_processes(tmp_path, body, given, found, kind)
     two = json.loads(found.read_text())
-    one = lambda part: policy_update(new_trainer(config, FOLDER, config.grpo), part, config.grpo, kind)
+    one = lambda part: policy_update(
+        new_trainer(config, FOLDER, config.grpo), part, config.grpo, kind
+    )
     record = one(groups)
     if kind == "bnpo":
         halves = [one(groups[rank::2])["loss"] for rank in range(2)]

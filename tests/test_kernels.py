@@ -12,7 +12,14 @@ from qwen_mini.generation import left_pad
 from qwen_mini.kernels.attention import TiledAttention
 from qwen_mini.kernels.cache import KVCache
 from qwen_mini.kernels.decoder import FusedDecoder
-from qwen_mini.kernels.layers import FusedRMSNorm, FusedSwiGLU, Rotate, fused_rms_norm, fused_swiglu, turned
+from qwen_mini.kernels.layers import (
+    FusedRMSNorm,
+    FusedSwiGLU,
+    Rotate,
+    fused_rms_norm,
+    fused_swiglu,
+    turned,
+)
 from qwen_mini.layers import RMSNorm, SwiGLU, rms_norm, rope_frequencies, rope_tables, rotate
 from qwen_mini.model import ModelConfig, Qwen
 
@@ -28,7 +35,10 @@ def _seed():
 
 def heads(batch, query_heads, kv_heads, length, head_dim=HEAD_DIM, **options):
     """Random q, k, v."""
-    return [torch.randn(batch, n, length, head_dim, **options) for n in (query_heads, kv_heads, kv_heads)]
+    return [
+        torch.randn(batch, n, length, head_dim, **options)
+        for n in (query_heads, kv_heads, kv_heads)
+    ]
 
 
 def with_gradients(function, inputs, upstream):
@@ -50,7 +60,9 @@ def test_fused_rms_norm_in_bfloat16_stays_within_two_units_in_the_last_place():
 def test_fused_rms_norm_gradient(shape):
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(7, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, weight: FusedRMSNorm.apply(x, weight, EPS), (x, weight))
+    assert torch.autograd.gradcheck(
+        lambda x, weight: FusedRMSNorm.apply(x, weight, EPS), (x, weight)
+    )
 
 
 @pytest.mark.parametrize("shape", [(9,), (4, 9), (2, 5, 9)])
@@ -58,7 +70,8 @@ def test_fused_rms_norm_equals_the_plain_form_with_gradients(shape):
     inputs, upstream = [3 * torch.randn(shape), torch.randn(9)], torch.randn(shape)
     inputs = [x.requires_grad_() for x in inputs]
     results = [
-        with_gradients(lambda *x, norm=norm: norm(*x, EPS), inputs, upstream) for norm in (fused_rms_norm, rms_norm)
+        with_gradients(lambda *x, norm=norm: norm(*x, EPS), inputs, upstream)
+        for norm in (fused_rms_norm, rms_norm)
     ]
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
@@ -69,7 +82,10 @@ def test_fused_rms_norm_equals_the_plain_form_with_gradients(shape):
 def test_rotate_function_equals_rotate_with_its_gradient():
     x = torch.randn(2, 5, 8, requires_grad=True)
     tables, upstream = rope_tables(torch.arange(5), rope_frequencies(8)), torch.randn(2, 5, 8)
-    forms = [with_gradients(lambda x, form=form: form(x, *tables), [x], upstream) for form in (Rotate.apply, rotate)]
+    forms = [
+        with_gradients(lambda x, form=form: form(x, *tables), [x], upstream)
+        for form in (Rotate.apply, rotate)
+    ]
     torch.testing.assert_close(*forms)
     assert torch.equal(turned(x, *tables), rotate(x, *tables))
 
@@ -89,8 +105,14 @@ def test_fused_swiglu_gradient():
 
 
 def test_fused_swiglu_equals_the_plain_form_with_gradients():
-    inputs, upstream = [3 * torch.randn(2, 4, 6, requires_grad=True) for _ in range(2)], torch.randn(2, 4, 6)
-    results = [with_gradients(f, inputs, upstream) for f in (fused_swiglu, lambda gate, up: F.silu(gate) * up)]
+    inputs, upstream = (
+        [3 * torch.randn(2, 4, 6, requires_grad=True) for _ in range(2)],
+        torch.randn(2, 4, 6),
+    )
+    results = [
+        with_gradients(f, inputs, upstream)
+        for f in (fused_swiglu, lambda gate, up: F.silu(gate) * up)
+    ]
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
@@ -106,7 +128,9 @@ def test_layers_train_with_kernels_on_a_cpu_and_with_those_of_torch_elsewhere(mo
     used = []
     for kernel in (FusedRMSNorm, FusedSwiGLU):
         usual = kernel.apply
-        monkeypatch.setattr(kernel, "apply", lambda *x, kernel=kernel, usual=usual: used.append(kernel) or usual(*x))
+        monkeypatch.setattr(
+            kernel, "apply", lambda *x, kernel=kernel, usual=usual: used.append(kernel) or usual(*x)
+        )
     for device, expected in (("cpu", [FusedRMSNorm, FusedSwiGLU]), ("meta", [])):
         used.clear()
         layers = nn.Sequential(RMSNorm(8), SwiGLU(8, 12)).to(device)
@@ -126,7 +150,10 @@ def test_tiled_attention_equals_the_reference_with_gradients(length, shape):
     inputs = heads(*shape, length, requires_grad=True)
     upstream = torch.randn_like(inputs[0])
     results = []
-    for path in (TiledAttention.apply, lambda q, k, v: masked_attention(q, k, v, visible(length, length))):
+    for path in (
+        TiledAttention.apply,
+        lambda q, k, v: masked_attention(q, k, v, visible(length, length)),
+    ):
         out = path(*inputs)
         results.append([out, *torch.autograd.grad(out, inputs, upstream)])
     torch.testing.assert_close(*results, **CLOSE)
@@ -139,7 +166,9 @@ def test_tiled_attention_gradcheck(monkeypatch):
 
 
 def test_tiled_attention_takes_views_and_gradients_that_are_not_contiguous():
-    inputs = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in heads(2, 4, 2, 70)]
+    inputs = [
+        x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in heads(2, 4, 2, 70)
+    ]
     upstream = torch.randn(2, 70, 4, HEAD_DIM).transpose(1, 2)
     ours = torch.autograd.grad(TiledAttention.apply(*inputs), inputs, upstream)
     plain = torch.autograd.grad(masked_attention(*inputs, visible(70, 70)), inputs, upstream)
@@ -151,7 +180,9 @@ def test_the_fast_path_runs_on_a_cpu_only(monkeypatch):
     monkeypatch.setattr(TiledAttention, "apply", lambda *x: used.append(len(x)) or usual(*x))
     frequencies = rope_frequencies(HEAD_DIM)
     for device, calls in (("cpu", 1), ("meta", 1)):
-        out = causal_attention(*(x.to(device) for x in heads(1, 4, 2, 9)), frequencies=frequencies.to(device))
+        out = causal_attention(
+            *(x.to(device) for x in heads(1, 4, 2, 9)), frequencies=frequencies.to(device)
+        )
         assert len(used) == calls and out.shape == (1, 4, 9, HEAD_DIM)
 
 
@@ -162,7 +193,12 @@ def test_cache_keeps_keys_transposed_and_oldest_first():
     cache = KVCache(2, 1, 2, HEAD_DIM, capacity=5)
     _, k, v = heads(1, 4, 2, 3)
     keys, values = cache.layers[1].update(k, v)
-    assert cache.layers[1].keys.shape == (1, 2, HEAD_DIM, 5) and cache.layers[1].values.shape == (1, 2, 5, HEAD_DIM)
+    assert cache.layers[1].keys.shape == (1, 2, HEAD_DIM, 5) and cache.layers[1].values.shape == (
+        1,
+        2,
+        5,
+        HEAD_DIM,
+    )
     assert torch.equal(keys, k) and torch.equal(values, v)
     assert cache.layers[0].keys.abs().max() == 0 and cache.length == 0
 
@@ -185,7 +221,9 @@ def test_the_cache_holds_what_concatenation_gives(sizes):
         assert all(map(torch.equal, held, (k[:, :, :end], v[:, :, :end])))
 
 
-@pytest.mark.parametrize("documents", [None, torch.tensor([[1, 0, 0], [0, 0, 0]])], ids=["even", "padded"])
+@pytest.mark.parametrize(
+    "documents", [None, torch.tensor([[1, 0, 0], [0, 0, 0]])], ids=["even", "padded"]
+)
 def test_growing_keeps_what_is_held(documents):
     cache, (_, k, v) = KVCache(2, 2, 2, HEAD_DIM, capacity=3), heads(2, 4, 2, 5)
     cache.remember(documents, 3)
@@ -234,7 +272,9 @@ def test_the_fused_step_equals_the_plain_model(number, prompts):
         caches = [model.make_cache(len(ids), ids.shape[1] + 5) for _ in range(2)]
         for cache in caches:
             model.hidden_states(ids, document_ids=document_ids, cache=cache)
-        tables = rope_tables(torch.arange(caches[0].capacity), model.attention.keywords["frequencies"])
+        tables = rope_tables(
+            torch.arange(caches[0].capacity), model.attention.keywords["frequencies"]
+        )
         step = FusedDecoder(model, tables)
         for n in range(5):
             token = torch.full((len(ids), 1), n)

@@ -58,7 +58,9 @@ def test_rms_norm_of_zero_is_zero_with_a_finite_gradient():
 def test_rms_norm_equals_transformers(qwen2):
     layer = RMSNorm(48, eps=EPS)
     nn.init.normal_(layer.weight, mean=1.0, std=0.3)
-    assert_same_module(layer, qwen2.Qwen2RMSNorm(48, eps=EPS), torch.randn(2, 5, 48, requires_grad=True))
+    assert_same_module(
+        layer, qwen2.Qwen2RMSNorm(48, eps=EPS), torch.randn(2, 5, 48, requires_grad=True)
+    )
 
 
 def test_rms_norm_in_bfloat16_equals_transformers_bit_for_bit(qwen2):
@@ -75,8 +77,12 @@ def test_rms_norm_ignores_the_length_of_a_vector(size, factor, seed):
     x = torch.randn(4, size, generator=torch.Generator().manual_seed(seed)) + 0.5
     x = x / x.square().mean(-1, keepdim=True).sqrt()
     one = torch.ones(size)
-    torch.testing.assert_close(rms_norm(factor * x, one, 1e-12), rms_norm(x, one, 1e-12), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(rms_norm(x, one, 0.0).square().mean(-1), torch.ones(4), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        rms_norm(factor * x, one, 1e-12), rms_norm(x, one, 1e-12), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        rms_norm(x, one, 0.0).square().mean(-1), torch.ones(4), rtol=1e-4, atol=1e-5
+    )
 
 
 # RoPE
@@ -91,7 +97,9 @@ def test_rope_golden_value():
 def test_rope_frequencies_run_from_one_to_almost_one_over_the_base():
     frequencies = rope_frequencies(128, 1e6)
     assert frequencies.shape == (64,) and frequencies.dtype == torch.float32
-    assert frequencies[0] == 1 and frequencies[-1].item() == pytest.approx(1e6 ** (-126 / 128), rel=1e-5)
+    assert frequencies[0] == 1 and frequencies[-1].item() == pytest.approx(
+        1e6 ** (-126 / 128), rel=1e-5
+    )
 
 
 def test_an_odd_head_dim_is_refused():
@@ -107,17 +115,30 @@ def test_rope_equals_transformers_far_out(qwen2, theta):
     assert torch.equal(embedding.inv_freq, rope_frequencies(16, theta))
     x, position_ids = torch.randn(2, 4, 9, 16), torch.randint(0, 131_072, (2, 9))
     theirs, _ = qwen2.apply_rotary_pos_emb(x, x, *embedding(x, position_ids))
-    torch.testing.assert_close(apply_rope(x, position_ids, rope_frequencies(16, theta)), theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        apply_rope(x, position_ids, rope_frequencies(16, theta)), theirs, rtol=1e-6, atol=1e-6
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(POSITION, POSITION, st.integers(-2_000, 2_000), st.sampled_from([2, 6, 16]), st.integers(0, 2**31))
+@given(
+    POSITION,
+    POSITION,
+    st.integers(-2_000, 2_000),
+    st.sampled_from([2, 6, 16]),
+    st.integers(0, 2**31),
+)
 def test_a_score_depends_on_the_distance_only(m, n, shift, head_dim, seed):
-    q, k = torch.randn(2, 1, 1, 1, head_dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    q, k = torch.randn(
+        2, 1, 1, 1, head_dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     frequencies = rope_frequencies(head_dim, 1_000.0)
 
     def score(a, b):
-        return (apply_rope(q, torch.tensor([a]), frequencies) * apply_rope(k, torch.tensor([b]), frequencies)).sum()
+        return (
+            apply_rope(q, torch.tensor([a]), frequencies)
+            * apply_rope(k, torch.tensor([b]), frequencies)
+        ).sum()
 
     torch.testing.assert_close(score(m + shift, n + shift), score(m, n), rtol=0, atol=0.01)
     torch.testing.assert_close(score(m, m), (q * k).sum(), rtol=0, atol=1e-4)
@@ -136,7 +157,9 @@ def test_rotate_by_roll_equals_rotate_by_halves():
     cos, sin = rope_tables(position_ids, rope_frequencies(8))
     first, second = x.chunk(2, -1)
     c, s = cos[..., :4], sin[..., 4:]
-    torch.testing.assert_close(rotate(x, cos, sin), torch.cat([first * c - second * s, second * c + first * s], -1))
+    torch.testing.assert_close(
+        rotate(x, cos, sin), torch.cat([first * c - second * s, second * c + first * s], -1)
+    )
 
 
 def test_rope_takes_one_row_of_positions_or_one_per_sequence():
@@ -148,12 +171,17 @@ def test_rope_takes_one_row_of_positions_or_one_per_sequence():
 
 def test_rope_gradient():
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: apply_rope(x, torch.arange(4) * 7, rope_frequencies(6)), (x,))
+    assert torch.autograd.gradcheck(
+        lambda x: apply_rope(x, torch.arange(4) * 7, rope_frequencies(6)), (x,)
+    )
 
 
 def test_tables_in_bfloat16_are_rounded_at_the_end_only():
     frequencies, positions = rope_frequencies(8), torch.tensor([256, 257, 4_096, 4_112, 31_999])
-    low, high = rope_tables(positions, frequencies, torch.bfloat16), rope_tables(positions, frequencies)
+    low, high = (
+        rope_tables(positions, frequencies, torch.bfloat16),
+        rope_tables(positions, frequencies),
+    )
     for a, b in zip(low, high, strict=True):
         assert torch.equal(a, b.bfloat16())
     assert positions.bfloat16()[0] == positions.bfloat16()[1]  # what casting the positions would do
@@ -165,7 +193,11 @@ def test_tables_in_bfloat16_are_rounded_at_the_end_only():
 
 def test_swiglu_by_hand():
     layer = SwiGLU(1, 1)
-    for projection, value in ((layer.gate_proj, 1.5), (layer.up_proj, -2.0), (layer.down_proj, 3.0)):
+    for projection, value in (
+        (layer.gate_proj, 1.5),
+        (layer.up_proj, -2.0),
+        (layer.down_proj, 3.0),
+    ):
         nn.init.constant_(projection.weight, value)
     expected = 3.0 * (1.5 / (1 + math.exp(-1.5))) * -2.0
     assert layer(torch.ones(1, 1)).item() == pytest.approx(expected, rel=1e-6)

@@ -59,7 +59,9 @@ def small(tmp_path_factory):
         corpus = dataclasses.replace(config.corpus, sources=("python",), max_bytes_per_source=300_000,
                                      task_documents=300, chat_documents=60, needle_rows=64)  # fmt: skip
         mixture = {"python": 0.7, "tasks": 0.2, "chat": 0.1}
-        phases = tuple(dataclasses.replace(phase, mixture=mixture) for phase in config.pretraining.phases)
+        phases = tuple(
+            dataclasses.replace(phase, mixture=mixture) for phase in config.pretraining.phases
+        )
         pretraining = dataclasses.replace(config.pretraining, phases=phases)
         measure = dataclasses.replace(config.measure, eval_every=100, eval_tokens=512)
         settings = dataclasses.replace(
@@ -92,7 +94,9 @@ def test_every_task_fills_its_length_and_its_answer_is_right(name, length, hay, 
         assert score(garbage, example.references) < 1
 
 
-@pytest.mark.parametrize("name", ["passkey", "single", "multi_key", "only_needles", "multi_value", "multi_query"])
+@pytest.mark.parametrize(
+    "name", ["passkey", "single", "multi_key", "only_needles", "multi_value", "multi_query"]
+)
 def test_what_is_asked_for_stands_in_the_prompt(name, hay, tokenizer):
     example = RULER[name](512, hay, needle_pieces(tokenizer), random.Random(4))
     text = tokenizer.decode(example.prompt)
@@ -108,7 +112,9 @@ def test_variable_tracking_can_be_followed_by_hand(hay, tokenizer):
         place = next(i for i in range(len(ids) - 3) if ids[i] == asked and ids[i + 1] == equals)
         asked = ids[place + 2]
         chain.append(asked)
-    assert [(name,) for name in chain[:-1]] == [tuple(r) for r in example.references[:-1]] and len(chain) == 5
+    assert [(name,) for name in chain[:-1]] == [tuple(r) for r in example.references[:-1]] and len(
+        chain
+    ) == 5
 
 
 def test_tasks_that_do_not_fit_are_an_error(hay, tokenizer):
@@ -207,7 +213,10 @@ def test_text_in_other_ids_is_the_same_text(small):
     common = min(len(before), len(after), 400)
     assert before[:common] == after[:common]
     chat = corpus.tokens("chat")
-    assert tokenizer.control_tokens["<|im_start|>"] in chat and tokenizer.control_tokens["<|im_end|>"] in chat
+    assert (
+        tokenizer.control_tokens["<|im_start|>"] in chat
+        and tokenizer.control_tokens["<|im_end|>"] in chat
+    )
 
 
 def test_only_the_sides_that_are_read_are_encoded_anew(small, monkeypatch):
@@ -220,7 +229,9 @@ def test_only_the_sides_that_are_read_are_encoded_anew(small, monkeypatch):
     first = corpus.tokens("python", "heldout")
     assert asked == [500] and corpus.weights("python", "heldout") is None
     assert corpus.tokens("python", "heldout") is first and asked == [500]
-    own = LongCorpus(corpus.corpus, tokenizer)  # nothing is known of the corpus's ids: they count as the tokenizer's
+    own = LongCorpus(
+        corpus.corpus, tokenizer
+    )  # nothing is known of the corpus's ids: they count as the tokenizer's
     assert len(own.tokens("python")) > 500 and asked == [500]
 
 
@@ -242,7 +253,9 @@ def test_extension_writes_a_checkpoint_with_the_new_base_and_context(small):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(900, (2, 400), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(Qwen.from_pretrained(folder).eval()(ids), theirs(ids).logits, rtol=1e-4, atol=2e-4)
+        torch.testing.assert_close(
+            Qwen.from_pretrained(folder).eval()(ids), theirs(ids).logits, rtol=1e-4, atol=2e-4
+        )
 
 
 def test_an_interrupted_extension_reaches_the_same_numbers(small):
@@ -271,7 +284,9 @@ def test_a_finished_extension_is_found_and_not_made_again(small, monkeypatch):
 
 def test_other_settings_do_not_go_on_from_an_interrupted_run(small):
     """A state of one clip norm is no start for another: the result is that of a run of its own."""
-    tight = dataclasses.replace(small, pretraining=dataclasses.replace(small.pretraining, clip_norm=0.05))
+    tight = dataclasses.replace(
+        small, pretraining=dataclasses.replace(small.pretraining, clip_norm=0.05)
+    )
     extend_context(small, 0, "mixed", stop_after=3)
     mixed, fresh = extend_context(tight, 0, "mixed"), extend_context(tight, 0, "fresh")
     losses = [[record["loss"] for record in stages.metrics(folder)] for folder in (mixed, fresh)]
@@ -306,13 +321,24 @@ def test_the_key_holds_every_number_that_the_optimiser_reads(small, monkeypatch)
     assert read <= set(extension_stage(small).inputs["optimizer"])
 
 
-OTHERS = dict(optimizer="adamw", beta1=0.5, beta2=0.6, eps=1e-5, weight_decay=0.3, clip_norm=0.05, grad_accumulation=2)
+OTHERS = dict(
+    optimizer="adamw",
+    beta1=0.5,
+    beta2=0.6,
+    eps=1e-5,
+    weight_decay=0.3,
+    clip_norm=0.05,
+    grad_accumulation=2,
+)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_number_of_the_optimiser_is_another_key(small, name):
     other = dataclasses.replace(small.pretraining, **{name: OTHERS[name]})
-    assert extension_stage(dataclasses.replace(small, pretraining=other)).key != extension_stage(small).key
+    assert (
+        extension_stage(dataclasses.replace(small, pretraining=other)).key
+        != extension_stage(small).key
+    )
 
 
 def test_what_does_not_change_the_training_does_not_change_the_key(small):
@@ -324,9 +350,14 @@ def test_what_does_not_change_the_training_does_not_change_the_key(small):
     changed = [
         extension_stage(small, 1),
         extension_stage(small, settings=settings),
-        extension_stage(dataclasses.replace(small, corpus=dataclasses.replace(small.corpus, task_documents=299))),
+        extension_stage(
+            dataclasses.replace(small, corpus=dataclasses.replace(small.corpus, task_documents=299))
+        ),
     ]
-    assert extension_stage(small).key not in {stage.key for stage in changed} and len({s.key for s in changed}) == 3
+    assert (
+        extension_stage(small).key not in {stage.key for stage in changed}
+        and len({s.key for s in changed}) == 3
+    )
 
 
 def test_set_base_changes_attention_and_config_alone():
@@ -346,8 +377,12 @@ def test_long_documents_are_long_and_beyond_what_the_corpus_reads(tokenizer):
     rows = long_rows(tokenizer, 1_000, limit=2)
     assert rows.shape == (2, 1_001)
     longer = long_documents(1_000_000, limit=2)  # no file is so long: one follows the other
-    assert [len(text) for text in longer] == [1_000_000] * 2 and longer[0][:1_000] != longer[1][:1_000]
-    with pytest.raises(course.CourseError, match="the standard library has no 50,000,000 unseen characters"):
+    assert [len(text) for text in longer] == [1_000_000] * 2 and longer[0][:1_000] != longer[1][
+        :1_000
+    ]
+    with pytest.raises(
+        course.CourseError, match="the standard library has no 50,000,000 unseen characters"
+    ):
         long_documents(50_000_000)
 
 
@@ -396,7 +431,10 @@ def test_where_the_chapters_begin():
     assert starting_point(quick) == SHIPPED
     assert extended_checkpoint(quick) == artifacts.shipped_dir("long_context")
     assert starting_point(laptop, 3).name == "pretraining" and starting_point(laptop, 3).seed == 3
-    assert extended_checkpoint(laptop, 3).name == "long_context" and extended_checkpoint(laptop, 3).seed == 3
+    assert (
+        extended_checkpoint(laptop, 3).name == "long_context"
+        and extended_checkpoint(laptop, 3).seed == 3
+    )
 
 
 def test_the_shipped_long_checkpoint_finds_a_key_at_four_times_the_old_context(hay, tokenizer):

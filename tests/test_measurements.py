@@ -36,14 +36,22 @@ def project(tmp_path):
 
 
 def _record(root, notebook, name, result):
-    record = {"name": f"{notebook}/{name}", "key": "k", "versions": {}, "tolerance": 0.0, "seconds": 61.5}
+    record = {
+        "name": f"{notebook}/{name}",
+        "key": "k",
+        "versions": {},
+        "tolerance": 0.0,
+        "seconds": 61.5,
+    }
     path = records.record_path(root / "data" / "records" / "laptop", notebook, name)
     records.write(path, records.sealed(record | {"provenance": HOW, "result": result}))
     return path
 
 
 def _texts(root):
-    return [(root / name).read_text(encoding="utf-8") for name in ("README.md", "docs/measurements.md")]
+    return [
+        (root / name).read_text(encoding="utf-8") for name in ("README.md", "docs/measurements.md")
+    ]
 
 
 def test_what_was_not_measured_is_said(project):
@@ -56,12 +64,18 @@ def test_what_was_not_measured_is_said(project):
 def test_numbers_come_from_benchmarks_and_records(project):
     store_benchmarks(project, MACHINE)
     for name, right in [("final/grpo", [[1, 0], [1, 1]]), ("final/grpo-1", [[1, 1], [0, 0]])]:
-        _record(project, "20_online_rl", name, {kind: {"correct": right} for kind in ("shown", "asked")})
+        _record(
+            project, "20_online_rl", name, {kind: {"correct": right} for kind in ("shown", "asked")}
+        )
     write(project)
     readme, page = _texts(project)
-    assert readme == "Training: <!-- n:training -->1.6 times as fast<!-- /n -->. GRPO: <!-- n:grpo -->62%<!-- /n -->.\n"
+    assert (
+        readme
+        == "Training: <!-- n:training -->1.6 times as fast<!-- /n -->. GRPO: <!-- n:grpo -->62%<!-- /n -->.\n"
+    )
     row = (
-        "| training, 1M parameters, 2 threads | 24,200 | transformers Qwen2 bf16 autocast | 15,200 | tokens/s | 1.59 |"
+        "| training, 1M parameters, 2 threads | 24,200 "
+        "| transformers Qwen2 bf16 autocast | 15,200 | tokens/s | 1.59 |"
     )
     assert row in page
     assert "encoding \\| decoding | 0.8 |  |  | s |  |" in page
@@ -69,9 +83,18 @@ def test_numbers_come_from_benchmarks_and_records(project):
 
 
 def test_the_text_of_all_domains_counts_by_its_bytes(project):
-    domains = [("a", "real", 100, 3.0, 2.0), ("b", "real", 300, 1.0, 1.0), ("c", "made", 9, 9.0, 9.0)]
+    domains = [
+        ("a", "real", 100, 3.0, 2.0),
+        ("b", "real", 300, 1.0, 1.0),
+        ("c", "made", 9, 9.0, 9.0),
+    ]
     for domain, kind, size, xz, model in domains:
-        _record(project, "09_pretraining", f"baselines/{domain}", {"kind": kind, "bytes": size, "xz -9": xz})
+        _record(
+            project,
+            "09_pretraining",
+            f"baselines/{domain}",
+            {"kind": kind, "bytes": size, "xz -9": xz},
+        )
         _record(project, "09_pretraining", f"model/{domain}", model)
     write(project)
     page = _texts(project)[1]
@@ -98,7 +121,9 @@ def test_a_machine_replaces_its_own_benchmarks_only(project):
     ]
 
 
-@pytest.mark.parametrize("text", ["{", "[{}]", '[{"processor": 1, "torch": 1, "date": 1, "lines": [{"name": "x"}]}]'])
+@pytest.mark.parametrize(
+    "text", ["{", "[{}]", '[{"processor": 1, "torch": 1, "date": 1, "lines": [{"name": "x"}]}]']
+)
 def test_broken_benchmarks_are_named(project, text):
     (project / "docs" / "bench.json").write_text(text, encoding="utf-8")
     with pytest.raises(CourseError, match="bench.json"):

@@ -44,7 +44,9 @@ def lively(config: ModelConfig = SMALL, seed: int = 0) -> Qwen:
 
 
 def token_ids(rows=3, length=100, config=SMALL, seed=1):
-    return torch.randint(config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def relative(ours, theirs) -> float:
@@ -111,7 +113,9 @@ def pair(request, tmp_path_factory):
     config = {
         "tied": SMALL,
         "untied": dataclasses.replace(SMALL, tie_word_embeddings=False),
-        "wide heads, eps 1e-5": dataclasses.replace(SMALL, head_dim=32, rms_norm_eps=1e-5, rope_theta=1_000_000.0),
+        "wide heads, eps 1e-5": dataclasses.replace(
+            SMALL, head_dim=32, rms_norm_eps=1e-5, rope_theta=1_000_000.0
+        ),
     }[request.param]
     folder = tmp_path_factory.mktemp("checkpoint")
     model = lively(config)
@@ -152,7 +156,9 @@ def test_left_padding_equals_transformers(pair):
         whole = model(ids, positions, mask)
         cache = model.make_cache(3, 100)
         pieces = [slice(0, 60), *(slice(t, t + 1) for t in range(60, 100))]
-        stepped = torch.cat([model(ids[:, s], positions[:, s], mask[:, s], cache) for s in pieces], dim=1)
+        stepped = torch.cat(
+            [model(ids[:, s], positions[:, s], mask[:, s], cache) for s in pieces], dim=1
+        )
     assert torch.isfinite(whole).all()
     assert relative(whole[real], reference[real]) < 1e-5
     assert relative(stepped[real], reference[real]) < 1e-5
@@ -213,7 +219,9 @@ def test_a_layer_may_hold_other_modules():
 
     def make_layer(config):
         layer = dense_layer(config)
-        return DecoderLayer(config, layer.self_attn, Twice(config.hidden_size, config.intermediate_size))
+        return DecoderLayer(
+            config, layer.self_attn, Twice(config.hidden_size, config.intermediate_size)
+        )
 
     torch.manual_seed(0)
     other, model = Qwen(SMALL, make_layer).eval(), lively(SMALL)
@@ -255,10 +263,14 @@ def test_reads_shards_that_transformers_writes(pair, tmp_path):
 def test_generates_in_transformers(pair, tmp_path):
     transformers = pytest.importorskip("transformers")
     model, _ = pair
-    model.save_pretrained(tmp_path, generation_config={"eos_token_id": 7, "pad_token_id": 7, "do_sample": False})
+    model.save_pretrained(
+        tmp_path, generation_config={"eos_token_id": 7, "pad_token_id": 7, "do_sample": False}
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert theirs.generation_config.eos_token_id == 7
-    out = theirs.generate(token_ids(1, 5), max_new_tokens=8, attention_mask=torch.ones(1, 5, dtype=torch.long))
+    out = theirs.generate(
+        token_ids(1, 5), max_new_tokens=8, attention_mask=torch.ones(1, 5, dtype=torch.long)
+    )
     ids = token_ids(1, 5)
     with torch.no_grad():
         for expected in out[0, 5:].tolist():
@@ -301,7 +313,12 @@ TABLE_1 = {
 def test_published_sizes(name):
     config, (total, body, kv, *gflops) = QWEN2_5[name], EXACT[name]
     c = config
-    assert (c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.tie_word_embeddings) == TABLE_1[name]
+    assert (
+        c.num_hidden_layers,
+        c.num_attention_heads,
+        c.num_key_value_heads,
+        c.tie_word_embeddings,
+    ) == TABLE_1[name]
     assert (count_parameters(config), count_parameters(config, embedding=False)) == (total, body)
     with torch.device("meta"):
         assert sum(p.numel() for p in Qwen(config).parameters()) == total
@@ -309,14 +326,18 @@ def test_published_sizes(name):
     assert kv_cache_bytes_per_token(config, bytes_per_value=4) == 2 * kv
     for length, expected in zip((4_096, 32_768, 131_072), gflops, strict=True):
         rounding = 0.5 * 10 ** -len(str(expected).partition(".")[2])
-        assert flops_per_token(config, length, training=True) / 1e9 == pytest.approx(expected, abs=rounding * 1.01)
+        assert flops_per_token(config, length, training=True) / 1e9 == pytest.approx(
+            expected, abs=rounding * 1.01
+        )
 
 
 def test_kv_cache_at_32k_and_embedding_share():
     gib = {name: kv_cache_bytes_per_token(c) * 32_768 / 2**30 for name, c in QWEN2_5.items()}
     assert list(gib.values()) == [0.375, 0.875, 1.125, 1.75, 6, 8, 10]
     c = QWEN2_5["0.5B"]
-    assert 1 - count_parameters(c, embedding=False) / count_parameters(c) == pytest.approx(0.276, abs=5e-4)
+    assert 1 - count_parameters(c, embedding=False) / count_parameters(c) == pytest.approx(
+        0.276, abs=5e-4
+    )
 
 
 def test_kv_bytes_are_what_the_cache_allocates():
@@ -519,7 +540,9 @@ def test_missing_weights(folder):
         Qwen.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"model_type": "qwen2"', b"[1, 2]", b"null", b"\xff\xfe\x00"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"model_type": "qwen2"', b"[1, 2]", b"null", b"\xff\xfe\x00"]
+)
 def test_damaged_config(folder, content):
     (folder / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match="config.json is damaged"):
@@ -531,7 +554,11 @@ def test_damaged_index(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": ')
     with pytest.raises(ValueError, match="index.json is damaged"):
         Qwen.from_pretrained(folder)
-    for content in ("{}", '{"weight_map": {"a": "../elsewhere.safetensors"}}', '{"weight_map": {"a": 3}}'):
+    for content in (
+        "{}",
+        '{"weight_map": {"a": "../elsewhere.safetensors"}}',
+        '{"weight_map": {"a": 3}}',
+    ):
         (folder / "model.safetensors.index.json").write_text(content)
         with pytest.raises(ValueError, match="index.json is damaged"):
             Qwen.from_pretrained(folder)
@@ -581,7 +608,9 @@ def test_missing_and_surplus_tensors(folder):
         with pytest.raises(ValueError, match=f"{name} is missing, expected"):
             Qwen.from_pretrained(folder)
     save_file(state | {"model.layers.0.extra": torch.zeros(3)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="model.layers.0.extra is \\(3,\\), expected no such tensor"):
+    with pytest.raises(
+        ValueError, match="model.layers.0.extra is \\(3,\\), expected no such tensor"
+    ):
         Qwen.from_pretrained(folder)
 
 
@@ -602,8 +631,16 @@ FORMS = {  # what other writers make of a folder -> how its logits compare with 
         {},
         None,
     ),
-    "a head of its own": (lambda state: {"lm_head.weight": state["model.embed_tokens.weight"] * 0.5}, {}, "own.*tied"),
-    "old buffers": (lambda state: {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, {}, None),
+    "a head of its own": (
+        lambda state: {"lm_head.weight": state["model.embed_tokens.weight"] * 0.5},
+        {},
+        "own.*tied",
+    ),
+    "old buffers": (
+        lambda state: {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+        {},
+        None,
+    ),
     "keys that say nothing": (
         lambda state: {},
         {"use_cache": True, "sliding_window": 4096, "torch_dtype": "float16"},
@@ -668,10 +705,13 @@ def test_no_value_of_a_config_ends_in_a_traceback(folder, key, value):
 def test_weights_are_finite_floating_point_numbers(folder, damage):
     state = load_file(folder / "model.safetensors")
     norm = state["model.norm.weight"]
-    state["model.norm.weight"] = norm.to(damage) if isinstance(damage, torch.dtype) else torch.full_like(norm, damage)
+    state["model.norm.weight"] = (
+        norm.to(damage) if isinstance(damage, torch.dtype) else torch.full_like(norm, damage)
+    )
     save_file(state, folder / "model.safetensors")
     with pytest.raises(
-        ValueError, match="model.norm.weight (is of .*floating-point|holds numbers that are not finite)"
+        ValueError,
+        match="model.norm.weight (is of .*floating-point|holds numbers that are not finite)",
     ):
         Qwen.from_pretrained(folder)
 
@@ -689,7 +729,10 @@ def test_both_dialects_of_the_rope_keys(folder):
         ({"rope_theta": 5e5, "rope_parameters": None}, 5e5),
         ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 2e6}}, 2e6),
         ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 2e6}}, 2e6),
-        ({"rope_theta": 5e5, "rope_parameters": None, "rope_scaling": {"rope_type": "default"}}, 5e5),
+        (
+            {"rope_theta": 5e5, "rope_parameters": None, "rope_scaling": {"rope_type": "default"}},
+            5e5,
+        ),
         ({"rope_theta": None, "rope_parameters": None}, 10_000.0),
     ]
     for change, expected in cases:
@@ -750,7 +793,10 @@ def test_crash_while_saving_keeps_the_old_checkpoint(folder, monkeypatch, crash_
 def test_a_stage_appears_whole_or_not_at_all(runs_folder):
     with artifacts.write_stage("quick", "base") as folder:
         lively().save_pretrained(folder)
-    with pytest.raises(RuntimeError, match="crash"), artifacts.write_stage("quick", "base") as folder:
+    with (
+        pytest.raises(RuntimeError, match="crash"),
+        artifacts.write_stage("quick", "base") as folder,
+    ):
         lively(seed=5).save_pretrained(folder)
         raise RuntimeError("crash")
     found = Qwen.from_pretrained(artifacts.find("quick", "base"))

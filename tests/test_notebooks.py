@@ -11,7 +11,11 @@ from qwen_mini.course.versions import closure
 
 BOOKS = notebooks(home())
 # chapter 15 and all that follow from it judge programs in a sandbox, which forks
-FORKING = {nb.name for nb in BOOKS if nb.module and "tasks" in closure(nb.module)} if os.name == "nt" else set()
+FORKING = (
+    {nb.name for nb in BOOKS if nb.module and "tasks" in closure(nb.module)}
+    if os.name == "nt"
+    else set()
+)
 
 pytestmark = pytest.mark.notebooks
 
@@ -22,7 +26,9 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("course")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN_MINI_RUNS", str(folder))
-        runner.run([nb for nb in BOOKS if nb.name not in FORKING], "quick", keep_going=True, timeout=600)
+        runner.run(
+            [nb for nb in BOOKS if nb.name not in FORKING], "quick", keep_going=True, timeout=600
+        )
     return json.loads((folder / "quick" / "report.json").read_text(encoding="utf-8"))
 
 

@@ -34,10 +34,16 @@ def config():
 def test_rewards_from_verifier_and_model_are_mixed_as_in_the_paper(tokenizer):
     model = RewardModel.from_policy(FOLDER).eval()
     [example] = draw_examples(1, 0, tasks=["story"])
-    group = [Answer(example, "x", True, Verdict(right, True), [40 + i, 50]) for i, right in enumerate((True, False))]
+    group = [
+        Answer(example, "x", True, Verdict(right, True), [40 + i, 50])
+        for i, right in enumerate((True, False))
+    ]
     [numbers] = judged(model, tokenizer)([group])
     [both] = mixed(model, tokenizer)([group])
-    wanted = [1 / (1 + torch.tensor(-r / 2).exp().item()) + v - 1 for r, v in zip(numbers, (1, 0), strict=True)]
+    wanted = [
+        1 / (1 + torch.tensor(-r / 2).exp().item()) + v - 1
+        for r, v in zip(numbers, (1, 0), strict=True)
+    ]
     assert both == pytest.approx(wanted) and both[0] > 0 > both[1]
 
 
@@ -45,10 +51,17 @@ def test_passes_count_reading_sampling_and_three_more_for_what_is_trained(tmp_pa
     settings = course.load_scale("quick").grpo
     settings = dataclasses.replace(settings, steps=2, queries=3, group_size=4)
     weights = {("story", 1, "shown"): 1.0}
-    (tmp_path / "probe.json").write_text(json.dumps({"weights": [["story", 1, "shown", 1.0]], "tokens": 1000}))
+    (tmp_path / "probe.json").write_text(
+        json.dumps({"weights": [["story", 1, "shown", 1.0]], "tokens": 1000})
+    )
     tokenizer.save_pretrained(tmp_path)
-    records = [{"step": 1, "length": 10.0, "groups": 0.0}, {"step": 2, "length": 20.0, "groups": 1.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    records = [
+        {"step": 1, "length": 10.0, "groups": 0.0},
+        {"step": 2, "length": 20.0, "groups": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records)
+    )
     prompts = [
         sum(
             len(tokenizer.encode_chat(e.messages, add_generation_prompt=True))
@@ -64,18 +77,26 @@ def test_steps_fill_the_passes_and_never_more():
     sampler = RowSampler([Row([1] * (5 + i), []) for i in range(10)], 4, 2)
     an_epoch = 3 * sum(5 + i for i in range(10))
     assert sampler.total_steps == 6 and steps_within(2 * an_epoch, sampler) == 6
-    assert steps_within(2 * an_epoch - 1, sampler) == 5 and steps_within(5 * an_epoch, sampler) in (14, 15)
+    assert steps_within(2 * an_epoch - 1, sampler) == 5 and steps_within(5 * an_epoch, sampler) in (
+        14,
+        15,
+    )
     assert steps_within(4 * an_epoch, sampler) == 12 and steps_within(1, sampler) == 1
 
 
-def test_a_curriculum_visits_its_problems_once_and_passes_over_a_flat_batch(config, runs_folder, monkeypatch):
+def test_a_curriculum_visits_its_problems_once_and_passes_over_a_flat_batch(
+    config, runs_folder, monkeypatch
+):
     asked, original = [], online_rl.roll_out
 
     def roll_out(model, tokenizer, examples, settings, seed):
         asked.extend(e.key for e in examples)
         answers, groups = original(model, tokenizer, examples, settings, seed)
         first = len(asked) == 2
-        return answers, [dataclasses.replace(g, rewards=[float(first and i == 0) for i in range(8)]) for g in groups]
+        return answers, [
+            dataclasses.replace(g, rewards=[float(first and i == 0) for i in range(8)])
+            for g in groups
+        ]
 
     monkeypatch.setattr(online_rl, "roll_out", roll_out)
     monkeypatch.setattr(online_rl, "dpo_checkpoint", lambda *_: FOLDER)
@@ -95,26 +116,45 @@ def keys_of(config, seed=0):
 
 
 def changed(config, section, **numbers):
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **numbers)})
+    return dataclasses.replace(
+        config, **{section: dataclasses.replace(getattr(config, section), **numbers)}
+    )
 
 
 def test_every_number_that_a_run_reads_is_in_its_key(config):
     before, settings = keys_of(config), config.grpo
     for name in (field.name for field in dataclasses.fields(settings) if field.name != "start"):
         value = getattr(settings, name)
-        other = keys_of(changed(config, "grpo", **{name: (*value, 4) if name == "levels" else value + 1}))
+        other = keys_of(
+            changed(config, "grpo", **{name: (*value, 4) if name == "levels" else value + 1})
+        )
         assert other["grpo"] != before["grpo"], name
         sampled = name in ("group_size", "levels", "probe", "max_new_tokens")
         assert (other["probe"] != before["probe"]) == sampled, name
-        of_run = ("steps", "queries", "probe", "warmup_steps", "beta")  # a curriculum has its own, or none
+        of_run = (
+            "steps",
+            "queries",
+            "probe",
+            "warmup_steps",
+            "beta",
+        )  # a curriculum has its own, or none
         assert (other["order"] != before["order"]) == (name not in of_run), name
         imitated = sampled or name in ("steps", "queries")
         for stage in ("expert_1_answers", "expert_1", "expert_2_answers", "expert_2"):
             assert (other[stage] != before[stage]) == imitated, (name, stage)
     for name in ("beta1", "beta2", "eps", "clip_norm"):
-        other = keys_of(changed(config, "pretraining", **{name: getattr(config.pretraining, name) / 2}))
+        other = keys_of(
+            changed(config, "pretraining", **{name: getattr(config.pretraining, name) / 2})
+        )
         assert other["grpo"] != before["grpo"] and other["more_sft"] != before["more_sft"], name
-    for name in ("demonstrations", "replay", "replay_weight", "batch_rows", "learning_rate", "matrix_learning_rate"):
+    for name in (
+        "demonstrations",
+        "replay",
+        "replay_weight",
+        "batch_rows",
+        "learning_rate",
+        "matrix_learning_rate",
+    ):
         other = keys_of(changed(config, "sft", **{name: getattr(config.sft, name) * 2}))
         for stage in ("more_sft", "expert_1", "expert_2"):
             assert other[stage] != before[stage], (name, stage)
@@ -123,5 +163,10 @@ def test_every_number_that_a_run_reads_is_in_its_key(config):
 def test_seeds_make_other_stages_and_sizes_of_measurements_do_not(config):
     before = keys_of(config)
     assert all(key != before[name] for name, key in keys_of(config, 1).items())
-    assert grpo_stage(config, 1, probe_seed=0).key not in (before["grpo"], grpo_stage(config, 1, probe_seed=1).key)
-    assert keys_of(changed(config, "measure", grpo_heldout=99, side_steps=9, grpo_seeds=7)) == before
+    assert grpo_stage(config, 1, probe_seed=0).key not in (
+        before["grpo"],
+        grpo_stage(config, 1, probe_seed=1).key,
+    )
+    assert (
+        keys_of(changed(config, "measure", grpo_heldout=99, side_steps=9, grpo_seeds=7)) == before
+    )

@@ -86,8 +86,12 @@ def test_every_window_comes_once_before_any_comes_again(prepared):
     sampler = MixtureSampler(corpus, (Phase(100_000, 64, {"chat": 1.0}),), 512)
     tokens = np.asarray(corpus.tokens("chat", "train")).astype(np.int64)
     count = (len(tokens) - 65) // 64 + 1
-    seen = [tuple(row.tolist()) for step in range(count // 8) for row in sampler.batch(step).input_ids]
-    windows = collections.Counter(tuple(tokens[i * 64 : i * 64 + 64].tolist()) for i in range(count))
+    seen = [
+        tuple(row.tolist()) for step in range(count // 8) for row in sampler.batch(step).input_ids
+    ]
+    windows = collections.Counter(
+        tuple(tokens[i * 64 : i * 64 + 64].tolist()) for i in range(count)
+    )
     assert not collections.Counter(seen) - windows
 
 
@@ -160,7 +164,9 @@ def whole(prepared):
 def steps_taken(monkeypatch):
     """The numbers of the steps that are computed from now on."""
     taken, step = [], Trainer.step
-    monkeypatch.setattr(Trainer, "step", lambda self, batch: taken.append(self.step_count) or step(self, batch))
+    monkeypatch.setattr(
+        Trainer, "step", lambda self, batch: taken.append(self.step_count) or step(self, batch)
+    )
     return taken
 
 
@@ -171,7 +177,9 @@ def test_killed_at_random_moments_reaches_the_same_numbers(prepared, whole):
     for _ in range(3):
         before = written()
         process = run_pretrain(scale, runs, "killed")
-        while written() == before and process.poll() is None:  # wait for the next training state, then strike
+        while (
+            written() == before and process.poll() is None
+        ):  # wait for the next training state, then strike
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
@@ -195,11 +203,16 @@ def test_a_second_process_waits_and_finds_the_stage_made(prepared, whole):
     assert weights_of(runs / "tiny" / "twice") == weights_of(whole)
 
 
-@pytest.mark.parametrize("stop", [1, 10, 17, 29])  # in the middle, at an evaluation, in the second phase, at the end
+@pytest.mark.parametrize(
+    "stop", [1, 10, 17, 29]
+)  # in the middle, at an evaluation, in the second phase, at the end
 def test_an_interrupted_run_reaches_the_same_numbers(prepared, whole, steps_taken, stop):
     config, *_ = prepared
     state = pretrain(config, stage="interrupted", stop_after=stop)
-    assert state.suffix == ".safetensors" and pretraining_stage(config, stage="interrupted").find() is None
+    assert (
+        state.suffix == ".safetensors"
+        and pretraining_stage(config, stage="interrupted").find() is None
+    )
     folder = pretrain(config, stage="interrupted")
     assert steps_taken == list(range(30))
     assert losses_of(folder) == losses_of(whole) and weights_of(folder) == weights_of(whole)
@@ -217,7 +230,9 @@ def test_a_full_disk_keeps_the_previous_state(prepared, saved_often, monkeypatch
     before = state.read_bytes()
     monkeypatch.setattr(artifacts, "check_writable", lambda _: None)  # it is full only later
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(artifacts.ArtifactError, match="the disk is full; the previous version, if any, is kept"):
+    with pytest.raises(
+        artifacts.ArtifactError, match="the disk is full; the previous version, if any, is kept"
+    ):
         pretrain(config, stage="full_disk")
     monkeypatch.undo()
     assert state.read_bytes() == before
@@ -237,7 +252,9 @@ def test_a_full_disk_at_the_end_keeps_the_state(own, whole, steps_taken, monkeyp
     config, runs = own
     monkeypatch.setattr(stages, "_write_metrics", no_space)
     place = re.escape(str(Path("tiny", "full_end")))
-    with pytest.raises(artifacts.ArtifactError, match=rf"{place} was not written because the disk is full"):
+    with pytest.raises(
+        artifacts.ArtifactError, match=rf"{place} was not written because the disk is full"
+    ):
         pretrain(config, stage="full_end")
     monkeypatch.undo()
     monkeypatch.setenv("QWEN_MINI_RUNS", str(runs))
@@ -257,7 +274,10 @@ def test_a_finished_run_is_not_repeated(prepared, steps_taken):
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     again = dataclasses.replace(config.pretraining, weight_decay=0.2)
     assert pretrain(config, stage="finished", settings=again) == folder
-    assert steps_taken == list(range(30)) and (folder / "model.safetensors").stat().st_mtime_ns != before
+    assert (
+        steps_taken == list(range(30))
+        and (folder / "model.safetensors").stat().st_mtime_ns != before
+    )
 
 
 def test_a_finished_run_can_be_made_anew(prepared, whole, steps_taken):
@@ -275,7 +295,9 @@ def test_domains_that_could_not_be_fetched_leave_the_mixture(prepared):
         (),
         {"domains": corpus.domains, "manifest": corpus.manifest | {"left_out": {"wiki_en": "?"}}},
     )
-    assert pretraining.available_phases(phases, monkey)[0].mixture == pytest.approx({"python": 0.6, "tasks": 0.4})
+    assert pretraining.available_phases(phases, monkey)[0].mixture == pytest.approx(
+        {"python": 0.6, "tasks": 0.4}
+    )
     with pytest.raises(ValueError, match="names the domain 'wiki_en'"):
         MixtureSampler(corpus, pretraining.available_phases(phases, corpus), 512)
 
@@ -285,7 +307,10 @@ def test_a_run_keeps_the_precision_it_began_with(prepared, whole, capsys, monkey
     pretrain(config, stage="precision", stop_after=3)
     monkeypatch.setenv("QWEN_MINI_DTYPE", "bfloat16")
     folder = pretrain(config, stage="precision")
-    assert "precision: goes on in torch.float32, as it began, not in torch.bfloat16" in capsys.readouterr().out
+    assert (
+        "precision: goes on in torch.float32, as it began, not in torch.bfloat16"
+        in capsys.readouterr().out
+    )
     assert artifacts.read_manifest(folder)["provenance"]["precision"] == "float32"
     assert losses_of(folder) == losses_of(whole)
     other = pretrain(config, stage="other_precision")
@@ -313,17 +338,23 @@ def test_model_corpus_and_seed_are_in_the_key_and_measurements_are_not(prepared)
         pretraining_stage(config, seed=1),
         pretraining_stage(replace(config, model=replace(config.model, rope_theta=2000.0))),
         pretraining_stage(replace(config, corpus=replace(config.corpus, chat_documents=31))),
-        pretraining_stage(replace(config, tokenizer=replace(config.tokenizer, training_bytes=50_000))),
+        pretraining_stage(
+            replace(config, tokenizer=replace(config.tokenizer, training_bytes=50_000))
+        ),
     ]
     assert len({key, *(stage.key for stage in others)}) == 5
     measure = replace(config.measure, eval_every=7, eval_tokens=128)
     assert pretraining_stage(replace(config, measure=measure)).key == key
-    assert pretraining_stage(config, stage="other_name").key == key  # a name says where, the key says what
+    assert (
+        pretraining_stage(config, stage="other_name").key == key
+    )  # a name says where, the key says what
 
 
 def test_the_size_of_evaluations_changes_no_training(prepared, whole):
     config, *_ = prepared
-    often = dataclasses.replace(config, measure=dataclasses.replace(config.measure, eval_every=7, eval_tokens=128))
+    often = dataclasses.replace(
+        config, measure=dataclasses.replace(config.measure, eval_every=7, eval_tokens=128)
+    )
     folder = pretrain(often, stage="often")
     assert weights_of(folder) == weights_of(whole)
     evaluated = lambda where: [step for step, _, _, heldout in losses_of(where) if heldout]
@@ -351,11 +382,15 @@ def test_the_checkpoint_is_a_hugging_face_folder(prepared, whole):
         "metrics.jsonl",
         "manifest.json",
     } <= names
-    ids = torch.from_numpy(np.asarray(corpus.tokens("python", "heldout")[:60]).astype(np.int64))[None]
+    ids = torch.from_numpy(np.asarray(corpus.tokens("python", "heldout")[:60]).astype(np.int64))[
+        None
+    ]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32).eval()
     assert theirs.generation_config.eos_token_id == Tokenizer.from_pretrained(whole).endoftext_id
     with torch.no_grad():
-        torch.testing.assert_close(Qwen.from_pretrained(whole)(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            Qwen.from_pretrained(whole)(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_the_checkpoint_holds_the_masters_as_they_are_shipped(prepared, whole):
@@ -374,7 +409,9 @@ def test_the_checkpoint_holds_the_masters_as_they_are_shipped(prepared, whole):
 
 
 def test_a_missing_corpus_says_which_command_makes_it(runs_folder, tmp_path):
-    with pytest.raises(artifacts.MissingStage, match="'corpus' of scale 'tiny' is missing: make it with"):
+    with pytest.raises(
+        artifacts.MissingStage, match="'corpus' of scale 'tiny' is missing: make it with"
+    ):
         pretrain(load_scale(tiny_scale(tmp_path)))
 
 
@@ -386,14 +423,22 @@ def test_tokenizer_and_corpus_of_different_recipes_are_told_apart(own, monkeypat
         prepare_corpus(config, seed=1)
     monkeypatch.undo()
     monkeypatch.setenv("QWEN_MINI_RUNS", str(own[1]))
-    with pytest.raises(CourseError, match="corpus and the tokenizer of scale 'tiny' were made from different settings"):
+    with pytest.raises(
+        CourseError,
+        match="corpus and the tokenizer of scale 'tiny' were made from different settings",
+    ):
         open_prepared(config)
-    with pytest.raises(CourseError, match="were made from different settings.*run `qwen-mini run corpus"):
+    with pytest.raises(
+        CourseError, match="were made from different settings.*run `qwen-mini run corpus"
+    ):
         pretrain(config)
     assert steps_taken == []
     prepare_corpus(config, seed=1)  # what the message says to run
     corpus, tokenizer = open_prepared(config)
-    assert tokenizer.decode(corpus.tokens("python", "heldout")[:200]) in corpus.heldout_bytes("python").decode()
+    assert (
+        tokenizer.decode(corpus.tokens("python", "heldout")[:200])
+        in corpus.heldout_bytes("python").decode()
+    )
 
 
 def test_a_corpus_of_another_seed_or_size_is_not_trained_on(own, steps_taken):
@@ -401,7 +446,9 @@ def test_a_corpus_of_another_seed_or_size_is_not_trained_on(own, steps_taken):
     config, _ = own
     with pytest.raises(CourseError, match="prepared with other settings or another seed"):
         pretrain(config, seed=1)
-    larger = dataclasses.replace(config, corpus=dataclasses.replace(config.corpus, chat_documents=31))
+    larger = dataclasses.replace(
+        config, corpus=dataclasses.replace(config.corpus, chat_documents=31)
+    )
     with pytest.raises(CourseError, match="prepared with other settings or another seed"):
         pretrain(larger)
     assert steps_taken == []
@@ -482,13 +529,17 @@ def half_empty(config, corpus) -> list[torch.Tensor]:
 def test_two_processes_train_as_one(prepared, whole, two, name):
     *_, runs = prepared
     done, one = losses_of(runs / "tiny" / name), losses_of(whole)
-    assert [r[0] for r in done] == [r[0] for r in one] and {told["finished"] for told in two} == {"two_processes"}
+    assert [r[0] for r in done] == [r[0] for r in one] and {told["finished"] for told in two} == {
+        "two_processes"
+    }
     assert [r[1] for r in done] == pytest.approx([r[1] for r in one], rel=1e-4)
 
 
 def test_rows_that_cannot_be_shared_are_refused(two):
     for told in two:
-        assert told["rows"].startswith("8 rows of 64 tokens cannot be shared by 2 process(es) x 8 micro-batches")
+        assert told["rows"].startswith(
+            "8 rows of 64 tokens cannot be shared by 2 process(es) x 8 micro-batches"
+        )
 
 
 @pytest.mark.parametrize(("case", "stands"), [("begun", "at step 3"), ("made", "finished")])
@@ -496,8 +547,13 @@ def test_rows_that_cannot_be_shared_are_refused(two):
 def test_processes_that_do_not_see_the_same_folder_end_with_a_sentence(two, case, stands, first):
     for told in two:
         sentence = told[f"{case}{first}"]
-        assert sentence.startswith("these processes do not see the same folder") and "\n" not in sentence
-        assert stands in sentence and "put QWEN_MINI_RUNS on a disk that all of them share" in sentence
+        assert (
+            sentence.startswith("these processes do not see the same folder")
+            and "\n" not in sentence
+        )
+        assert (
+            stands in sentence and "put QWEN_MINI_RUNS on a disk that all of them share" in sentence
+        )
 
 
 def test_a_process_may_have_nothing_to_train_but_not_all_of_them(prepared, two):
@@ -532,7 +588,9 @@ def test_bits_per_byte_of_a_uniform_model(prepared):
     nn.init.zeros_(model.model.norm.weight)
     tokens = np.asarray(corpus.tokens("python", "heldout"))
     expected = (len(tokens) - 1) * math.log2(384) / token_sizes(tokenizer)[tokens[1:]].sum()
-    assert evaluate_bits_per_byte(model, corpus, tokenizer, "python", 64) == pytest.approx(expected, rel=1e-5)
+    assert evaluate_bits_per_byte(model, corpus, tokenizer, "python", 64) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_token_sizes_count_the_held_out_bytes(prepared):
@@ -554,13 +612,17 @@ def test_ngram_equals_a_dictionary(order):
             return 1 / 8
         lower = probability(context[1:], token, n - 1)
         follow = collections.Counter(
-            train[i + n - 1] for i in range(len(train) - n + 1) if tuple(train[i : i + n - 1]) == context
+            train[i + n - 1]
+            for i in range(len(train) - n + 1)
+            if tuple(train[i : i + n - 1]) == context
         )
         total, kinds = sum(follow.values()), len(follow)
         return (follow[token] + kinds * lower) / (total + kinds) if total else lower
 
     expected = [
-        -math.log(probability(tuple(heldout[max(0, i - order + 1) : i]), heldout[i], min(order, i + 1)))
+        -math.log(
+            probability(tuple(heldout[max(0, i - order + 1) : i]), heldout[i], min(order, i + 1))
+        )
         for i in range(1, len(heldout))
     ]
     np.testing.assert_allclose(ngram_nll(train, heldout, 3, 8)[order - 1], expected, rtol=1e-9)
@@ -568,7 +630,9 @@ def test_ngram_equals_a_dictionary(order):
 
 def test_xz_is_the_real_xz():
     data = b"the same words over and over, " * 100
-    assert xz_bits_per_byte(data) == 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)
+    assert xz_bits_per_byte(data) == 8 * len(
+        lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+    ) / len(data)
 
 
 # ---------------------------------------------------------------- every scale
@@ -579,7 +643,10 @@ def test_every_scale_fits_its_stages(scale):
     with torch.device("meta"):
         model = Qwen(ModelConfig.from_scale(config))
     trained = make_optimizers(
-        [(name, nn.Parameter(torch.empty(p.shape, device="meta"))) for name, p in model.named_parameters()],
+        [
+            (name, nn.Parameter(torch.empty(p.shape, device="meta")))
+            for name, p in model.named_parameters()
+        ],
         config.pretraining,
     )
     grouped = sum(len(group["params"]) for optimizer in trained for group in optimizer.param_groups)
@@ -588,4 +655,8 @@ def test_every_scale_fits_its_stages(scale):
         assert phase.tokens >= config.pretraining.batch_tokens
         for name in phase.mixture:
             if name.startswith("needles_"):
-                assert int(name.removeprefix("needles_")) == phase.length in config.corpus.needle_lengths
+                assert (
+                    int(name.removeprefix("needles_"))
+                    == phase.length
+                    in config.corpus.needle_lengths
+                )

@@ -18,7 +18,9 @@ import torch
 
 from qwen_mini.course import CourseError, processes, side_by_side
 
-forks = pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="no forks here")
+forks = pytest.mark.skipif(
+    torch.cuda.is_available() or sys.platform != "linux", reason="no forks here"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -102,8 +104,12 @@ def test_with_one_thread_they_run_one_at_a_time_still_in_forks(tmp_path):
 @forks
 def test_the_caller_is_told_of_each_end():
     done = []
-    side_by_side({name: partial(time.sleep, 0.01) for name in "ab"}, on_done=lambda *call: done.append(call))
-    assert sorted(name for name, _ in done) == ["a", "b"] and all(seconds >= 0.01 for _, seconds in done)
+    side_by_side(
+        {name: partial(time.sleep, 0.01) for name in "ab"}, on_done=lambda *call: done.append(call)
+    )
+    assert sorted(name for name, _ in done) == ["a", "b"] and all(
+        seconds >= 0.01 for _, seconds in done
+    )
 
 
 def ended(process: int) -> bool:
@@ -164,8 +170,12 @@ def eventually(look, seconds=60):
 def test_a_process_whose_parent_has_ended_before_it_asked_ends_at_once():
     code = "from qwen_mini.course.processes import die_with_parent\ndie_with_parent({})\nprint('lives')"
     for parent, lives in ((os.getpid(), True), (os.getpid() + 1, False)):
-        done = subprocess.run([sys.executable, "-c", code.format(parent)], capture_output=True, text=True)
-        assert (done.returncode, done.stdout) == ((0, "lives\n") if lives else (-signal.SIGTERM, ""))
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(parent)], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (
+            (0, "lives\n") if lives else (-signal.SIGTERM, "")
+        )
 
 
 @forks

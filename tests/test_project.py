@@ -55,7 +55,16 @@ def test_the_version_is_said_once():
     assert project["version"] == __version__
 
 
-HEAVY = ["IPython", "ipykernel", "jupyter_client", "matplotlib", "nbdev", "papermill", "transformers", "trl"]
+HEAVY = [
+    "IPython",
+    "ipykernel",
+    "jupyter_client",
+    "matplotlib",
+    "nbdev",
+    "papermill",
+    "transformers",
+    "trl",
+]
 
 
 def _import_alone(code: str) -> list[str]:
@@ -88,7 +97,9 @@ def test_the_readme_and_the_help_agree_on_the_commands():
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_every_make_target_is_known_to_make():
     for target in "setup course test check lab chat bench outputs clean".split():
-        done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
 
 
@@ -105,7 +116,9 @@ def test_text_of_the_licence():
     assert "Apache License" in text and "Version 2.0" in text
 
 
-@pytest.mark.parametrize(("scale", "parameters"), [("quick", ""), ("gpu", ""), ("cluster", "494,032,768")])
+@pytest.mark.parametrize(
+    ("scale", "parameters"), [("quick", ""), ("gpu", ""), ("cluster", "494,032,768")]
+)
 def test_plans_are_counted_on_the_meta_device(scale, parameters, capsys):
     assert cli.main(["plan", "--scale", scale, "--gpus", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -129,8 +142,15 @@ def test_export_copies_a_checkpoint(tiny_checkpoint, tmp_path, capsys):
     words = ["export", "pretraining", str(tmp_path / "out"), "--scale", "quick"]
     assert cli.main(words) == 0 and (tmp_path / "out" / "model.safetensors").exists()
     assert cli.main(words) == 2 and "exists already" in capsys.readouterr().err
-    assert cli.main(["export", "pretraining", str(tmp_path / "half"), "--scale", "quick", "--bfloat16"]) == 0
-    whole, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("out", "half"))
+    assert (
+        cli.main(
+            ["export", "pretraining", str(tmp_path / "half"), "--scale", "quick", "--bfloat16"]
+        )
+        == 0
+    )
+    whole, half = (
+        (tmp_path / name / "model.safetensors").stat().st_size for name in ("out", "half")
+    )
     assert 0.45 * whole < half < 0.55 * whole
 
 
@@ -142,7 +162,10 @@ def test_chat_completes_with_a_base_model(tiny_checkpoint, runs_folder, monkeypa
     assert "completes what you type" in out and "\nsome words" in out
     assert cli.main(["chat", "--scale", "quick", "--stage", "reward_scores"]) == 2
     (runs_folder / "quick" / "pretraining" / "model.safetensors").write_bytes(b"torn")
-    assert cli.main(["chat", "--scale", "quick"]) == 2 and "cannot be loaded" in capsys.readouterr().err
+    assert (
+        cli.main(["chat", "--scale", "quick"]) == 2
+        and "cannot be loaded" in capsys.readouterr().err
+    )
 
 
 def test_a_long_conversation_loses_its_oldest_turns_and_never_its_system_prompt():
@@ -154,12 +177,13 @@ def test_a_long_conversation_loses_its_oldest_turns_and_never_its_system_prompt(
         ids, messages = talker.prompt(f"Reverse: lamp tree stone {turn} " * 3)
         talker.messages = [*messages, {"role": "assistant", "content": "stone tree lamp"}]
         assert len(ids) + talker.max_tokens <= talker.model.config.max_position_embeddings
-        assert talker.messages[0]["content"] == "Be brief." and talker.messages[-2]["content"].startswith("Reverse")
+        assert talker.messages[0]["content"] == "Be brief." and talker.messages[-2][
+            "content"
+        ].startswith("Reverse")
     assert 2 < len(talker.messages) < 121
     with pytest.raises(CourseError, match="longer than the"):
         talker.prompt("tree " * 5_000)
     assert talker.messages == messages + [{"role": "assistant", "content": "stone tree lamp"}]
-
 
 
 def test_the_chat_of_a_notebook_answers_and_shows_text_as_text(tiny_checkpoint, monkeypatch):
@@ -170,7 +194,9 @@ def test_the_chat_of_a_notebook_answers_and_shows_text_as_text(tiny_checkpoint, 
     box = chat.chat_widget("quick", "pretraining")
     said, line = box.children
     line.value = "<i>ab"
-    assert "&lt;i&gt;ab" in said.value and "&lt;b&gt;ba&gt;i&lt;&lt;/b&gt;<br>&amp; more" in said.value
+    assert (
+        "&lt;i&gt;ab" in said.value and "&lt;b&gt;ba&gt;i&lt;&lt;/b&gt;<br>&amp; more" in said.value
+    )
     assert "<i>ab" not in said.value and line.value == ""
     before = said.value
     line.value = "   "
@@ -189,8 +215,12 @@ def test_shipped_checkpoints_open_in_transformers_and_here():
         text = "The river is long.\nQuestion: 12+7=?"
         ids = Tokenizer.from_pretrained(folder).encode(text)
         assert transformers.AutoTokenizer.from_pretrained(folder)(text).input_ids == ids
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32
+        ).eval()
         with torch.no_grad():
             ours = Qwen.from_pretrained(folder)(torch.tensor([ids]))
-            torch.testing.assert_close(ours, theirs(torch.tensor([ids])).logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                ours, theirs(torch.tensor([ids])).logits, rtol=1e-4, atol=1e-4
+            )
         assert sum(file.stat().st_size for file in folder.iterdir()) < 8 * 2**20

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from qwen_mini.course import CourseError, load_scale, records
-from qwen_mini.course.records import BadRecord, differs, experiment, experiments, key_of, plain, record_path
+from qwen_mini.course.records import (
+    BadRecord,
+    differs,
+    experiment,
+    experiments,
+    key_of,
+    plain,
+    record_path,
+)
 
 FACTOR = 3
 CALLS = []
@@ -147,7 +155,9 @@ def test_experiments_outside_a_notebook_are_refused():
 def test_a_failing_experiment_keeps_what_the_others_had(tmp_path):
     experiment("a", measure, x=2)
     with pytest.raises(CourseError):
-        experiments({"a": functools.partial(measure, x=2), "b": functools.partial(returns, what="nan")})
+        experiments(
+            {"a": functools.partial(measure, x=2), "b": functools.partial(returns, what="nan")}
+        )
     assert path_of("a").exists()
 
 
@@ -273,7 +283,9 @@ def test_verifying_compares_and_names_what_does_not_hold(monkeypatch, capsys):
     record["result"]["value"] = 9.0
     record = records.sealed(record)
     records.write(path_of("a"), record)
-    with pytest.raises(BadRecord, match=r"99_probe/a does not verify: result\.value was 9.0 and is 3.0"):
+    with pytest.raises(
+        BadRecord, match=r"99_probe/a does not verify: result\.value was 9.0 and is 3.0"
+    ):
         experiment("a", measure, x=2)
 
 
@@ -318,7 +330,9 @@ def test_a_recalled_record_is_noted():
     assert used["recalled"] == {"99_probe/a": key(x=2)}
 
 
-@pytest.mark.parametrize("field", ["name", "key", "versions", "tolerance", "seconds", "provenance", "result"])
+@pytest.mark.parametrize(
+    "field", ["name", "key", "versions", "tolerance", "seconds", "provenance", "result"]
+)
 def test_no_field_of_a_record_can_be_edited_unseen(field):
     experiment("a", measure, x=2)
     record = json.loads(path_of("a").read_text())

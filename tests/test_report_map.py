@@ -13,10 +13,14 @@ def project(tmp_path):
     for folder in ("docs", "notebooks", "qwen_mini", "tests"):
         (tmp_path / folder).mkdir()
     cell = '{"cell_type": "code", "metadata": {}, "outputs": [], "source": "#| default_exp layers"}'
-    (tmp_path / "notebooks" / "02_layers.ipynb").write_text(f'{{"cells": [{cell}], "metadata": {{}}}}')
+    (tmp_path / "notebooks" / "02_layers.ipynb").write_text(
+        f'{{"cells": [{cell}], "metadata": {{}}}}'
+    )
     module = "def norm(x):\n    ...\n\nclass Layer:\n    def forward(self):\n        ...\n"
     (tmp_path / "qwen_mini" / "layers.py").write_text(module)
-    (tmp_path / "tests" / "test_layers.py").write_text("def test_norm():\n    assert norm(1) == Layer().forward()\n")
+    (tmp_path / "tests" / "test_layers.py").write_text(
+        "def test_norm():\n    assert norm(1) == Layer().forward()\n"
+    )
     return tmp_path
 
 

@@ -72,12 +72,24 @@ def test_scores_and_loss_are_those_of_transformers_and_trl(model, tokenizer, tmp
 
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    assert type(theirs).__name__ == "Qwen2ForSequenceClassification" and theirs.config.num_labels == 1
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "model", dtype=torch.float32
+    )
+    assert (
+        type(theirs).__name__ == "Qwen2ForSequenceClassification" and theirs.config.num_labels == 1
+    )
     pairs = some_pairs()
-    data = [{"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected} for p in pairs]
-    options = dict(output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True, bf16=False, max_length=None)
-    options |= dict(per_device_train_batch_size=len(pairs), center_rewards_coefficient=0.01, disable_dropout=True)
+    data = [
+        {"chosen_ids": p.prompt + p.chosen, "rejected_ids": p.prompt + p.rejected} for p in pairs
+    ]
+    options = dict(
+        output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True, bf16=False, max_length=None
+    )
+    options |= dict(
+        per_device_train_batch_size=len(pairs),
+        center_rewards_coefficient=0.01,
+        disable_dropout=True,
+    )
     trainer = trl.RewardTrainer(
         model=theirs,
         args=trl.RewardConfig(**options),
@@ -100,15 +112,21 @@ def test_scores_and_loss_are_those_of_transformers_and_trl(model, tokenizer, tmp
 def test_a_reward_model_is_saved_and_loaded_and_starts_from_a_policy(model, tmp_path):
     model.save_pretrained(tmp_path)
     again = RewardModel.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
     policy = Qwen.from_pretrained(FOLDER)
     body = RewardModel.from_policy(FOLDER, seed=3)
-    assert torch.equal(body.model.layers[4].mlp.up_proj.weight, policy.model.layers[4].mlp.up_proj.weight)
+    assert torch.equal(
+        body.model.layers[4].mlp.up_proj.weight, policy.model.layers[4].mlp.up_proj.weight
+    )
     assert torch.equal(body.score.weight, RewardModel.from_policy(FOLDER, seed=3).score.weight)
     assert not torch.equal(body.score.weight, RewardModel.from_policy(FOLDER, seed=4).score.weight)
     half = RewardModel.from_policy(FOLDER, layers=2)
     assert len(half.model.layers) == 2
-    assert torch.equal(half.model.layers[1].mlp.up_proj.weight, policy.model.layers[1].mlp.up_proj.weight)
+    assert torch.equal(
+        half.model.layers[1].mlp.up_proj.weight, policy.model.layers[1].mlp.up_proj.weight
+    )
     assert torch.equal(half.model.norm.weight, policy.model.norm.weight)
 
 
@@ -119,7 +137,9 @@ def test_transformers_alone_scores_a_padded_batch(model, tokenizer, tmp_path):
     ends = {"eos_token_id": [tokenizer.im_end_id, tokenizer.endoftext_id], "pad_token_id": pad}
     model.save_pretrained(tmp_path, generation_config=ends)
     tokenizer.save_pretrained(tmp_path)
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, dtype=torch.float32
+    )
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path, padding_side="right")
     texts = ["Two and two is 4.", "One.<|endoftext|>", "A longer answer, of which the end counts."]
     batch = peer(texts, padding=True, return_tensors="pt")
@@ -140,7 +160,9 @@ def test_rewards_in_16_bits_are_not_rounded_to_16_bits(model, tmp_path):
 def test_a_body_from_a_torn_checkpoint_is_refused(monkeypatch):
     policy = Qwen.from_pretrained(FOLDER)
     whole = policy.state_dict()
-    monkeypatch.setattr(policy, "state_dict", lambda: {k: v for k, v in whole.items() if k != "model.norm.weight"})
+    monkeypatch.setattr(
+        policy, "state_dict", lambda: {k: v for k, v in whole.items() if k != "model.norm.weight"}
+    )
     monkeypatch.setattr(Qwen, "from_pretrained", lambda *_: policy)
     with pytest.raises(CourseError, match="lacks model.norm.weight"):
         RewardModel.from_policy(FOLDER)
@@ -158,7 +180,12 @@ def test_every_criterion_sees_its_fault_and_no_other(name):
     for example in draw_examples(20, 0, tasks=[name]):
         gold = example.response
         assert all(criteria(example, gold).values()) and gold_reward(example, gold) == 1
-        faults = {"concise": FILLER[0], "relevant": OFF_TOPIC[0], "harmless": RUDE[0], "debiased": BIASED[0]}
+        faults = {
+            "concise": FILLER[0],
+            "relevant": OFF_TOPIC[0],
+            "harmless": RUDE[0],
+            "debiased": BIASED[0],
+        }
         for fault, line in faults.items():
             found = criteria(example, f"{line}\n{gold}")
             assert [k for k, v in found.items() if not v] == [fault]
@@ -176,7 +203,9 @@ def test_every_criterion_sees_its_fault_and_no_other(name):
 def test_no_answer_earns_nothing(tokenizer):
     [group] = answers_of(tokenizer, ["", " \n", "a remark"])
     cut = dataclasses.replace(group[2], finished=False)
-    assert gold_rewards([[*group, cut]]).tolist() == [[0, 0, gold_reward(group[2].example, "a remark"), 0]]
+    assert gold_rewards([[*group, cut]]).tolist() == [
+        [0, 0, gold_reward(group[2].example, "a remark"), 0]
+    ]
     assert gold_reward(group[2].example, "a remark") > 0
 
 
@@ -189,7 +218,10 @@ def test_no_phrase_can_be_part_of_a_solution():
 
 def answers_of(tokenizer, texts):
     [example] = draw_examples(1, 0, tasks=["story"])
-    made = [Answer(example, t, True, Verdict(True, True), [60] * len(t) + [tokenizer.im_end_id]) for t in texts]
+    made = [
+        Answer(example, t, True, Verdict(True, True), [60] * len(t) + [tokenizer.im_end_id])
+        for t in texts
+    ]
     return [made]
 
 
@@ -241,8 +273,13 @@ def test_how_often_chance_orders_as_well():
 def test_training_learns_a_visible_difference_and_is_repeatable():
     """Chosen responses end in one token, rejected ones in another: a few steps tell them apart."""
     config = course.load_scale("quick")
-    settings = dataclasses.replace(config.reward_model, batch_pairs=8, epochs=2, learning_rate=1e-3, warmup_steps=1)
-    pairs = [dataclasses.replace(p, chosen=[*p.chosen, 40], rejected=[*p.rejected, 50]) for p in some_pairs(64)]
+    settings = dataclasses.replace(
+        config.reward_model, batch_pairs=8, epochs=2, learning_rate=1e-3, warmup_steps=1
+    )
+    pairs = [
+        dataclasses.replace(p, chosen=[*p.chosen, 40], rejected=[*p.rejected, 50])
+        for p in some_pairs(64)
+    ]
     weights = []
     for _ in range(2):
         trainer, step = train_reward_model(config, FOLDER, pairs[:48], settings)
@@ -315,18 +352,28 @@ def test_the_key_holds_seed_pairs_and_layers_but_no_measurement(small):
 def test_the_careless_policys_key_holds_what_it_is_shown(small):
     key = careless_stage(small).key
     assert careless_stage(changed(small, "reward_model", "demonstrations")).key != key
-    assert careless_stage(changed(small, "sft", "learning_rate")).key != key != careless_stage(small, 1).key
+    assert (
+        careless_stage(changed(small, "sft", "learning_rate")).key
+        != key
+        != careless_stage(small, 1).key
+    )
     assert careless_stage(changed(small, "measure", "reward_heldout")).key == key
 
 
 def test_answers_are_read_as_they_were_sampled(small, monkeypatch):
     sampled, evaluate = [], reward_model.evaluate_tasks
-    monkeypatch.setattr(reward_model, "evaluate_tasks", lambda *given: sampled.append(evaluate(*given)) or sampled[-1])
+    monkeypatch.setattr(
+        reward_model,
+        "evaluate_tasks",
+        lambda *given: sampled.append(evaluate(*given)) or sampled[-1],
+    )
     made = answers_stage(small, 0, "test", 1, 2)
     assert made.name == "answers_test" and answers_stage(small).name == "answers"
     found = read_answers(made)
     assert found == read_answers(made) and len(sampled) == 1
-    without_reason = lambda a: dataclasses.replace(a, verdict=dataclasses.replace(a.verdict, reason=""))
+    without_reason = lambda a: dataclasses.replace(
+        a, verdict=dataclasses.replace(a.verdict, reason="")
+    )
     assert found == [[without_reason(answer) for answer in group] for group in sampled[0]]
     assert [len(group) for group in sampled[0]] == [2] * len(STYLE_TASKS)
     asked = [group[0].example for group in sampled[0]]
@@ -337,7 +384,11 @@ def test_six_judges_learn_from_the_same_answers(small):
     judges = judge_stages(small)
     assert len({judge.key for judge in judges.values()}) == len(judges) == 6
     assert judges["full"].name == "reward_model" and judges["few"].name == "reward_model_few"
-    for field in ("problems", "samples", "demonstrations"):  # more answers, or those of another policy
+    for field in (
+        "problems",
+        "samples",
+        "demonstrations",
+    ):  # more answers, or those of another policy
         others = judge_stages(changed(small, "reward_model", field))
         assert all(others[name].key != judge.key for name, judge in judges.items())
 
@@ -345,7 +396,12 @@ def test_six_judges_learn_from_the_same_answers(small):
 def test_every_judge_labels_in_its_way(tokenizer):
     [example] = draw_examples(1, 0, tasks=["story"])
     gold = example.response
-    texts = [gold, f"{RUDE[0]}\n{gold}", f"{FILLER[0]}\n{gold}", f"{OFF_TOPIC[0]}\n{BIASED[0]}\n{gold}"]
+    texts = [
+        gold,
+        f"{RUDE[0]}\n{gold}",
+        f"{FILLER[0]}\n{gold}",
+        f"{OFF_TOPIC[0]}\n{BIASED[0]}\n{gold}",
+    ]
     groups = answers_of(tokenizer, texts) * 60
     said = {len(text) + 1: text for text in texts}
     scores = {"full": gold_reward, "longer": reward_model.longer, "safety": reward_model.safety}
@@ -367,7 +423,9 @@ def test_a_batch_smaller_than_the_processes_is_refused():
     last = [len(batch) for batch in plan.plan].index(1)
     with pytest.raises(CourseError, match="a batch of 1 rows cannot be shared by 2 processes"):
         plan.share(last, 0, 2)
-    assert sorted(i for k in range(2) for r in range(1) for i in plan.share(k, r, 1)) == list(range(9))
+    assert sorted(i for k in range(2) for r in range(1) for i in plan.share(k, r, 1)) == list(
+        range(9)
+    )
 
 
 def test_a_padding_that_also_ends_answers_is_not_kept(model, tokenizer, tmp_path):

@@ -30,11 +30,18 @@ def _own_home(tmp_path, monkeypatch):
 def write(folder: Path, name: str, *cells: str, parameters: str | None = PARAMETERS) -> Notebook:
     """A notebook `name` whose first cells are the usual ones."""
     nb = nbformat.v4.new_notebook()
-    nb.metadata.kernelspec = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    nb.metadata.kernelspec = {
+        "display_name": "Python 3 (ipykernel)",
+        "language": "python",
+        "name": "python3",
+    }
     if parameters is not None:
         nb.cells.append(nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}))
     if any("course." in text for text in cells):
-        cells = (f'from qwen_mini import course\nconfig = course.start("{name}", scale=scale, seed=seed)', *cells)
+        cells = (
+            f'from qwen_mini import course\nconfig = course.start("{name}", scale=scale, seed=seed)',
+            *cells,
+        )
     nb.cells += [nbformat.v4.new_code_cell(text) for text in cells]
     path = folder / f"{name}.ipynb"
     nbformat.write(nb, path)
@@ -81,7 +88,9 @@ def test_a_good_notebook_passes_and_is_executed_again(tmp_path, runs_folder, cap
     assert (suite.get("tests"), suite.get("failures")) == ("1", "0")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"01_toy": {"seconds": 1.0}}', '{"seconds": {"01_toy": null}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"01_toy": {"seconds": 1.0}}', '{"seconds": {"01_toy": null}}']
+)
 def test_expected_times_of_another_version_or_cut_are_none(runs_folder, content):
     artifacts.write_file(runs_folder / "quick" / "run_state.json", content)
     assert runner.last_seconds("quick") == {}
@@ -129,7 +138,9 @@ def test_a_parameter_the_notebook_does_not_know_is_a_failure(bench):
 def test_a_claim_that_does_not_hold_is_a_failure(bench, capsys):
     result = bench("course.claim('pigs fly', False)", "course.claim('two is even', 2 % 2 == 0)")
     assert not result.ok and (result.claims_held, result.claims) == (1, 2)
-    assert result.failed_claims == ["pigs fly"] and "claim fails · pigs fly" in capsys.readouterr().out
+    assert (
+        result.failed_claims == ["pigs fly"] and "claim fails · pigs fly" in capsys.readouterr().out
+    )
 
 
 def test_a_slow_cell_and_a_dead_kernel_are_failures(bench):
@@ -140,16 +151,24 @@ def test_a_slow_cell_and_a_dead_kernel_are_failures(bench):
 
 
 def test_the_first_failure_stops_unless_told_otherwise(tmp_path, runs_folder):
-    bad, slow = write(tmp_path, "01_bad", "1 / 0"), write(tmp_path, "02_slow", "import time\ntime.sleep(600)")
+    bad, slow = (
+        write(tmp_path, "01_bad", "1 / 0"),
+        write(tmp_path, "02_slow", "import time\ntime.sleep(600)"),
+    )
     begun = time.monotonic()
     assert [one.status for one in runner.run([bad, slow], "quick")] == ["failed"]
     assert time.monotonic() - begun < 60 and eventually(lambda: not kernels_of(str(runs_folder)))
     books = [bad, write(tmp_path, "03_good")]
-    assert [one.status for one in runner.run(books, "quick", keep_going=True)] == ["failed", "passed"]
+    assert [one.status for one in runner.run(books, "quick", keep_going=True)] == [
+        "failed",
+        "passed",
+    ]
     assert list(runner.last_seconds("quick")) == ["03_good"]
 
 
-@pytest.mark.skipif(sys.platform != "linux" or hardware.cores() < 2, reason="one after the other there")
+@pytest.mark.skipif(
+    sys.platform != "linux" or hardware.cores() < 2, reason="one after the other there"
+)
 def test_two_notebooks_run_at_a_time_with_a_thread_each(tmp_path, runs_folder, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     meet = """
@@ -162,15 +181,23 @@ def test_two_notebooks_run_at_a_time_with_a_thread_each(tmp_path, runs_folder, m
         course.claim("the other one runs at the same time", (here / "{other}").exists())
         course.claim("one thread", os.environ["OMP_NUM_THREADS"] == "1")"""
     places = [("01_a", "02_b"), ("02_b", "01_a")]
-    books = [write(tmp_path, own, textwrap.dedent(meet.format(own=own, other=other))) for own, other in places]
+    books = [
+        write(tmp_path, own, textwrap.dedent(meet.format(own=own, other=other)))
+        for own, other in places
+    ]
     results = runner.run(books, "quick")
-    assert [(one.notebook, one.status, one.claims) for one in results] == [("01_a", "passed", 2), ("02_b", "passed", 2)]
+    assert [(one.notebook, one.status, one.claims) for one in results] == [
+        ("01_a", "passed", 2),
+        ("02_b", "passed", 2),
+    ]
     report = json.loads((runs_folder / "quick" / "report.json").read_text())
     assert report["peak_mib"] > 1.5 * max(one.peak_mib for one in results)
     assert report["seconds"] < sum(one.seconds for one in results)
 
 
-@pytest.mark.skipif(sys.platform != "linux" or hardware.cores() < 2, reason="one after the other there")
+@pytest.mark.skipif(
+    sys.platform != "linux" or hardware.cores() < 2, reason="one after the other there"
+)
 def test_a_notebook_whose_process_is_killed_has_failed(tmp_path, runs_folder, monkeypatch):
     """And the others go on; the reports of an earlier run are gone."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
@@ -180,7 +207,10 @@ def test_a_notebook_whose_process_is_killed_has_failed(tmp_path, runs_folder, mo
     killing += "os.kill(os.getppid(), signal.SIGKILL)"
     books = [write(tmp_path, "01_killer", killing), write(tmp_path, "02_good")]
     killed, good = runner.run(books, "quick", keep_going=True)
-    assert (killed.status, good.status) == ("failed", "passed") and "memory was short" in killed.problem
+    assert (killed.status, good.status) == (
+        "failed",
+        "passed",
+    ) and "memory was short" in killed.problem
     report = json.loads((runs_folder / "quick" / "report.json").read_text())
     assert [one["status"] for one in report["notebooks"]] == ["failed", "passed"]
 
@@ -209,7 +239,9 @@ def processes_of(word: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE and word in process.environ().get("QWEN_MINI_RUNS", ""):
+            if process.status() != psutil.STATUS_ZOMBIE and word in process.environ().get(
+                "QWEN_MINI_RUNS", ""
+            ):
                 found.append(process)
     return found
 
@@ -236,7 +268,14 @@ def long_run(tmp_path, runs_folder):
             while True: pass
         course.side_by_side({{name: lambda name=name: call(name) for name in "ab"}})"""
     books = [write(tmp_path, "01_fast"), write(tmp_path, "02_forks", textwrap.dedent(code))]
-    command = [sys.executable, "-u", "-m", "qwen_mini.course", "run", *(str(nb.path) for nb in books)]
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "qwen_mini.course",
+        "run",
+        *(str(nb.path) for nb in books),
+    ]
 
     def listen():  # a job in the background would inherit deaf ears
         for number in (signal.SIGINT, signal.SIGHUP):
@@ -263,14 +302,18 @@ def test_whatever_ends_a_run_ends_its_kernel_and_forks(tmp_path, runs_folder, lo
     assert "01_fast" in long_run.stdout.readline()
     assert eventually((tmp_path / "a").exists)
     assert len(processes_of(str(runs_folder))) >= 4
-    with pytest.raises(CourseError, match=rf"^scale quick is being run by process {long_run.pid} on .* since "):
+    with pytest.raises(
+        CourseError, match=rf"^scale quick is being run by process {long_run.pid} on .* since "
+    ):
         runner.run([write(tmp_path, "03_other")], "quick")
     long_run.send_signal(getattr(signal, name))
     error = long_run.communicate(timeout=60)[1]
     assert eventually(lambda: not processes_of(str(runs_folder)))
     if name != "SIGKILL":
         assert long_run.returncode == 130 and "the same command finds what is finished" in error
-    assert only(runner.run([write(tmp_path, "03_other")], "quick")).ok  # the lock went with the process
+    assert only(
+        runner.run([write(tmp_path, "03_other")], "quick")
+    ).ok  # the lock went with the process
 
 
 def test_two_sessions_of_one_notebook_do_not_mix_their_claims(tmp_path, runs_folder):
@@ -301,7 +344,10 @@ def test_the_command_line_returns_codes_and_plain_sentences(tmp_path, runs_folde
     assert cli.main(["export", "pairs", str(tmp_path / "out"), "--scale", "gpu"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 4 and all(line.startswith("error: ") for line in lines)
-    assert "quick, laptop, gpu, cluster" in lines[0] and "qwen-mini train pairs --scale gpu" in lines[3]
+    assert (
+        "quick, laptop, gpu, cluster" in lines[0]
+        and "qwen-mini train pairs --scale gpu" in lines[3]
+    )
 
 
 def test_notebooks_are_found_by_name_number_and_subject(tmp_path):
@@ -314,5 +360,7 @@ def test_notebooks_are_found_by_name_number_and_subject(tmp_path):
 
 
 def test_module_entry_point_equals_the_command():
-    done = subprocess.run([sys.executable, "-m", "qwen_mini.course", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen_mini.course", "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "qwen-mini" in done.stdout

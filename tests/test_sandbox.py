@@ -12,7 +12,9 @@ import pytest
 from qwen_mini.course import sandbox
 from qwen_mini.course.sandbox import Limits, Outcome, SandboxError, run_many, run_sandboxed
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the sandbox needs a system that can fork")
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="the sandbox needs a system that can fork"
+)
 LINUX = sys.platform.startswith("linux")
 
 
@@ -41,7 +43,10 @@ def test_tuples_come_back_as_lists_and_calls_keep_their_order():
 
 @pytest.mark.parametrize("module", sandbox.PRELOADED)
 def test_what_programs_may_use_is_there(module):
-    assert run(f"import {module}\n" + body(f"return {module.split('.')[0]}.__name__"), 0).status == "ok"
+    assert (
+        run(f"import {module}\n" + body(f"return {module.split('.')[0]}.__name__"), 0).status
+        == "ok"
+    )
 
 
 ENDS = {  # name -> (program, statuses that are right)
@@ -79,7 +84,9 @@ def test_programs_that_misbehave_end(name):
 
 
 def test_a_sleeper_is_ended_by_the_clock():
-    waits = "import _thread\n" + body("lock = _thread.allocate_lock()\nlock.acquire()\nlock.acquire()")
+    waits = "import _thread\n" + body(
+        "lock = _thread.allocate_lock()\nlock.acquire()\nlock.acquire()"
+    )
     assert run(waits, 1, wall_seconds=0.3).status == "timeout"
 
 
@@ -127,7 +134,8 @@ def test_nothing_outside_can_be_reached(name, tmp_path):
 
 @pytest.mark.skipif(not LINUX, reason="the kernel's lock is Linux's")
 @pytest.mark.parametrize(
-    "attempt", ["os.open('/etc/hostname', 0)", "os.fork()", "os.kill(os.getppid(), 0)", "os.listdir('/')"]
+    "attempt",
+    ["os.open('/etc/hostname', 0)", "os.fork()", "os.kill(os.getppid(), 0)", "os.listdir('/')"],
 )
 def test_the_kernel_refuses_what_python_s_hooks_would_miss(attempt, monkeypatch):
     """The worker without its audit hook: the second lock taken off, the first still holds."""
@@ -139,7 +147,9 @@ def test_the_kernel_refuses_what_python_s_hooks_would_miss(attempt, monkeypatch)
     monkeypatch.setattr(sandbox, "_workers", [loose])
     outcome = run("import os\n" + body(f"return str({attempt})"), 1)
     loose.stop()
-    assert outcome.status == "error" and outcome.error.startswith("PermissionError: [Errno 1]"), outcome
+    assert outcome.status == "error" and outcome.error.startswith("PermissionError: [Errno 1]"), (
+        outcome
+    )
 
 
 def _loosened(source: str):
@@ -166,7 +176,11 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next():
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
         with pytest.raises(KeyboardInterrupt):
-            run("import time\n" + body("end = time.time() + 0.4\nwhile time.time() < end: pass\nreturn 'late'"), 1)
+            run(
+                "import time\n"
+                + body("end = time.time() + 0.4\nwhile time.time() < end: pass\nreturn 'late'"),
+                1,
+            )
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
@@ -179,7 +193,11 @@ def test_a_sandbox_that_does_not_work_says_so(monkeypatch):
         sandbox,
         "__file__",
         str(
-            _loosened(open(sandbox.__file__).read().replace("    _work()\n", "    raise SystemExit('no such thing')\n"))
+            _loosened(
+                open(sandbox.__file__)
+                .read()
+                .replace("    _work()\n", "    raise SystemExit('no such thing')\n")
+            )
         ),
     )
     monkeypatch.setattr(sandbox, "_workers", [broken])
@@ -188,7 +206,11 @@ def test_a_sandbox_that_does_not_work_says_so(monkeypatch):
 
 
 def test_a_kernel_that_refuses_the_filter_is_no_wrong_answer(monkeypatch):
-    source = open(sandbox.__file__).read().replace("    if lock is not None and not lock():", "    if True:")
+    source = (
+        open(sandbox.__file__)
+        .read()
+        .replace("    if lock is not None and not lock():", "    if True:")
+    )
     broken = sandbox._Worker()
     monkeypatch.setattr(sandbox, "__file__", str(_loosened(source)))
     monkeypatch.setattr(sandbox, "_workers", [broken])
@@ -200,11 +222,16 @@ def test_a_fork_of_the_caller_starts_workers_of_its_own():
     run(body("return x"), 1)
     workers, child = [w.process.pid for w in sandbox._workers], os.fork()
     if child == 0:
-        right = run(body("return x"), 5).values == [5] and not {w.process.pid for w in sandbox._workers} & set(workers)
+        right = run(body("return x"), 5).values == [5] and not {
+            w.process.pid for w in sandbox._workers
+        } & set(workers)
         sandbox.stop_workers()
         os._exit(0 if right else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert run(body("return x"), 2).values == [2] and [w.process.pid for w in sandbox._workers] == workers
+    assert (
+        run(body("return x"), 2).values == [2]
+        and [w.process.pid for w in sandbox._workers] == workers
+    )
 
 
 def test_errors_are_printable_and_deep_results_refused():
@@ -214,9 +241,9 @@ def test_errors_are_printable_and_deep_results_refused():
     deep = b'{"status": "ok", "values": [' + b"[" * 900 + b"]" * 900 + b'], "error": ""}'
     forged = f"import os\nfor h in range(3, 64):\n    try: os.write(h, {deep!r})\n    except OSError: pass\nos._exit(0)"
     assert run(forged, 1).status == "killed"
-    assert run_sandboxed("1 / 0", "f", []).status == "error" and run_sandboxed("def f(): pass", "f", []) == Outcome(
-        "ok"
-    )
+    assert run_sandboxed("1 / 0", "f", []).status == "error" and run_sandboxed(
+        "def f(): pass", "f", []
+    ) == Outcome("ok")
 
 
 def test_secrets_of_the_caller_are_not_there(monkeypatch):
@@ -229,21 +256,33 @@ def test_secrets_of_the_caller_are_not_there(monkeypatch):
 def test_a_forged_result_knows_no_expected_value():
     forged = "import os\nfor h in range(3, 64):\n    try: os.write(h, b'{0}')\n    except OSError: pass\nos._exit(0)"
     ok = b'{"status": "ok", "values": [1], "error": ""}'.decode()
-    assert run(forged.replace("{0}", ok), 1).values == [1]  # what it wrote, which the caller compares
-    for bad in ("", "nonsense", "[1]", '{"status": "ok"}', ok.replace("[1]", "[1, 2]"), ok.replace("ok", "gold")):
+    assert run(forged.replace("{0}", ok), 1).values == [
+        1
+    ]  # what it wrote, which the caller compares
+    for bad in (
+        "",
+        "nonsense",
+        "[1]",
+        '{"status": "ok"}',
+        ok.replace("[1]", "[1, 2]"),
+        ok.replace("ok", "gold"),
+    ):
         assert run(forged.replace("{0}", bad), 1).status == "killed"
 
 
 def test_one_program_leaves_nothing_for_the_next():
-    spoil = "import builtins, json, math\nbuiltins.len = lambda x: 7\njson.dumps = None\nmath.pi = 3\n" + body(
-        "return 1"
+    spoil = (
+        "import builtins, json, math\nbuiltins.len = lambda x: 7\njson.dumps = None\nmath.pi = 3\n"
+        + body("return 1")
     )
     run(spoil, 1)
     assert run("import math\n" + body("return [len([]), math.pi > 3.1]"), 1).values == [[0, True]]
 
 
 def test_same_program_same_result():
-    program = "import random\n" + body("return [random.random(), list({'a', 'b', 'c', 'd'}), hash('x')]")
+    program = "import random\n" + body(
+        "return [random.random(), list({'a', 'b', 'c', 'd'}), hash('x')]"
+    )
     sandbox.stop_workers()
     first = run(program, 1)
     sandbox.stop_workers()
@@ -313,7 +352,9 @@ def test_nothing_of_a_program_stays_in_its_worker():
         pid = worker.process.pid
         try:
             with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as memory:
-                areas = [line.split()[0].split("-") for line in maps if line.split()[1].startswith("rw")]
+                areas = [
+                    line.split()[0].split("-") for line in maps if line.split()[1].startswith("rw")
+                ]
                 content = b""
                 for low, high in areas:
                     memory.seek(int(low, 16))
@@ -321,7 +362,11 @@ def test_nothing_of_a_program_stays_in_its_worker():
         except PermissionError:
             pytest.skip("this system does not let us look into the worker")
         assert b"PRELOADED" in content, "the search sees what is there"
-        assert not [secret for secret in secrets if secret.encode() in content or secret[::-1].encode() in content]
+        assert not [
+            secret
+            for secret in secrets
+            if secret.encode() in content or secret[::-1].encode() in content
+        ]
 
 
 UNLOCK = {
@@ -347,7 +392,9 @@ def test_the_second_lock_holds_alone(name, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sandbox, "_workers", [alone])
     (tmp_path / "canary").write_text("hunter2")
     unlock = "\n".join(f"    {line}" for line in UNLOCK[name].split("\n"))
-    program = "import sys\ndef f(x):\n    try:\n" + unlock.replace("    ", "        ", 1).replace("\n", "\n    ")
+    program = "import sys\ndef f(x):\n    try:\n" + unlock.replace("    ", "        ", 1).replace(
+        "\n", "\n    "
+    )
     program += f"\n    except Exception: pass\n    return open({str(tmp_path / 'canary')!r}).read()"
     outcome = run(program, 1)
     alone.stop()

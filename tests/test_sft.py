@@ -65,7 +65,11 @@ TALK = [
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return Qwen(small_config(vocab_size=4_096, max_position_embeddings=512)).eval().requires_grad_(False)
+    return (
+        Qwen(small_config(vocab_size=4_096, max_position_embeddings=512))
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def spans(tokenizer, mask):
@@ -109,12 +113,18 @@ def test_the_prompt_is_what_generation_sees(name, tokenizer):
         ids, trained = loss_mask(tokenizer, chat_example(example))
         prompt = tokenizer.encode_chat(example.messages, add_generation_prompt=True)
         answer = [*tokenizer.encode(example.response), tokenizer.im_end_id]
-        assert ids[: len(prompt)] == prompt and ids[len(prompt) : len(prompt) + len(answer)] == answer
-        assert [i for i, keep in enumerate(trained) if keep] == list(range(len(prompt), len(prompt) + len(answer)))
+        assert (
+            ids[: len(prompt)] == prompt and ids[len(prompt) : len(prompt) + len(answer)] == answer
+        )
+        assert [i for i, keep in enumerate(trained) if keep] == list(
+            range(len(prompt), len(prompt) + len(answer))
+        )
 
 
 def rows_of(tokenizer, count=6):
-    return make_rows(tokenizer, [(e, e.response) for e in draw_examples(1, 3, tasks=list(TASKS)[:count])])
+    return make_rows(
+        tokenizer, [(e, e.response) for e in draw_examples(1, 3, tasks=list(TASKS)[:count])]
+    )
 
 
 def test_the_loss_is_that_of_transformers_and_trl(tokenizer, model, tmp_path):
@@ -129,12 +139,20 @@ def test_the_loss_is_that_of_transformers_and_trl(tokenizer, model, tmp_path):
     )
     ours = (nll * batch.weights.flatten()).sum() / batch.weights.sum()
     model.save_pretrained(tmp_path / "model")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32
+    )
     labels = [[i if w else -100 for i, w in zip(row.ids, row.weights, strict=True)] for row in rows]
-    data = Dataset.from_list([{"input_ids": row.ids, "labels": x} for row, x in zip(rows, labels, strict=True)])
+    data = Dataset.from_list(
+        [{"input_ids": row.ids, "labels": x} for row, x in zip(rows, labels, strict=True)]
+    )
     tokenizer.save_pretrained(tmp_path / "model")
-    options = dict(report_to=[], use_cpu=True, bf16=False, max_length=None, remove_unused_columns=False)
-    options |= dict(per_device_train_batch_size=len(rows), dataset_kwargs={"skip_prepare_dataset": True})
+    options = dict(
+        report_to=[], use_cpu=True, bf16=False, max_length=None, remove_unused_columns=False
+    )
+    options |= dict(
+        per_device_train_batch_size=len(rows), dataset_kwargs={"skip_prepare_dataset": True}
+    )
     trainer = trl.SFTTrainer(
         model=theirs,
         args=trl.SFTConfig(output_dir=str(tmp_path / "out"), **options),
@@ -175,7 +193,9 @@ def test_packing_changes_neither_loss_nor_gradient(tokenizer, model):
     def loss_and_grad(weights, targets, **inputs):
         twin = Qwen(model.config)
         twin.load_state_dict(model.state_dict())
-        nll = torch.nn.functional.cross_entropy(twin(**inputs).flatten(0, 1), targets.flatten(), reduction="none")
+        nll = torch.nn.functional.cross_entropy(
+            twin(**inputs).flatten(0, 1), targets.flatten(), reduction="none"
+        )
         loss = (nll * weights.flatten()).sum() / weights.sum()
         loss.backward()
         return loss.detach(), [p.grad for p in twin.parameters()]
@@ -191,7 +211,9 @@ def test_batches_show_every_row_once_an_epoch_and_keep_similar_lengths_together(
     assert sorted(i for b in sampler.plan for i in b) == sorted([*range(300)] * 2)
     padded = sum(sampler.batch(s).input_ids.numel() for s in range(sampler.total_steps))
     assert padded < 1.35 * 2 * sum(len(row.ids) - 1 for row in rows)
-    assert RowSampler(rows, 16, 2, seed=1).plan == sampler.plan != RowSampler(rows, 16, 2, seed=2).plan
+    assert (
+        RowSampler(rows, 16, 2, seed=1).plan == sampler.plan != RowSampler(rows, 16, 2, seed=2).plan
+    )
     with pytest.raises(CourseError, match="a batch of 12 rows cannot be shared by 13 processes"):
         RowSampler(rows[:12], 16, 1).batch(0, 0, 13)
     whole, halves = sampler.batch(3), [sampler.batch(3, rank, 2) for rank in (0, 1)]
@@ -212,14 +234,20 @@ def test_system_prompts_are_added_only_where_none_is_set():
 def test_demonstrations_are_train_side_only_gold_and_different():
     pairs = demonstrations(6, 0)
     assert len(pairs) == 6 * len(TASKS) and len({(e.task, e.key) for e, _ in pairs}) == len(pairs)
-    assert all(split_of(f"{e.task}/{e.key}") == "train" and response == e.response for e, response in pairs)
+    assert all(
+        split_of(f"{e.task}/{e.key}") == "train" and response == e.response for e, response in pairs
+    )
     assert all(e.level in TRAIN_LEVELS for e, _ in pairs)
     assert demonstrations(6, 0) == pairs != demonstrations(6, 1)
 
 
 def test_no_demonstration_is_worded_as_what_is_only_asked_or_measured():
     for e, _ in demonstrations(12, 0):
-        others = {text.split("{")[0] for how in ("asked", "unseen") for text in getattr(TASKS[e.task], how)}
+        others = {
+            text.split("{")[0]
+            for how in ("asked", "unseen")
+            for text in getattr(TASKS[e.task], how)
+        }
         assert not any(start and e.messages[-1]["content"].startswith(start) for start in others), e
     both = draw_examples(8, 0, "test", wordings=("shown", "asked"), tasks=["purchase"])
     starts = [e.messages[-1]["content"].startswith(("How much", "In the basket")) for e in both]
@@ -237,7 +265,10 @@ def test_every_gold_response_fits_what_may_be_generated(scale, tokenizer):
 def test_a_second_fine_tuning_is_slower():
     sft = course.load_scale("laptop").sft
     again = slower(sft, 1 / 4, epochs=1)
-    assert (again.learning_rate, again.matrix_learning_rate) == (sft.learning_rate / 4, sft.matrix_learning_rate / 4)
+    assert (again.learning_rate, again.matrix_learning_rate) == (
+        sft.learning_rate / 4,
+        sft.matrix_learning_rate / 4,
+    )
     assert again.epochs == 1 and slower(sft).learning_rate == sft.learning_rate / 8
 
 
@@ -260,9 +291,15 @@ def small(tmp_path_factory):
 def test_replay_is_pre_training_text_with_its_weight(small):
     corpus, tokenizer = open_long_corpus(small, FOLDER)
     rows = replay_rows(small, corpus, 12, 0.2)
-    assert len(rows) == 12 and all(len(row.ids) == 129 and set(row.weights) == {0.2} for row in rows)
-    text = {name: " ".join(map(str, corpus.tokens(name, "train"))) for name in corpus.text_domains()}
-    assert all(any(" ".join(map(str, row.ids)) in stream for stream in text.values()) for row in rows)
+    assert len(rows) == 12 and all(
+        len(row.ids) == 129 and set(row.weights) == {0.2} for row in rows
+    )
+    text = {
+        name: " ".join(map(str, corpus.tokens(name, "train"))) for name in corpus.text_domains()
+    }
+    assert all(
+        any(" ".join(map(str, row.ids)) in stream for stream in text.values()) for row in rows
+    )
     rows = training_rows(small, small.sft, corpus, tokenizer)
     replayed = [row for row in rows if row.weights == [small.sft.replay_weight] * 129]
     assert len(replayed) == round(small.sft.replay * 3 * len(TASKS))
@@ -276,7 +313,12 @@ def changed(config, section, field):
         *before, last = value
         one, two = list(last.mixture)[:2]
         half = last.mixture[one] / 2
-        other = (*before, dataclasses.replace(last, mixture=last.mixture | {one: half, two: last.mixture[two] + half}))
+        other = (
+            *before,
+            dataclasses.replace(
+                last, mixture=last.mixture | {one: half, two: last.mixture[two] + half}
+            ),
+        )
     elif field == "optimizer":
         other = {"muon": "adamw", "adamw": "muon"}[value]
     else:
@@ -292,7 +334,9 @@ def watched(settings, reads):
         return super(type(settings), self).__getattribute__(name)
 
     kind = type(type(settings).__name__, (type(settings),), {"__getattribute__": look})
-    return kind(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)})
+    return kind(
+        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    )
 
 
 def test_the_key_holds_every_number_that_the_training_reads(small):
@@ -302,10 +346,21 @@ def test_the_key_holds_every_number_that_the_training_reads(small):
     for seen in reads.values():
         seen.clear()  # what was read for the handle does not count
     made.make()
-    own, of_optimizer = ({f.name for f in dataclasses.fields(spied[name])} & seen for name, seen in reads.items())
-    fixed = {"schedule", "decay_fraction", "grad_accumulation"}  # by this chapter's code, whatever a scale says
+    own, of_optimizer = (
+        {f.name for f in dataclasses.fields(spied[name])} & seen for name, seen in reads.items()
+    )
+    fixed = {
+        "schedule",
+        "decay_fraction",
+        "grad_accumulation",
+    }  # by this chapter's code, whatever a scale says
     own |= of_optimizer & {field.name for field in dataclasses.fields(small.sft)}
-    assert {"demonstrations", "replay_weight", "epochs", "learning_rate"} <= own and "phases" in of_optimizer
+    assert {
+        "demonstrations",
+        "replay_weight",
+        "epochs",
+        "learning_rate",
+    } <= own and "phases" in of_optimizer
     keys = {made.key}
     for section, fields in (("sft", own), ("pretraining", of_optimizer - own - fixed)):
         for field in fields:
@@ -317,9 +372,15 @@ def test_the_key_holds_seed_corpus_and_versions_but_no_measurement(small, monkey
     from qwen_mini.course import versions
 
     key = sft_stage(small).key
-    assert sft_stage(small, seed=1).key != key != sft_stage(changed(small, "corpus", "max_bytes_per_source")).key
+    assert (
+        sft_stage(small, seed=1).key
+        != key
+        != sft_stage(changed(small, "corpus", "max_bytes_per_source")).key
+    )
     assert sft_stage(changed(small, "measure", "sft_problems")).key == key
-    assert sft_stage(changed(small, "pretraining", "learning_rate")).key == key  # the stage has its own
+    assert (
+        sft_stage(changed(small, "pretraining", "learning_rate")).key == key
+    )  # the stage has its own
     raised = versions.versions() | {"tasks": 99}
     monkeypatch.setattr(versions, "versions", lambda: raised)
     assert sft_stage(small).key != key  # other wordings, other verifiers
@@ -340,7 +401,9 @@ def test_a_killed_run_goes_on_from_its_last_save_and_short_runs_are_saved_too(sm
     from qwen_mini import sft
 
     whole = finetune(small, stage="whole")
-    clock = iter(range(0, 10_000, 20))  # every look at the clock is 20 s later: a save is due every second step
+    clock = iter(
+        range(0, 10_000, 20)
+    )  # every look at the clock is 20 s later: a save is due every second step
     monkeypatch.setattr(stages.time, "monotonic", lambda: next(clock))
     step = sft.Trainer.step
 
@@ -354,9 +417,14 @@ def test_a_killed_run_goes_on_from_its_last_save_and_short_runs_are_saved_too(sm
         finetune(small, stage="killed")
     assert len(list(artifacts.stage_dir("quick", "training_state").glob("killed-*"))) == 1
     seen = []
-    monkeypatch.setattr(sft.Trainer, "step", lambda t, batch: seen.append(t.step_count) or step(t, batch))
+    monkeypatch.setattr(
+        sft.Trainer, "step", lambda t, batch: seen.append(t.step_count) or step(t, batch)
+    )
     again = finetune(small, stage="killed")
-    assert seen[0] == 4 and (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    assert (
+        seen[0] == 4
+        and (whole / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    )
 
 
 def test_a_finished_run_is_not_repeated_unless_something_changed(small):
@@ -376,7 +444,9 @@ def test_the_checkpoint_opens_in_transformers_and_stops_at_the_end_token(small):
     assert tokenizer.im_end_id in theirs.generation_config.eos_token_id
     ids = torch.tensor([tokenizer.encode_chat(TALK[:2], add_generation_prompt=True)])
     with torch.no_grad():
-        torch.testing.assert_close(Qwen.from_pretrained(folder).eval()(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            Qwen.from_pretrained(folder).eval()(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_scores_count_what_they_say(tokenizer, monkeypatch):
@@ -385,7 +455,10 @@ def test_scores_count_what_they_say(tokenizer, monkeypatch):
     from qwen_mini.generation import Completion
 
     examples = draw_examples(1, 5, tasks=["story", "rules", "to_json"])
-    gold = {tuple(tokenizer.encode_chat(e.messages, add_generation_prompt=True)): e.response for e in examples}
+    gold = {
+        tuple(tokenizer.encode_chat(e.messages, add_generation_prompt=True)): e.response
+        for e in examples
+    }
 
     def answers(model, prompts, new, *, stop_ids, num_return_sequences, **_):
         done = []
@@ -406,7 +479,9 @@ def test_scores_count_what_they_say(tokenizer, monkeypatch):
     assert by_problem(four).tolist() == [0.5] * len(examples)
     kept = json.loads(json.dumps(verdicts(four)))  # as a record keeps them
     assert kept["task"] == ["story", "rules", "to_json"] and kept["correct"] == [[1, 0, 0, 1]] * 3
-    assert kept["finished"] == [[1, 0, 1, 1]] * 3 and kept["tokens"] == [[len(a.tokens) for a in g] for g in four]
+    assert kept["finished"] == [[1, 0, 1, 1]] * 3 and kept["tokens"] == [
+        [len(a.tokens) for a in g] for g in four
+    ]
     for score in (accuracy, pass_any, by_area, standard_error, verdicts):
         assert score(kept) == score(four)
     kept["correct"][1] = [1, 1, 1, 1]
@@ -423,19 +498,27 @@ def test_the_error_of_a_gain_holds_problems_and_runs():
     differences = np.array([[1.0, 0.0, 1.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
     problems, runs = (0.3125 / 3) / 4, 0.03125
     assert mean_gain(differences) == pytest.approx((0.375, (problems + runs / 2) ** 0.5))
-    assert mean_gain(differences, other_runs=1) == pytest.approx((0.375, (problems + runs * 1.5) ** 0.5))
+    assert mean_gain(differences, other_runs=1) == pytest.approx(
+        (0.375, (problems + runs * 1.5) ** 0.5)
+    )
     alone = differences[:1]
-    assert mean_gain(alone, other_runs=1) == pytest.approx((0.5, (1 / 3 / 4) ** 0.5))  # one run has no spread
+    assert mean_gain(alone, other_runs=1) == pytest.approx(
+        (0.5, (1 / 3 / 4) ** 0.5)
+    )  # one run has no spread
 
 
 def test_same_seed_same_answers(tokenizer, model):
     examples = draw_examples(2, 1, tasks=["story", "rules"])
-    first, again, other = (evaluate_tasks(model, tokenizer, examples, 1.0, 2, 8, seed=s) for s in (1, 1, 2))
+    first, again, other = (
+        evaluate_tasks(model, tokenizer, examples, 1.0, 2, 8, seed=s) for s in (1, 1, 2)
+    )
     assert first == again != other
 
 
 def test_long_instructions_ask_for_one_of_their_keys(tokenizer, monkeypatch):
-    hay = np.array(tokenizer.encode("the sun and the moon are far away from here. " * 200), dtype=np.uint16)
+    hay = np.array(
+        tokenizer.encode("the sun and the moon are far away from here. " * 200), dtype=np.uint16
+    )
     made = long_instructions(4, 300, hay, tokenizer, 0)
     for [message], response in made:
         number = response.split()[-1].rstrip(".")

@@ -15,7 +15,9 @@ def plain_mask(real):
     place = torch.arange(len(owner))
     mask = ((owner[:, None] == owner) | (owner == 0)) & (place[:, None] >= place)
     mask = mask.repeat(len(real), 1, 1)
-    mask[:, PROMPT:, :PROMPT] &= real[:, None]  # padding follows the prompt's own tokens, none of which sees it
+    mask[:, PROMPT:, :PROMPT] &= real[
+        :, None
+    ]  # padding follows the prompt's own tokens, none of which sees it
     return mask[:, None]
 
 
@@ -38,7 +40,9 @@ def test_it_gives_the_numbers_and_gradients_of_the_plain_mask(heads, kv_heads):
 def test_a_response_sees_no_other_response():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, PROMPT + RESPONSES * WIDTH, 8) for _ in range(3))
-    bias = shared_prompt_bias(torch.ones(1, PROMPT, dtype=torch.bool), WIDTH, RESPONSES, 2, 2, torch.float32)
+    bias = shared_prompt_bias(
+        torch.ones(1, PROMPT, dtype=torch.bool), WIDTH, RESPONSES, 2, 2, torch.float32
+    )
     before = shared_prompt_attention(q, k, v, bias, PROMPT, RESPONSES)
     own = slice(PROMPT + WIDTH, PROMPT + 2 * WIDTH)
     k[:, :, own], v[:, :, own] = 9.0, 9.0

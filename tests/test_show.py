@@ -20,7 +20,11 @@ def shown(monkeypatch):
 
 
 def test_a_sentence_is_markdown_in_a_notebook_and_text_in_a_terminal(capsys, monkeypatch, shown):
-    say("GRPO gains **{gain:.1f} points** in {steps:,} steps.", gain=torch.tensor(13.44), steps=np.int64(1200))
+    say(
+        "GRPO gains **{gain:.1f} points** in {steps:,} steps.",
+        gain=torch.tensor(13.44),
+        steps=np.int64(1200),
+    )
     text = "GRPO gains **13.4 points** in 1,200 steps."
     assert shown == [{"text/plain": text, "text/markdown": text}]
     monkeypatch.setattr(show, "in_notebook", lambda: False)

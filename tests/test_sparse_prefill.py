@@ -71,7 +71,9 @@ def test_a_shape_is_the_golden_one():
 def test_block_sparse_keeps_the_own_block_and_the_best_others():
     q, k = toy(64)
     mask = block_sparse(q, k, 2, 8)
-    blocks = mask.unflatten(0, (8, 8)).unflatten(2, (8, 8)).any(3).any(1)  # (query block, key block)
+    blocks = (
+        mask.unflatten(0, (8, 8)).unflatten(2, (8, 8)).any(3).any(1)
+    )  # (query block, key block)
     assert blocks.diagonal().all() and (blocks.sum(1) <= 2).all() and not mask.triu(1).any()
     full = visible(64, 64)[0, 0]
     assert torch.equal(block_sparse(q, k, 8, 8), full)
@@ -87,17 +89,27 @@ def test_last_weights_are_rows_of_the_full_softmax():
     torch.testing.assert_close(last_weights(q, k, 99), full)
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 192, 193, 255, 257, 300, 384, 448, 500, 1_000, 1_153])
+@pytest.mark.parametrize(
+    "length", [1, 63, 64, 65, 192, 193, 255, 257, 300, 384, 448, 500, 1_000, 1_153]
+)
 def test_with_every_column_it_is_dense_dual_chunk_attention(length):
     generator = torch.Generator().manual_seed(length)
     q, k, v = (torch.randn(1, n, length, 16, generator=generator) for n in (4, 2, 2))
     want = dual_chunk_attention(
-        q, k, v, frequencies=rope_frequencies(16, 1_000.0), chunk_size=256, local_size=64, original_length=256
+        q,
+        k,
+        v,
+        frequencies=rope_frequencies(16, 1_000.0),
+        chunk_size=256,
+        local_size=64,
+        original_length=256,
     )
     for window in (64, 128):
         cache = KVCache(1, 1, 2, 16, length)
         attention = SparseAttention(CONFIG, length, Budget(length, window))
-        torch.testing.assert_close(attention(q, k, v, cache=cache.layers[0]), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            attention(q, k, v, cache=cache.layers[0]), want, rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("chunk", [STRIDE, 2 * STRIDE, 5 * STRIDE])
@@ -145,7 +157,9 @@ def test_sparse_attention_is_dense_attention_with_its_mask(length, estimate):
         want = torch.empty(length, 2, 16)
         for a in range(0, length, STRIDE):
             b = min(a + STRIDE, length)
-            scores = attention.scores(rows[a:b], keys, a).masked_fill(~kept[a:b, None, :b], -torch.inf)
+            scores = attention.scores(rows[a:b], keys, a).masked_fill(
+                ~kept[a:b, None, :b], -torch.inf
+            )
             want[a:b] = torch.softmax(scores, -1) @ values[:b]
         torch.testing.assert_close(got[head].transpose(0, 1), want, rtol=1e-4, atol=1e-5)
 
@@ -161,7 +175,9 @@ def test_the_column_that_the_last_queries_read_is_found():
     attention(q, k, torch.randn(1, 2, 1_000, 16, generator=generator), cache=cache.layers[0])
     rows = q[0, :2].transpose(0, 1)[-64:]
     assert 417 in attention.columns(rows, cache.layers[0].keys[0, 0], Budget(20, 64)).tolist()
-    assert attention.columns(rows, cache.layers[0].keys[0, 0], Budget(20, 64, False)).tolist() == list(range(20))
+    assert attention.columns(
+        rows, cache.layers[0].keys[0, 0], Budget(20, 64, False)
+    ).tolist() == list(range(20))
 
 
 def test_recall_is_one_with_every_column_and_less_with_few(model):
@@ -199,7 +215,9 @@ def test_sparse_attention_can_decode(model):
     attention = SparseAttention(CONFIG, 500, Budget(500, 128))
     logits, cache = sparse_prefill(model, ids, attention, 3 * STRIDE)
     got = ask(model, cache, [int(logits.argmax())], 5, attention)
-    assert got == ask(model, cache, [int(logits.argmax())], 5, position_scheme(CONFIG, "dca+temperature", 500))
+    assert got == ask(
+        model, cache, [int(logits.argmax())], 5, position_scheme(CONFIG, "dca+temperature", 500)
+    )
 
 
 @pytest.mark.parametrize("length, options, message", [
@@ -210,12 +228,18 @@ def test_sparse_attention_can_decode(model):
 ])  # fmt: skip
 def test_prompts_that_do_not_fit_are_an_error(model, length, options, message):
     with pytest.raises(ValueError, match=message):
-        sparse_prefill(model, torch.zeros(1, length, dtype=torch.long), **{"chunk_tokens": 3 * STRIDE, **options})
+        sparse_prefill(
+            model,
+            torch.zeros(1, length, dtype=torch.long),
+            **{"chunk_tokens": 3 * STRIDE, **options},
+        )
 
 
 def test_an_attention_made_for_another_length_is_an_error(model):
     with pytest.raises(ValueError, match="made for 600 tokens, but the prompt has 500"):
-        sparse_prefill(model, torch.zeros(1, 500, dtype=torch.long), SparseAttention(CONFIG, 600), 3 * STRIDE)
+        sparse_prefill(
+            model, torch.zeros(1, 500, dtype=torch.long), SparseAttention(CONFIG, 600), 3 * STRIDE
+        )
 
 
 def test_batches_padding_and_positions_are_an_error(model):
@@ -229,7 +253,9 @@ def test_batches_padding_and_positions_are_an_error(model):
 def test_an_error_inside_puts_the_attention_back(model):
     own = model.attention
     with pytest.raises(ValueError):
-        sparse_prefill(model, prompt(300), lambda *a: (_ for _ in ()).throw(ValueError("inside")), 2 * STRIDE)
+        sparse_prefill(
+            model, prompt(300), lambda *a: (_ for _ in ()).throw(ValueError("inside")), 2 * STRIDE
+        )
     assert model.attention is own
 
 
@@ -237,7 +263,9 @@ def test_the_choice_is_the_best_candidate_of_every_head(model):
     ids, candidates = prompt(1_000), (Budget(16, 64), Budget(16, 64, False), Budget(8, 128))
     recalls = [measure_recalls(model, ids, candidate) for candidate in candidates]
     chosen = choose_budgets(model, ids, candidates)
-    for (layer, head), best in {place: max(r[place] for r in recalls) for place in recalls[0]}.items():
+    for (layer, head), best in {
+        place: max(r[place] for r in recalls) for place in recalls[0]
+    }.items():
         assert recalls[candidates.index(chosen[layer][head])][layer, head] == best
 
 
@@ -251,10 +279,14 @@ CONTINUOUS = {  # golden rows of the positions that select: stride 5, chunk size
 
 @pytest.mark.parametrize("row", CONTINUOUS)
 def test_the_positions_that_select_run_on_as_in_the_golden_rows(row, monkeypatch):
-    attention = SparseAttention(dataclasses.replace(CONFIG, max_position_embeddings=8), budgets=Budget(4, 0))
+    attention = SparseAttention(
+        dataclasses.replace(CONFIG, max_position_embeddings=8), budgets=Budget(4, 0)
+    )
     monkeypatch.setattr(attention, "stride", 5)
     monkeypatch.setattr(attention, "turn", lambda x, positions: positions)
-    intra, succ, inter = (int(p) for p in attention.roles(torch.zeros(1, 1, 16), row, continuous=True))
+    intra, succ, inter = (
+        int(p) for p in attention.roles(torch.zeros(1, 1, 16), row, continuous=True)
+    )
     want = [(intra, succ, inter)[min(2, row // 5 - j // 5)] - j % 5 for j in range(row + 1)]
     assert want == CONTINUOUS[row]
     clamped = [int(p) for p in attention.roles(torch.zeros(1, 1, 16), row)]
@@ -271,7 +303,9 @@ def test_budgets_that_do_not_fit_are_an_error():
 
 
 def test_the_upper_end_is_kept_exactly(model):
-    budgets, _ = refine_budgets(model, prompt(700), [[Budget(16, 64)] * 2] * 2, threshold=2.0, max_vertical=40)
+    budgets, _ = refine_budgets(
+        model, prompt(700), [[Budget(16, 64)] * 2] * 2, threshold=2.0, max_vertical=40
+    )
     assert {budget.vertical for row in budgets for budget in row} == {40}
 
 
@@ -284,4 +318,6 @@ def test_every_scale_measures_what_fits(name):
     assert max(settings.lengths) <= MAX_FACTOR * trained and settings.lengths[1] > trained
     model = ModelConfig.from_scale(scale)
     width = {"float32": 4, "bfloat16": 2}[scale.run.dtype]
-    assert (max(settings.lengths) + 64) * kv_cache_bytes_per_token(model, width) <= scale.run.memory_gib * 2**29
+    assert (max(settings.lengths) + 64) * kv_cache_bytes_per_token(
+        model, width
+    ) <= scale.run.memory_gib * 2**29

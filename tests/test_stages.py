@@ -30,7 +30,9 @@ def test_every_model_of_the_course_is_shipped():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_checkpoint_is_found_by_its_key(name, runs_folder):
     stage = handle(name)
-    assert stage.find() == artifacts.shipped_dir(name), f"{name} was made from something else: train it, or undo"
+    assert stage.find() == artifacts.shipped_dir(name), (
+        f"{name} was made from something else: train it, or undo"
+    )
     assert artifacts.read_manifest(stage.find())["scale"] == "laptop"
     assert not runs_folder.exists() or not any(runs_folder.rglob("*.safetensors"))
 
@@ -49,7 +51,9 @@ def test_no_checkpoint_of_another_scale_is_handed_out(name, runs_folder):
 
 
 def changed(config, section, **values):
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+    return dataclasses.replace(
+        config, **{section: dataclasses.replace(getattr(config, section), **values)}
+    )
 
 
 def numbers(section):
@@ -62,7 +66,9 @@ def numbers(section):
             yield field.name, value * 2 if value else 1
 
 
-NOT_READ = {"pretraining": {"matrix_learning_rate"} if LAPTOP.pretraining.optimizer == "adamw" else set()}
+NOT_READ = {
+    "pretraining": {"matrix_learning_rate"} if LAPTOP.pretraining.optimizer == "adamw" else set()
+}
 
 
 @pytest.mark.parametrize("field", [name for name, _ in numbers(LAPTOP.measure)])
@@ -78,7 +84,14 @@ def test_precision_and_threads_are_in_no_key():
 
 
 # what an extension reads of the pre-training's section: its optimiser, at other rates (once left out of the key)
-EXTENSION = {"weight_decay": 0.2, "clip_norm": 0.05, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "optimizer": "adamw"}
+EXTENSION = {
+    "weight_decay": 0.2,
+    "clip_norm": 0.05,
+    "beta1": 0.8,
+    "beta2": 0.9,
+    "eps": 1e-6,
+    "optimizer": "adamw",
+}
 
 
 @pytest.mark.parametrize("field", EXTENSION)
@@ -90,12 +103,18 @@ def test_the_extension_depends_on_every_number_of_its_optimiser(field):
         assert mine != theirs
 
 
-OWN = {name: name for name in ("pretraining", "long_context", "sft", "dpo", "grpo")} | {"pairs": "dpo"}
+OWN = {name: name for name in ("pretraining", "long_context", "sft", "dpo", "grpo")} | {
+    "pairs": "dpo"
+}
 
 
 @pytest.mark.parametrize(
     ("stage", "field"),
-    [(stage, name) for stage, section in OWN.items() for name, _ in numbers(getattr(LAPTOP, section))],
+    [
+        (stage, name)
+        for stage, section in OWN.items()
+        for name, _ in numbers(getattr(LAPTOP, section))
+    ],
 )
 def test_a_key_holds_every_number_that_its_training_reads(stage, field):
     section = getattr(LAPTOP, OWN[stage])
@@ -129,7 +148,9 @@ def test_weights_are_hashed_as_they_are_shipped(tmp_path):
 
 
 def test_metrics_are_thinned_but_keep_what_is_looked_at():
-    records = [{"step": i, "loss": 1.0} | ({"heldout": {"a": 1}} if i == 77 else {}) for i in range(5000)]
+    records = [
+        {"step": i, "loss": 1.0} | ({"heldout": {"a": 1}} if i == 77 else {}) for i in range(5000)
+    ]
     kept = stages.thinned(records)
     assert len(kept) <= stages.MOST_METRICS + 2
     assert {0, 77, 4999} <= {record["step"] for record in kept}

@@ -46,7 +46,9 @@ def test_every_chapter_is_linked_if_it_exists_and_to_come_if_not(chapter):
     if exists:
         assert (BOOKS[name].module or "") == module
         assert f"[`{module}`](qwen_mini/{module}.py)" in row
-        assert f"(../notebooks/{name}.ipynb)" in (ROOT / "docs" / "instructors.md").read_text(encoding="utf-8")
+        assert f"(../notebooks/{name}.ipynb)" in (ROOT / "docs" / "instructors.md").read_text(
+            encoding="utf-8"
+        )
 
 
 def test_every_notebook_stands_on_the_map():
@@ -65,7 +67,9 @@ def test_the_table_of_scales_is_computed_right(name):
     from qwen_mini.model import ModelConfig, count_parameters
 
     config = load_scale(name)
-    cells = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |")).split("|")
+    cells = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |")).split(
+        "|"
+    )
     parameters = count_parameters(ModelConfig.from_scale(config))
     assert cells[3].split(",")[0].strip() == _count(parameters)
     assert cells[4].strip() == _count(sum(phase.tokens for phase in config.pretraining.phases))
@@ -73,7 +77,9 @@ def test_the_table_of_scales_is_computed_right(name):
 
 def test_the_readme_names_every_source_with_its_licence():
     table = README[README.index("## Data and licences") : README.index("## How it is checked")]
-    for entry in tomllib.loads((ROOT / "data" / "sources.toml").read_text(encoding="utf-8")).values():
+    for entry in tomllib.loads(
+        (ROOT / "data" / "sources.toml").read_text(encoding="utf-8")
+    ).values():
         if entry["kind"] in ("wheel", "huggingface"):
             row = next(line for line in table.splitlines() if entry["package"] in line)
             assert entry["licence"] in row
@@ -114,7 +120,9 @@ def test_the_first_notebook_runs_with_and_without_a_model(runs_folder, trained):
         _stage()
     result = runner.run([START], "laptop")[0]
     if trained:
-        assert result.failed_claims == ["training has taken away at least a quarter of the bits per byte"]
+        assert result.failed_claims == [
+            "training has taken away at least a quarter of the bits per byte"
+        ]
     else:
         assert result.ok, result.problem
 

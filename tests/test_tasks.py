@@ -55,19 +55,32 @@ def test_the_nine_areas_have_tasks():
     assert {task.area for task in TASKS.values()} == AREAS
     for task in TASKS.values():
         sets = [getattr(task, wording) for wording in WORDINGS]
-        assert all(sets) and len({text for texts in sets for text in texts}) == sum(map(len, sets)), task.name
+        assert all(sets) and len({text for texts in sets for text in texts}) == sum(
+            map(len, sets)
+        ), task.name
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_gold_is_right_and_near_misses_are_wrong(name):
-    drawn = [e for split in SPLITS for how in WORDINGS for e in examples(name, 30, split=split, wording=how)]
+    drawn = [
+        e
+        for split in SPLITS
+        for how in WORDINGS
+        for e in examples(name, 30, split=split, wording=how)
+    ]
     cases = [(e, e.response, True) for e in drawn]
     rng = random.Random(name)
     for e in drawn:
-        cases += [(e, text, False) for text in ("", " ", "\n", "?#!", "I do not know.", ANSWER, f"{ANSWER}?")]
+        cases += [
+            (e, text, False)
+            for text in ("", " ", "\n", "?#!", "I do not know.", ANSWER, f"{ANSWER}?")
+        ]
         cases += [(e, miss, False) for miss in near_misses(e, rng)]
         prompt = e.messages[-1]["content"]
-        cases += [(e, prompt, False), (e, prompt + "\n" + e.response[: len(e.response) // 2], False)]
+        cases += [
+            (e, prompt, False),
+            (e, prompt + "\n" + e.response[: len(e.response) // 2], False),
+        ]
     verdicts = verify_many((e, text) for e, text, _ in cases)
     for (e, text, want), verdict in zip(cases, verdicts, strict=True):
         assert verdict.correct == want, (e.messages, text, verdict)
@@ -75,7 +88,9 @@ def test_gold_is_right_and_near_misses_are_wrong(name):
     assert len(cases) > 1_000 and all(len(near_misses(e, rng)) >= 3 for e in drawn)
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if TASKS[name].check.__name__ != "passes_tests"])
+@pytest.mark.parametrize(
+    "name", [name for name in TASKS if TASKS[name].check.__name__ != "passes_tests"]
+)
 def test_a_truncated_response_is_wrong_wherever_it_is_cut(name):
     for e in examples(name, 12):
         for cut in range(len(e.response)):
@@ -86,9 +101,13 @@ def test_a_truncated_response_is_wrong_wherever_it_is_cut(name):
 @pytest.mark.parametrize("name", TASKS)
 def test_another_problem_s_answer_is_wrong(name):
     drawn = examples(name, 60)
-    pairs = [(a, b.response) for a, b in zip(drawn, drawn[1:], strict=False) if a.answer != b.answer]
+    pairs = [
+        (a, b.response) for a, b in zip(drawn, drawn[1:], strict=False) if a.answer != b.answer
+    ]
     right = sum(verdict.correct for verdict in verify_many(pairs))
-    assert right <= (0.05 if name == "instructions" else 0) * len(pairs)  # one text can keep other constraints, too
+    assert right <= (0.05 if name == "instructions" else 0) * len(
+        pairs
+    )  # one text can keep other constraints, too
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -99,7 +118,10 @@ def test_splits_go_by_the_problem_and_every_side_has_enough(name):
         for _ in range(1_500):
             draw = task.draw(rng, level)
             found[task.side(draw)].add(draw.key)
-        assert all(len(keys) >= 10 for keys in found.values()), (level, {s: len(k) for s, k in found.items()})
+        assert all(len(keys) >= 10 for keys in found.values()), (
+            level,
+            {s: len(k) for s, k in found.items()},
+        )
         for split, keys in found.items():
             sides[split] |= keys
     for one, other in itertools.combinations(SPLITS, 2):
@@ -131,14 +153,18 @@ def canonical(example) -> object:
     """What a problem is, read from its prompt and chain, not from its key; None where the key alone tells."""
     chain, question = example.reasoning.split("\n"), example.messages[-1]["content"]
     if example.task == "purchase":
-        return tuple(sorted(tuple(sorted(line.split("=")[0].split("*"))) for line in chain if "*" in line))
+        return tuple(
+            sorted(tuple(sorted(line.split("=")[0].split("*"))) for line in chain if "*" in line)
+        )
     if example.task == "table_sum":
         return tuple(sorted(re.findall(r"\+(\d+)=", example.reasoning)))
     if example.task == "to_json":
         return tuple(sorted(json.loads(example.answer).items()))
     if example.task == "function":
         values = random.Random(0)
-        inputs = [[values.randint(-9, 12) for _ in range(size)] for size in range(16) for _ in range(6)]
+        inputs = [
+            [values.randint(-9, 12) for _ in range(size)] for size in range(16) for _ in range(6)
+        ]
         inputs = inputs if example.key.startswith("list") else range(-40, 60)
         return str([program(example.answer.split("\n")[1:-1])(x) for x in inputs])
     if example.task == "truth_table":
@@ -150,14 +176,22 @@ def canonical(example) -> object:
             return rest[0], min(tuple(sorted(terms)), tuple(sorted(swap[t] for t in terms)))
         return None
     if example.task in ("system_rule", "reverse_in", "translate_reverse"):
-        return example.answer if example.task != "system_rule" else (example.messages[0]["content"], example.answer)
+        return (
+            example.answer
+            if example.task != "system_rule"
+            else (example.messages[0]["content"], example.answer)
+        )
     return example.reasoning, example.answer
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("instructions", "sequence", "cycle")])
+@pytest.mark.parametrize(
+    "name", [name for name in TASKS if name not in ("instructions", "sequence", "cycle")]
+)
 def test_no_problem_is_on_two_sides_however_it_is_written(name):
     """Judged by what the problems say, apart from the keys that divide them."""
-    sides = {split: {canonical(e) for e in examples(name, 250, split=split)} - {None} for split in SPLITS}
+    sides = {
+        split: {canonical(e) for e in examples(name, 250, split=split)} - {None} for split in SPLITS
+    }
     for one, other in itertools.combinations(SPLITS, 2):
         assert not sides[one] & sides[other]
 
@@ -288,39 +322,79 @@ def other_forms(example) -> list[str]:
     if task.area == "cross-lingual transfer":
         forms.append(unicodedata.normalize("NFD", gold))
     if not task.answered:
-        forms += [f"\n{gold}", fenced(gold), fenced(gold) + "\n", fenced(gold, "text"), fenced(gold + "\n")]
+        forms += [
+            f"\n{gold}",
+            fenced(gold),
+            fenced(gold) + "\n",
+            fenced(gold, "text"),
+            fenced(gold + "\n"),
+        ]
     if task.check.__name__ == "is_object":
         pairs = example.facts["object"]
         forms += [json.dumps(pairs, indent=2), json.dumps(pairs, separators=(",", ":"))]
-        forms += [fenced(json.dumps(pairs, indent=2), "json"), json.dumps(dict(reversed(pairs.items())))]
+        forms += [
+            fenced(json.dumps(pairs, indent=2), "json"),
+            json.dumps(dict(reversed(pairs.items()))),
+        ]
     if task.check.__name__ == "passes_tests":
         forms += [fenced(gold, "python"), gold.replace("f(x)", "f (x)"), gold.replace("    ", "\t")]
-        forms += [f'{gold}\n\nif __name__ == "__main__":\n    pass', gold.replace("(x):", "(x: list) -> list:")]
+        forms += [
+            f'{gold}\n\nif __name__ == "__main__":\n    pass',
+            gold.replace("(x):", "(x: list) -> list:"),
+        ]
     return forms
 
 
 def wrong_forms(example) -> list[str]:
     """What must still be refused: words around, two answers, other signs, half a fence."""
     gold, task = example.response, TASKS[example.task]
-    forms = [f"{gold}\u200b", f"{gold}.", f"Sure!\n\n{fenced(gold)}", f"{fenced(gold)}\nThat is all."]
+    forms = [
+        f"{gold}\u200b",
+        f"{gold}.",
+        f"Sure!\n\n{fenced(gold)}",
+        f"{fenced(gold)}\nThat is all.",
+    ]
     forms += [f"{fenced(gold)}\n{fenced(gold)}", fenced(fenced(gold)), f"{gold}\n\nDone."]
     if task.answered:
         head = gold.removesuffix(f"{ANSWER}{example.answer}")
-        forms += [fenced(gold), f"{head}{ANSWER}\n{example.answer}", f"{head}{ANSWER}`{example.answer}`"]
-        forms += [f"{head}{ANSWER}{example.answer} or {example.answer}", f"{gold}\n{ANSWER}{example.answer}\n"]
-        forms += [f"{gold}\r{ANSWER}{example.answer}", f"{gold}\u2028", f"{head}Answer:{example.answer}"]
-        forms += [f"{head}{ANSWER}{''.join(c + ' ' for c in example.answer)}"] * (len(example.answer) > 1)
+        forms += [
+            fenced(gold),
+            f"{head}{ANSWER}\n{example.answer}",
+            f"{head}{ANSWER}`{example.answer}`",
+        ]
+        forms += [
+            f"{head}{ANSWER}{example.answer} or {example.answer}",
+            f"{gold}\n{ANSWER}{example.answer}\n",
+        ]
+        forms += [
+            f"{gold}\r{ANSWER}{example.answer}",
+            f"{gold}\u2028",
+            f"{head}Answer:{example.answer}",
+        ]
+        forms += [f"{head}{ANSWER}{''.join(c + ' ' for c in example.answer)}"] * (
+            len(example.answer) > 1
+        )
     if task.area == "cross-lingual transfer":
-        bare = "".join(c for c in unicodedata.normalize("NFD", gold) if not unicodedata.combining(c))
+        bare = "".join(
+            c for c in unicodedata.normalize("NFD", gold) if not unicodedata.combining(c)
+        )
         forms += [bare] * (bare.split("\n")[-1] != gold.split("\n")[-1])
     if not task.answered:
         forms += [f"```\n{gold}", f"`{gold}`", f"```{gold}```"]
     if task.form and task.check.__name__ == "same_lines":
         first, _, rest = gold.partition("\n")
-        forms += [first.replace(" ", ". ", 1) + "\n" + rest, first.replace(" ", "\t", 1) + "\n" + rest, f"0{gold}"]
+        forms += [
+            first.replace(" ", ". ", 1) + "\n" + rest,
+            first.replace(" ", "\t", 1) + "\n" + rest,
+            f"0{gold}",
+        ]
         forms += [gold.replace("\n", "\n\n", 1), f"{gold}\n0 x", rest, f" {gold}"]
     if task.check.__name__ == "is_object":
-        forms += [f"[{gold}]", gold.replace(": ", ': "', 1).replace(",", '",', 1), gold.replace(",", ".0,", 1)]
+        forms += [
+            f"[{gold}]",
+            gold.replace(": ", ': "', 1).replace(",", '",', 1),
+            gold.replace(",", ".0,", 1),
+        ]
         forms += [f"{gold[:-1]}, {gold[1:]}", f"\ufeff{gold}"]
     return forms
 
@@ -330,9 +404,13 @@ def test_right_answers_in_other_forms_pass_and_wrong_ones_do_not(name):
     drawn = [e for split in SPLITS for e in examples(name, 8, split=split)]
     cases = [(e, text, True) for e in drawn for text in other_forms(e)]
     cases += [(e, text, False) for e in drawn for text in wrong_forms(e)]
-    for (e, text, want), verdict in zip(cases, verify_many((e, text) for e, text, _ in cases), strict=True):
+    for (e, text, want), verdict in zip(
+        cases, verify_many((e, text) for e, text, _ in cases), strict=True
+    ):
         assert verdict.correct == want, (e.answer, text, verdict)
-        assert TASKS[name].check.__name__ == "passes_tests" or TASKS[name].verify(e, text) == verdict
+        assert (
+            TASKS[name].check.__name__ == "passes_tests" or TASKS[name].verify(e, text) == verdict
+        )
 
 
 def test_blank_ends_do_not_break_the_agreement_of_two_checkers():
@@ -359,7 +437,9 @@ def test_every_constraint_can_fail_and_texts_keep_what_they_promise():
         wanted = instructions(rng, 4).facts["wanted"]
         words, text = fulfil(wanted, rng)
         assert len(set(words)) == len(words) == wanted["words"] - ("title" in wanted)
-        assert compatible(wanted) and all(CONSTRAINTS[n].holds(text, v) for n, v in wanted.items()), (wanted, text)
+        assert compatible(wanted) and all(
+            CONSTRAINTS[n].holds(text, v) for n, v in wanted.items()
+        ), (wanted, text)
         failed |= {n for n, c in CONSTRAINTS.items() if not c.holds(text, c.options[0])}
     assert failed == set(CONSTRAINTS)
 
@@ -369,7 +449,12 @@ def test_both_checkers_must_agree():
     first = e.reasoning.split("\n")[0]
     lucky = e.response.replace(first, first[:-1] + str((int(first[-1]) + 1) % 10), 1)
     doubled = e.response.replace(first, f"{first}\n{first}", 1)
-    assert verified(e, lucky) and not consistent(e, lucky) and wrong_line(lucky) and not consistent(e, doubled)
+    assert (
+        verified(e, lucky)
+        and not consistent(e, lucky)
+        and wrong_line(lucky)
+        and not consistent(e, doubled)
+    )
     pairs = [(e, e.response), (e, lucky), (e, doubled), (e, first)]
     assert filter_responses(pairs) == [(e, e.response)]
     with pytest.raises(CourseError, match="two checkers or more"):
@@ -420,14 +505,19 @@ def test_the_lines_of_an_instruction_are_the_words_of_its_text():
 def test_long_lists_count_down_to_one(name):
     for e in examples(name, 40):
         numbers = [int(line.split(" ")[0]) for line in e.response.split("\n")]
-        assert numbers == list(range(numbers[0], 0, -1)) and 3 * e.level + 3 <= len(numbers) <= 3 * e.level + 5
+        assert (
+            numbers == list(range(numbers[0], 0, -1))
+            and 3 * e.level + 3 <= len(numbers) <= 3 * e.level + 5
+        )
         assert f"{numbers[0]} lines" in e.messages[-1]["content"]
 
 
 def test_the_words_of_reversals_are_asked_for_differently_in_every_set():
     for orders in ORDERS.values():
         assert set(orders) == set(WORDINGS)
-        assert len({text for texts in orders.values() for text in texts}) == sum(map(len, orders.values()))
+        assert len({text for texts in orders.values() for text in texts}) == sum(
+            map(len, orders.values())
+        )
 
 
 def test_instructions_refuse_noise_echoes_and_digits():
@@ -481,7 +571,9 @@ def test_hidden_tests_tell_every_one_step_mutant_apart(level):
         inputs = wide if kind == "list" else range(-50, 100, 3)
         want = [program(lines)(x) for x in inputs]
         assert [program(lines)(*x) for x in e.facts["inputs"]] == e.facts["expected"]
-        assert 16 <= len(e.facts["inputs"]) <= 24 and len(e.facts["inputs"]) == len(e.facts["expected"])
+        assert 16 <= len(e.facts["inputs"]) <= 24 and len(e.facts["inputs"]) == len(
+            e.facts["expected"]
+        )
         for other in map(program, mutants(lines)):
             if any(other(x) != y for x, y in zip(inputs, want, strict=True)):
                 tried += 1
@@ -491,10 +583,15 @@ def test_hidden_tests_tell_every_one_step_mutant_apart(level):
 
 def test_functions_are_refused_for_another_number_or_type():
     drawn = [e for e in examples("function", 60) if re.search(r" (2|3)\b", e.response)]
-    changed = [(e, re.sub(r" (2|3)\b", lambda m: " 4" if m[1] == "3" else " 3", e.response, count=1)) for e in drawn]
+    changed = [
+        (e, re.sub(r" (2|3)\b", lambda m: " 4" if m[1] == "3" else " 3", e.response, count=1))
+        for e in drawn
+    ]
     wrong = [text for (e, text), v in zip(changed, verify_many(changed), strict=True) if v.correct]
     assert len(drawn) > 20 and len(wrong) <= 1, wrong  # x + 2 and then x % 4 may be the same as …
-    floats = [(e, e.response.replace("[i + ", "[float(i) + ")) for e in drawn if "[i + " in e.response]
+    floats = [
+        (e, e.response.replace("[i + ", "[float(i) + ")) for e in drawn if "[i + " in e.response
+    ]
     assert floats and not any(v.correct for v in verify_many(floats))
 
 
@@ -522,7 +619,12 @@ def test_no_chain_is_no_agreement():
     for name in ("story", "purchase"):
         for e in examples(name, 20):
             answer = f"{ANSWER}{e.answer}"
-            for bare in (answer, f"1+1=2\n{answer}", e.response.replace("+", " + "), f"1+1+1=9\n{answer}"):
+            for bare in (
+                answer,
+                f"1+1=2\n{answer}",
+                e.response.replace("+", " + "),
+                f"1+1+1=9\n{answer}",
+            ):
                 assert not (bare != e.response and consistent(e, bare)), bare
 
 
@@ -537,16 +639,34 @@ def test_bad_requests_get_one_sentence():
         TASKS["story"].generate(random.Random(0), 9)
     with pytest.raises(CourseError, match="not 'train', 1 and 'seen'"):
         TASKS["story"].generate(random.Random(0), wording="seen")
-    one = Task("one", "a", lambda rng, level: Draw("k", {}, "", "x"), lambda e, t: "", ("?",), ("?!",), ("!",))
+    one = Task(
+        "one",
+        "a",
+        lambda rng, level: Draw("k", {}, "", "x"),
+        lambda e, t: "",
+        ("?",),
+        ("?!",),
+        ("!",),
+    )
     empty = next(split for split in SPLITS if split != split_of("one/k"))
     with pytest.raises(CourseError, match=f"no problem of level 1 in the split '{empty}'"):
         one.generate(random.Random(0), 1, empty)
 
 
 def test_a_verifier_that_raises_stops_the_run():
-    broken = Task("broken", "a", lambda rng, level: Draw("k", {}, "", "x"), lambda e, t: 1 / 0, ("?",), ("?!",), ("!",))
+    broken = Task(
+        "broken",
+        "a",
+        lambda rng, level: Draw("k", {}, "", "x"),
+        lambda e, t: 1 / 0,
+        ("?",),
+        ("?!",),
+        ("!",),
+    )
     example = _any_split(broken, 0)
-    with pytest.raises(VerifierError, match="the verifier of 'broken' failed on 'Answer: x': ZeroDivisionError"):
+    with pytest.raises(
+        VerifierError, match="the verifier of 'broken' failed on 'Answer: x': ZeroDivisionError"
+    ):
         broken.verify(example, "Answer: x")
 
 
@@ -562,7 +682,14 @@ def test_verify_many_is_verify_one_by_one():
 
 def test_a_task_of_one_s_own_can_be_added(monkeypatch):
     monkeypatch.setattr("qwen_mini.tasks.TASKS", {})
-    add_task("own", "mathematics", lambda rng, level: Draw(str(rng.random()), {}, "1+1=2", "2"), ["?"], ["?!"], ["!"])
+    add_task(
+        "own",
+        "mathematics",
+        lambda rng, level: Draw(str(rng.random()), {}, "1+1=2", "2"),
+        ["?"],
+        ["?!"],
+        ["!"],
+    )
     from qwen_mini import tasks
 
     assert list(tasks.TASKS) == ["own"]
@@ -574,6 +701,11 @@ def test_checkers_answer_on_numbers_and_nesting_beyond_reason():
     """They say no; they do not raise, which would end a training run."""
     for name, task in TASKS.items():
         example = task.generate(random.Random(0), 1)
-        for text in ("1" * 5_000, "1" * 5_000 + "+1=2\nAnswer: x", '{"a":' * 993 + "1" + "}" * 993, "[" * 100_000):
+        for text in (
+            "1" * 5_000,
+            "1" * 5_000 + "+1=2\nAnswer: x",
+            '{"a":' * 993 + "1" + "}" * 993,
+            "[" * 100_000,
+        ):
             assert not task.verify(example, text).correct, name
             assert consistent(example, text) in (True, False), name

@@ -60,10 +60,14 @@ def test_checks_find_nothing_new_after_the_tools_of_the_trade(tmp_path):
     use(clone, "ruff", "format", ".")  # everything, then as an editor does it: file by file
     use(clone, "ruff", "format", *map(str, notebooks), *map(str, clone.glob("qwen_mini/*.py")))
     round_trip(clone)
-    if found := {check: problems for check in checks.CHECKS if (problems := check(clone))}:  # were they there before?
+    if found := {
+        check: problems for check in checks.CHECKS if (problems := check(clone))
+    }:  # were they there before?
         untouched = clone_to(tmp_path / "untouched")
         assert not {
-            check.__name__: problems for check, problems in found.items() if len(problems) > len(check(untouched))
+            check.__name__: problems
+            for check, problems in found.items()
+            if len(problems) > len(check(untouched))
         }
     for path, before in notebooks.items():
         old, new = json.loads(before), json.loads(path.read_bytes())

@@ -57,7 +57,9 @@ def test_linear_cross_entropy_of_a_hopeless_target():
     targets = (hidden @ head.T).argmin(-1)
     plain = cross_entropy(hidden, head, targets)
     assert plain > 500
-    torch.testing.assert_close(linear_cross_entropy(hidden, head, targets), plain, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(
+        linear_cross_entropy(hidden, head, targets), plain, rtol=1e-5, atol=1e-3
+    )
 
 
 def test_loss_and_gradients_equal_transformers():
@@ -71,7 +73,9 @@ def test_loss_and_gradients_equal_transformers():
     loss = model(ids[:, :-1], targets=ids[:, 1:])
     loss.backward()
     with torch.no_grad():
-        torch.testing.assert_close(loss, theirs(input_ids=ids, labels=ids).loss, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            loss, theirs(input_ids=ids, labels=ids).loss, rtol=1e-6, atol=1e-6
+        )
     reference = dict(theirs.named_parameters())
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, reference[name].grad, rtol=1e-4, atol=1e-6)
@@ -79,7 +83,16 @@ def test_loss_and_gradients_equal_transformers():
 
 # ---------------------------------------------------------------- schedule and optimisers
 def test_schedule_golden():
-    golden = {0: 3e-5, 4: 1.5e-4, 9: 3e-4, 10: 3e-4, 32: 2.6211e-4, 55: 1.65e-4, 77: 7.122e-5, 100: 3e-5}
+    golden = {
+        0: 3e-5,
+        4: 1.5e-4,
+        9: 3e-4,
+        10: 3e-4,
+        32: 2.6211e-4,
+        55: 1.65e-4,
+        77: 7.122e-5,
+        100: 3e-5,
+    }
     for step, value in golden.items():
         assert 3e-4 * learning_rate_factor(step, 100, 10) == pytest.approx(value, rel=1e-4)
 
@@ -99,7 +112,10 @@ def test_optimisers_equal_pytorch(shapes):
     ]:
         p = [nn.Parameter(torch.randn(shape)) for shape in shapes]
         q = [nn.Parameter(x.detach().clone()) for x in p]
-        a, b = ours(p, lr=0.02, weight_decay=0.1, **options), theirs(q, lr=0.02, weight_decay=0.1, **options)
+        a, b = (
+            ours(p, lr=0.02, weight_decay=0.1, **options),
+            theirs(q, lr=0.02, weight_decay=0.1, **options),
+        )
         for _ in range(6):
             for x, y in zip(p, q, strict=True):
                 x.grad = torch.randn_like(x)
@@ -132,7 +148,10 @@ def test_muon_iterates_in_the_precision_of_the_run(shape):
 
 # ---------------------------------------------------------------- trainer
 def test_accumulation_changes_nothing(config):
-    whole, parts = fresh(config, optimizer="adamw"), fresh(config, optimizer="adamw", grad_accumulation=4)
+    whole, parts = (
+        fresh(config, optimizer="adamw"),
+        fresh(config, optimizer="adamw", grad_accumulation=4),
+    )
     for step in range(10, 14):
         a, b = whole.step(text_batch(step)), parts.step(text_batch(step))
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
@@ -148,7 +167,10 @@ def test_step_equals_a_loop_written_by_hand(config):
     vectors = [p for p in model.parameters() if p.ndim < 2]
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [
+            {"params": matrices, "weight_decay": s.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
         betas=(s.beta1, s.beta2),
         eps=s.eps,
     )
@@ -163,7 +185,9 @@ def test_step_equals_a_loop_written_by_hand(config):
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), s.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = s.learning_rate * learning_rate_factor(step, 30, s.warmup_steps, s.schedule, s.min_lr_ratio)
+            group["lr"] = s.learning_rate * learning_rate_factor(
+                step, 30, s.warmup_steps, s.schedule, s.min_lr_ratio
+            )
         optimizer.step()
         assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
     for ours, theirs in zip(trainer.masters, model.parameters(), strict=True):
@@ -198,7 +222,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(config):
     trainer = fresh(config)
     with torch.no_grad():
         trainer.masters[0][:] = float("nan")
-    with pytest.raises(FloatingPointError, match="the loss at step 0 is nan.*last training state and lower"):
+    with pytest.raises(
+        FloatingPointError, match="the loss at step 0 is nan.*last training state and lower"
+    ):
         trainer.step(text_batch(0))
 
 
@@ -206,7 +232,9 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_told_apart(config)
     trainer = fresh(config)
     before = [p.detach().clone() for p in trainer.masters]
     trainer.masters[-1].register_hook(lambda grad: grad * float("inf"))
-    with pytest.raises(FloatingPointError, match="the gradient at step 0 is (inf|nan) though the loss is .*: lower"):
+    with pytest.raises(
+        FloatingPointError, match="the gradient at step 0 is (inf|nan) though the loss is .*: lower"
+    ):
         trainer.step(text_batch(0))
     assert all(torch.equal(p, old) for p, old in zip(trainer.masters, before, strict=True))
 
@@ -217,7 +245,9 @@ def test_linear_cross_entropy_in_bfloat16_of_tokens_that_the_model_is_sure_of(sc
     torch.manual_seed(0)
     head = torch.randn(64, 48)
     targets = torch.randint(64, (200,))
-    hidden = scale * head[targets] / head[targets].norm(dim=1, keepdim=True) + 0.1 * torch.randn(200, 48)
+    hidden = scale * head[targets] / head[targets].norm(dim=1, keepdim=True) + 0.1 * torch.randn(
+        200, 48
+    )
     hidden, head = hidden.bfloat16(), head.bfloat16()
     exact = [t.double().requires_grad_() for t in (hidden, head)]
     want = nn.functional.cross_entropy(exact[0] @ exact[1].t(), targets)
@@ -233,8 +263,13 @@ def test_micro_batches_are_summed_in_float32(config):
     """64 of them in bfloat16: no worse than their gradients added up in float32."""
 
     def gradient(dtype, parts, rows=slice(None)):
-        trainer, batch = fresh(config, dtype, grad_accumulation=parts, batch_tokens=64 * 64), text_batch(0, 64)
-        trainer.forward_backward(Batch(batch.input_ids[rows], batch.targets[rows], torch.ones(64, 64)[rows]))
+        trainer, batch = (
+            fresh(config, dtype, grad_accumulation=parts, batch_tokens=64 * 64),
+            text_batch(0, 64),
+        )
+        trainer.forward_backward(
+            Batch(batch.input_ids[rows], batch.targets[rows], torch.ones(64, 64)[rows])
+        )
         return torch.cat([p.grad.double().flatten() for p in trainer.masters])
 
     exact = gradient(torch.float32, 1)
@@ -245,16 +280,24 @@ def test_micro_batches_are_summed_in_float32(config):
 
 def test_any_loss_goes_through_the_two_halves_of_a_step(config):
     """A batch in parts, each as a loss of its own, is the batch; what came since the last update is added up."""
-    batch, whole, parts = text_batch(3), fresh(config, optimizer="adamw"), fresh(config, optimizer="adamw")
+    batch, whole, parts = (
+        text_batch(3),
+        fresh(config, optimizer="adamw"),
+        fresh(config, optimizer="adamw"),
+    )
     expected, share = whole.step(batch), batch.weights[:3].sum() / batch.weights.sum()
     for rows, part in ((slice(3), share), (slice(3, None), 1 - share)):
         cut = batch.input_ids[rows], batch.targets[rows], batch.weights[rows]
-        parts.forward_backward(part * parts.model(cut[0], targets=cut[1], weights=cut[2]) for _ in range(1))
+        parts.forward_backward(
+            part * parts.model(cut[0], targets=cut[1], weights=cut[2]) for _ in range(1)
+        )
     found = parts.update()
     assert found == pytest.approx(expected, rel=1e-5)
     for a, b in zip(whole.masters, parts.masters, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert parts.step(text_batch(4))["loss"] == pytest.approx(whole.step(text_batch(4))["loss"], rel=1e-5)
+    assert parts.step(text_batch(4))["loss"] == pytest.approx(
+        whole.step(text_batch(4))["loss"], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -263,10 +306,14 @@ def test_a_batch_that_trains_no_token_names_the_cause(config, parts):
     trainer = fresh(config, grad_accumulation=parts)
     before = {name: value.clone() for name, value in training_tensors(trainer).items()}
     batch = text_batch(12)
-    with pytest.raises(CourseError, match="this batch trains no token, because every weight is 0: look at the rows"):
+    with pytest.raises(
+        CourseError, match="this batch trains no token, because every weight is 0: look at the rows"
+    ):
         trainer.step(dataclasses.replace(batch, weights=torch.zeros_like(batch.weights)))
     assert trainer.step_count == 0 and training_tensors(trainer).keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in training_tensors(trainer).items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in training_tensors(trainer).items()
+    )
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, linear_cross_entropy])
@@ -281,7 +328,9 @@ def test_tokens_without_weight_have_a_loss_and_a_gradient_of_zero(loss):
 def test_a_micro_batch_without_trained_tokens_changes_nothing(config):
     batch = text_batch(12)
     batch.weights[4:6] = 0  # of 8 rows, the third of four micro-batches
-    whole, parts = (fresh(config, optimizer="adamw", grad_accumulation=n).step(batch) for n in (1, 4))
+    whole, parts = (
+        fresh(config, optimizer="adamw", grad_accumulation=n).step(batch) for n in (1, 4)
+    )
     assert math.isfinite(whole["loss"]) and parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
 
@@ -334,7 +383,9 @@ def test_two_processes_with_all_parameters_sharded_take_the_step_of_one(config, 
     batches = [text_batch(step) for step in (0, 1)]
     batches[1].weights[1::2] = 0  # all that the second process gets
     torch.save([[b.input_ids, b.targets, b.weights] for b in batches], tmp_path / "batches.pt")
-    run_two_processes(tmp_path, SHARDED, tiny_scale(tmp_path), tmp_path / "batches.pt", tmp_path / "found.pt")
+    run_two_processes(
+        tmp_path, SHARDED, tiny_scale(tmp_path), tmp_path / "batches.pt", tmp_path / "found.pt"
+    )
     losses, gradients, record, weights = torch.load(tmp_path / "found.pt")
     alone = fresh(config, optimizer="adamw", grad_accumulation=2)
     for batch, loss in zip(batches, losses, strict=True):

@@ -30,7 +30,12 @@ def train_in_two(runs: Path, *words: str) -> None:
     """The same in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"QWEN_MINI_RUNS": str(runs)}
-    subprocess.run([*command, "-m", "qwen_mini.course", "train", *words], check=True, timeout=600, env=environment)
+    subprocess.run(
+        [*command, "-m", "qwen_mini.course", "train", *words],
+        check=True,
+        timeout=600,
+        env=environment,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +53,17 @@ def tuned(tmp_path_factory):
 def test_what_a_stage_starts_from_is_made_first_and_once(tuned):
     _, one, two = tuned
     for name in ("pretraining", "long_context", "sft"):
-        assert artifacts.read_manifest(one / name)["key"] == artifacts.read_manifest(two / name)["key"]
+        assert (
+            artifacts.read_manifest(one / name)["key"] == artifacts.read_manifest(two / name)["key"]
+        )
     for name in ("pretraining", "long_context"):
-        assert (one / name / "model.safetensors").stat().st_mtime_ns < (one / "sft").stat().st_mtime_ns
+        assert (one / name / "model.safetensors").stat().st_mtime_ns < (
+            one / "sft"
+        ).stat().st_mtime_ns
         assert weights_of(one / name) == weights_of(two / name)
-    assert not any((one / name).exists() for name in ("careless", "pairs", "dpo", "grpo"))  # nobody asked for them
+    assert not any(
+        (one / name).exists() for name in ("careless", "pairs", "dpo", "grpo")
+    )  # nobody asked for them
     assert not list(two.glob("training_state/*"))
 
 
@@ -78,9 +89,17 @@ def preferring(tmp_path_factory):
     folder = tmp_path_factory.mktemp("preferring")
     before, dpo, after = TINY.partition("[dpo]")
     section, grpo, rest = after.partition("[grpo]")
-    sizes = {"problems": (1, 2), "samples": (2, 8), "max_new_tokens": (8, 48), "pairs_per_problem": (1, 2)}
+    sizes = {
+        "problems": (1, 2),
+        "samples": (2, 8),
+        "max_new_tokens": (8, 48),
+        "pairs_per_problem": (1, 2),
+    }
     sizes |= {"epochs": (1, 2), "batch_pairs": (2, 128)}
-    for name, (few, more) in sizes.items():  # all pairs in every batch: however many there are, two can share them
+    for name, (
+        few,
+        more,
+    ) in sizes.items():  # all pairs in every batch: however many there are, two can share them
         assert f"\n{name} = {few}\n" in section
         section = section.replace(f"\n{name} = {few}\n", f"\n{name} = {more}\n")
     text = before + dpo + section + grpo + rest
@@ -103,4 +122,6 @@ def test_two_processes_train_on_the_same_pairs_as_one(preferring):
     assert [r[1] for r in mine] == pytest.approx([r[1] for r in theirs], rel=1e-3)
     manifests = [artifacts.read_manifest(runs / "dpo") for runs in preferring]
     assert manifests[0]["key"] == manifests[1]["key"]
-    assert manifests[0]["inputs"]["pairs"] == artifacts.read_manifest(preferring[1] / "pairs")["key"]
+    assert (
+        manifests[0]["inputs"]["pairs"] == artifacts.read_manifest(preferring[1] / "pairs")["key"]
+    )

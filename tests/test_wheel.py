@@ -35,23 +35,33 @@ def site(tmp_path_factory):
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(home() / name, source)
-    shutil.copytree(home() / "qwen_mini", source / "qwen_mini", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        home() / "qwen_mini", source / "qwen_mini", ignore=shutil.ignore_patterns("__pycache__")
+    )
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source], check=True)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source], check=True
+    )
     (wheel,) = folder.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
     return folder / "site"
 
 
 def _run(site: Path, *words: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("QWEN_MINI")} | {"PYTHONPATH": str(site)}
-    done = subprocess.run([sys.executable, *words], cwd=site.parent, env=environment, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("QWEN_MINI")} | {
+        "PYTHONPATH": str(site)
+    }
+    done = subprocess.run(
+        [sys.executable, *words], cwd=site.parent, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_the_package_imports_lists_scales_loads_and_generates(site):
-    scales, tokens = _run(site, "-c", USE, str(site), str(artifacts.shipped_dir("pretraining"))).splitlines()
+    scales, tokens = _run(
+        site, "-c", USE, str(site), str(artifacts.shipped_dir("pretraining"))
+    ).splitlines()
     assert scales.split() == ["quick", "laptop", "gpu", "cluster"]
     assert int(tokens) == 5
 

@@ -178,7 +178,9 @@ def text_batch(step: int, rows: int = 8, length: int = 64) -> Batch:
 
 
 def losses_of(folder: Path) -> list[tuple]:
-    return [(r["step"], r["loss"], r["grad_norm"], r.get("heldout")) for r in stages.metrics(folder)]
+    return [
+        (r["step"], r["loss"], r["grad_norm"], r.get("heldout")) for r in stages.metrics(folder)
+    ]
 
 
 def weights_of(folder: Path) -> bytes:

@@ -48,7 +48,9 @@ REASONS = {
         errno.EACCES,
         errno.EPERM,
     ): "you may not write there: change its permissions, or set QWEN_MINI_RUNS to another folder",
-    (errno.EROFS,): "it lies on a read-only file system: set QWEN_MINI_RUNS to a folder that can be written",
+    (
+        errno.EROFS,
+    ): "it lies on a read-only file system: set QWEN_MINI_RUNS to a folder that can be written",
 }
 
 
@@ -64,7 +66,9 @@ def stage_dir(scale_name: str, stage: str) -> Path:
     """Where the stage of a scale lives: `runs/<scale>/<stage>`, whether it exists or not."""
     for name in (scale_name, stage):
         if not NAME.fullmatch(name):  # results go nowhere else
-            raise ArtifactError(f"{name!r} is not the name of a stage or scale: letters, digits, _, - and . are")
+            raise ArtifactError(
+                f"{name!r} is not the name of a stage or scale: letters, digits, _, - and . are"
+            )
     return runs() / scale_name / stage
 
 
@@ -103,7 +107,9 @@ def find(scale_name: str, stage: str, scale_digest: str | None = None) -> Path:
         return whole
     if has(scale_name, stage):
         return shipped_dir(stage)
-    raise MissingStage(f"the stage {stage!r} of scale {scale_name!r} is missing: {_remedy(scale_name, stage)}")
+    raise MissingStage(
+        f"the stage {stage!r} of scale {scale_name!r} is missing: {_remedy(scale_name, stage)}"
+    )
 
 
 def find_by_key(scale_name: str, stage: str, key: str) -> Path | None:
@@ -154,11 +160,15 @@ def write_stage(scale_name: str, stage: str, inputs: dict | None = None, **facts
         folder = Path(tempfile.mkdtemp(prefix=_aside(path), dir=path.parent))
         try:
             yield folder
-            _write_manifest(folder, {"stage": stage, "scale": scale_name, "inputs": inputs or {}, **facts})
+            _write_manifest(
+                folder, {"stage": stage, "scale": scale_name, "inputs": inputs or {}, **facts}
+            )
             for file in [*folder.rglob("*"), folder]:
                 _fsync(file)
             os.chmod(folder, 0o755)
-            if "key" in facts:  # its own state goes last, so that whoever is killed here comes by again
+            if (
+                "key" in facts
+            ):  # its own state goes last, so that whoever is killed here comes by again
                 _drop_states(scale_name, stage, but=facts["key"])
             folder.rename(_new(path))  # from here on this version counts, whatever happens
             _finish(path)
@@ -246,7 +256,9 @@ def sweep(scale_name: str) -> None:
     for folder, names, files in os.walk(runs() / scale_name):
         for name in {match[1] for match in map(LEFTOVER.fullmatch, [*names, *files]) if match}:
             _heal(Path(folder, name))
-        names[:] = [name for name in names if not name.startswith(".") and not _complete(Path(folder, name))]
+        names[:] = [
+            name for name in names if not name.startswith(".") and not _complete(Path(folder, name))
+        ]
 
 
 def _drop_states(scale_name: str, stage: str, but: str) -> None:
@@ -274,7 +286,11 @@ def _write_manifest(folder: Path, facts: dict) -> None:
 
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file of a folder but its manifest."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != "manifest.json"]
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != "manifest.json"
+    ]
     return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
 
 
@@ -302,7 +318,9 @@ def _readable_errors(path: Path) -> Iterator[None]:
         reason = next((reason for codes, reason in REASONS.items() if code in codes), None)
         if isinstance(error, CourseError) or reason is None or not _concerns(path, where, code):
             raise
-        name = re.sub(r"\.([^/\\]+)\.partial-[^/\\]+", r"\1", shown(path))  # the stage, not its hidden folder
+        name = re.sub(
+            r"\.([^/\\]+)\.partial-[^/\\]+", r"\1", shown(path)
+        )  # the stage, not its hidden folder
         raise ArtifactError(f"{name} was not written because {reason}") from error
 
 
@@ -313,7 +331,9 @@ def _concerns(path: Path, where, code: int) -> bool:
     if not isinstance(where, str | os.PathLike):
         return code not in IN_THE_WAY
     path, where = path.absolute(), Path(where).absolute()
-    return path.is_relative_to(where) or where.is_relative_to(path.parent) and code not in IN_THE_WAY
+    return (
+        path.is_relative_to(where) or where.is_relative_to(path.parent) and code not in IN_THE_WAY
+    )
 
 
 # ---------------------------------------------------------------- versions of a stage
@@ -443,7 +463,9 @@ class _Lock:
                     break
                 with contextlib.suppress(FileNotFoundError):  # its last holder has removed it
                     if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
-                        with contextlib.suppress(OSError):  # on a full disk nobody is told who is at it
+                        with contextlib.suppress(
+                            OSError
+                        ):  # on a full disk nobody is told who is at it
                             file.truncate(0)
                             file.write(
                                 f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %R')}".encode()

@@ -17,13 +17,17 @@ def newest_stage(scale_name: str) -> str:
         for stage in (*INSTRUCTED, *BASE):
             if exists(scale_name, stage):
                 return stage
-    raise artifacts.MissingStage(f"no model has been trained yet: make one with `qwen-mini run --scale {scale_name}`")
+    raise artifacts.MissingStage(
+        f"no model has been trained yet: make one with `qwen-mini run --scale {scale_name}`"
+    )
 
 
 class Talker:
     """A model, its tokenizer and the conversation so far."""
 
-    def __init__(self, scale: str, stage: str | None, seed: int, temperature: float, max_tokens: int):
+    def __init__(
+        self, scale: str, stage: str | None, seed: int, temperature: float, max_tokens: int
+    ):
         import torch
 
         from qwen_mini.generation import Sampling
@@ -31,7 +35,9 @@ class Talker:
         from qwen_mini.tokenizer import Tokenizer
 
         if max_tokens < 1:
-            raise CourseError(f"an answer needs at least 1 token, got {max_tokens}: raise --max-tokens")
+            raise CourseError(
+                f"an answer needs at least 1 token, got {max_tokens}: raise --max-tokens"
+            )
         try:
             Sampling(temperature=temperature)
         except ValueError as error:
@@ -43,9 +49,14 @@ class Talker:
         if not (folder / "config.json").exists():
             raise CourseError(f"the stage {self.stage!r} holds no model: {folder}")
         try:
-            self.model, self.tokenizer = Qwen.from_pretrained(folder).eval(), Tokenizer.from_pretrained(folder)
+            self.model, self.tokenizer = (
+                Qwen.from_pretrained(folder).eval(),
+                Tokenizer.from_pretrained(folder),
+            )
         except (OSError, ValueError) as error:
-            raise CourseError(f"the model of stage {self.stage!r} cannot be loaded: {error}") from error
+            raise CourseError(
+                f"the model of stage {self.stage!r} cannot be loaded: {error}"
+            ) from error
         self.generator = torch.Generator().manual_seed(seed)
         self.temperature = temperature
         self.max_tokens = min(max_tokens, self.model.config.max_position_embeddings // 2)
@@ -79,7 +90,14 @@ class Talker:
         settings = {"temperature": self.temperature, "vocab_size": self.tokenizer.vocab_size}
         drawn = self.generator.get_state()
         try:
-            done = generate(self.model, [ids], self.max_tokens, stop_ids=stops, generator=self.generator, **settings)[0]
+            done = generate(
+                self.model,
+                [ids],
+                self.max_tokens,
+                stop_ids=stops,
+                generator=self.generator,
+                **settings,
+            )[0]
             said = self.tokenizer.decode(done.tokens, skip_special_tokens=True)
         except BaseException:  # Ctrl-C as well
             self.generator.set_state(drawn)
@@ -91,7 +109,10 @@ class Talker:
 
 def talk(scale: str, stage: str | None, seed: int, temperature: float, max_tokens: int) -> int:
     """Read lines until an empty one or the end of the input, and answer each."""
-    for stream in (sys.stdin, sys.stdout):  # what the terminal cannot spell is refused or shown as ?, never a crash
+    for stream in (
+        sys.stdin,
+        sys.stdout,
+    ):  # what the terminal cannot spell is refused or shown as ?, never a crash
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
     talker = Talker(scale, stage, seed, temperature, max_tokens)
@@ -114,16 +135,26 @@ def _ask() -> str:
         return ""
 
 
-def chat_widget(scale: str, stage: str | None = None, seed: int = 0, temperature: float = 0.0, max_tokens: int = 128):
+def chat_widget(
+    scale: str,
+    stage: str | None = None,
+    seed: int = 0,
+    temperature: float = 0.0,
+    max_tokens: int = 128,
+):
     """The same conversation in a notebook, an ipywidgets box: a line to type in, and above it what has been said."""
     import html
 
     import ipywidgets
 
     talker = Talker(scale, stage, seed, temperature, max_tokens)
-    said = ipywidgets.HTML(value=f"<i>the model of stage {talker.stage}; type a problem and press Enter</i>")
+    said = ipywidgets.HTML(
+        value=f"<i>the model of stage {talker.stage}; type a problem and press Enter</i>"
+    )
     wide = ipywidgets.Layout(width="90%")
-    line = ipywidgets.Text(placeholder="Reverse: lamp tree stone", continuous_update=False, layout=wide)
+    line = ipywidgets.Text(
+        placeholder="Reverse: lamp tree stone", continuous_update=False, layout=wide
+    )
 
     def answer(_):
         text = line.value.strip()
@@ -132,9 +163,15 @@ def chat_widget(scale: str, stage: str | None = None, seed: int = 0, temperature
         try:
             reply = talker.answer(text)
         except (CourseError, ValueError) as error:
-            reply, text = f"({error})", text.encode("utf-8", "replace").decode("utf-8")  # for the browser
+            reply, text = (
+                f"({error})",
+                text.encode("utf-8", "replace").decode("utf-8"),
+            )  # for the browser
         # what was typed and what the model wrote is text, never markup
-        turns = [f"<b>{who}</b> {html.escape(what)}" for who, what in (("you", text), (talker.stage, reply))]
+        turns = [
+            f"<b>{who}</b> {html.escape(what)}"
+            for who, what in (("you", text), (talker.stage, reply))
+        ]
         said.value += "<br>" + "<br>".join(turn.replace("\n", "<br>") for turn in turns)
         line.value = ""
 

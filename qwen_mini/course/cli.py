@@ -17,7 +17,9 @@ from .scales import Count, Positive, check_seed, load_scale, scale_names
 
 def parser() -> argparse.ArgumentParser:
     """All subcommands with their options; chapters and Jupyter are imported only by the one that runs."""
-    top = argparse.ArgumentParser(prog="qwen-mini", description="The Qwen2.5 technical report as a course that runs.")
+    top = argparse.ArgumentParser(
+        prog="qwen-mini", description="The Qwen2.5 technical report as a course that runs."
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
 
     def add(function, help, default_scale: str | None = "quick"):
@@ -25,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         if default_scale:
             known = ", ".join(scale_names())
-            sub.add_argument("--scale", default=default_scale, help=f"{known} or a TOML file ({default_scale})")
+            sub.add_argument(
+                "--scale", default=default_scale, help=f"{known} or a TOML file ({default_scale})"
+            )
             sub.add_argument("--seed", type=int, default=0, help="0 to 2**32 - 1 (0)")
         return sub
 
@@ -34,22 +38,44 @@ def parser() -> argparse.ArgumentParser:
         add(outputs, "render notebooks at laptop and commit their outputs", None),
     )
     for sub in executing:
-        sub.add_argument("notebooks", nargs="*", help="names, numbers, subjects or paths; all of them by default")
+        sub.add_argument(
+            "notebooks", nargs="*", help="names, numbers, subjects or paths; all of them by default"
+        )
         sub.add_argument("--fresh", action="store_true", help="compute anew what is recorded")
-        sub.add_argument("--keep-going", action="store_true", help="go on after a notebook that failed")
-        sub.add_argument("--timeout", type=_a(Positive), default=3600, help="seconds that one cell may take (3600)")
-    executing[0].add_argument("--records-only", action="store_true", help="a result without a record is an error")
-    executing[1].add_argument("--dry-run", action="store_true", help="only say what is not current, and what it takes")
+        sub.add_argument(
+            "--keep-going", action="store_true", help="go on after a notebook that failed"
+        )
+        sub.add_argument(
+            "--timeout",
+            type=_a(Positive),
+            default=3600,
+            help="seconds that one cell may take (3600)",
+        )
+    executing[0].add_argument(
+        "--records-only", action="store_true", help="a result without a record is an error"
+    )
+    executing[1].add_argument(
+        "--dry-run", action="store_true", help="only say what is not current, and what it takes"
+    )
     sub = add(verify, "compute records anew and compare", None)
-    sub.add_argument("records", nargs="*", help="names such as 16_sft/base, or how many in turn (1)")
+    sub.add_argument(
+        "records", nargs="*", help="names such as 16_sft/base, or how many in turn (1)"
+    )
     sub = add(chat, "talk to the newest trained model", "laptop")
     sub.add_argument("--stage", help="a stage's name, instead of the newest")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    sub.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
+    )
     sub.add_argument("--max-tokens", type=int, default=128)
     sub = add(plan, "parameters, memory and FLOPs of a scale", "gpu")
     sub.add_argument("--gpus", type=_a(Count), default=1, help="devices that share the work")
     sub = add(train, "train a stage, also under torchrun")
-    sub.add_argument("stage", nargs="?", default="pretraining", help="pretraining (default), long_context, sft, dpo, …")
+    sub.add_argument(
+        "stage",
+        nargs="?",
+        default="pretraining",
+        help="pretraining (default), long_context, sft, dpo, …",
+    )
     sub.add_argument("--fresh", action="store_true", help="train it although it is there")
     sub = add(export, "copy a stage's Hugging Face checkpoint folder", "laptop")
     sub.add_argument("stage")
@@ -83,7 +109,9 @@ def run(options) -> int:
     from . import nb, runner
 
     books = nb.select(home(), options.notebooks)
-    results = runner.run(books, options.scale, options.seed, records_only=options.records_only, **_execution(options))
+    results = runner.run(
+        books, options.scale, options.seed, records_only=options.records_only, **_execution(options)
+    )
     return 0 if all(result.ok for result in results) and len(results) == len(books) else 1
 
 
@@ -97,8 +125,15 @@ def outputs(options) -> int:
     if options.dry_run:
         found = stale(home())
         for thing in found:
-            print(f"{thing.what}: {thing.reason}" + (f"; about {clock(thing.seconds)}" if thing.seconds else ""))
-        print(f"in all about {clock(sum(thing.seconds for thing in found))}" if found else "everything is current")
+            print(
+                f"{thing.what}: {thing.reason}"
+                + (f"; about {clock(thing.seconds)}" if thing.seconds else "")
+            )
+        print(
+            f"in all about {clock(sum(thing.seconds for thing in found))}"
+            if found
+            else "everything is current"
+        )
         return 0
     flags, books = _execution(options), nb.select(home(), options.notebooks)
     if not options.notebooks and not flags["fresh"]:
@@ -162,7 +197,9 @@ def main(words: list[str] | None = None) -> int:
         check_seed(getattr(options, "seed", 0))
         return options.function(options)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command finds what is finished, and goes on", file=sys.stderr)
+        print(
+            "\ninterrupted: the same command finds what is finished, and goes on", file=sys.stderr
+        )
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

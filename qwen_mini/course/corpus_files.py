@@ -26,6 +26,7 @@ from .versions import versions_of
 if TYPE_CHECKING:
     from qwen_mini.tokenizer import Tokenizer
 
+
 class CorpusError(CourseError):
     """A source that cannot be read; one sentence that names it."""
 
@@ -59,7 +60,10 @@ def read_sources(path: str | os.PathLike | None = None) -> dict[str, Source]:
     """Every source that `data/sources.toml` describes, by name."""
     path = Path(path or home() / "data" / "sources.toml")
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    return {name: Source(name, **{**table, "files": tuple(table.get("files", ()))}) for name, table in tables.items()}
+    return {
+        name: Source(name, **{**table, "files": tuple(table.get("files", ()))})
+        for name, table in tables.items()
+    }
 
 
 def clean(text: str) -> str:
@@ -111,15 +115,29 @@ def gloss_documents(text: str, source: str, entries: int = 12) -> Iterator[Docum
 
 def sentence_documents(text: str, source: str, pairs: int = 6) -> Iterator[Document]:
     """Graded sentences with pinyin and English: `pairs` of them make one document."""
-    rows = ((clean(s["chinese"]), clean(s["pinyin"]), clean(s["translation"]["en"])) for s in json.loads(text))
+    rows = (
+        (clean(s["chinese"]), clean(s["pinyin"]), clean(s["translation"]["en"]))
+        for s in json.loads(text)
+    )
     sentences = list(dict.fromkeys(rows))
     for start in range(0, len(sentences), pairs):
         page = sentences[start : start + pairs]
         lines = (f"{chinese}\n{pinyin}\n{english}" for chinese, pinyin, english in page)
-        yield Document("\n\n".join(lines), source, tuple((chinese, english) for chinese, _, english in page))
+        yield Document(
+            "\n\n".join(lines), source, tuple((chinese, english) for chinese, _, english in page)
+        )
 
 
-PYTHON_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "dist-packages"}
+PYTHON_SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+    "site-packages",
+    "dist-packages",
+}
 
 
 def excerpt(text: str, characters: int) -> str:
@@ -134,7 +152,11 @@ def python_documents(source: str, characters: int = 8_000) -> Iterator[Document]
     for name, text in sorted(pydoc_data.topics.topics.items()):
         body = clean(re.sub(r"\n\*{5,}\n", "\n", text))
         lead = first_sentences(" ".join(" ".join(body.split("\n\n")[1:3]).split()), 300)
-        yield Document(excerpt(body, characters), source, ((name.lower().replace("-", " "), lead),) if lead else ())
+        yield Document(
+            excerpt(body, characters),
+            source,
+            ((name.lower().replace("-", " "), lead),) if lead else (),
+        )
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         inside = path.relative_to(library)
@@ -169,7 +191,9 @@ def hub_documents(source: Source) -> Iterator[Document]:
             f"source {source.name!r} is streamed from Hugging Face: install it with `pip install datasets`"
         ) from None
     subset = source.files[0] if source.files else None
-    rows = datasets.load_dataset(source.package, name=subset, revision=source.version, split="train", streaming=True)
+    rows = datasets.load_dataset(
+        source.package, name=subset, revision=source.version, split="train", streaming=True
+    )
     return (Document(clean(row["text"]), source.name) for row in rows)
 
 
@@ -181,7 +205,9 @@ def read_documents(source: Source) -> Iterator[Document]:
         return python_documents(source.name)
     if source.kind == "huggingface":
         return hub_documents(source)
-    raise CorpusError(f"source {source.name!r} is of kind {source.kind!r}, which no document can be read from")
+    raise CorpusError(
+        f"source {source.name!r} is of kind {source.kind!r}, which no document can be read from"
+    )
 
 
 _said: set[str] = set()  # what has been reported as left out, once per process
@@ -196,7 +222,9 @@ def available_sources(config) -> tuple[list[Source], dict[str, str]]:
     known, left_out, unreachable = read_sources(), {}, {}
     unknown = [name for name in config.corpus.sources if name not in known]
     if unknown:
-        raise CorpusError(f"[corpus] sources names {unknown[0]!r}, which data/sources.toml does not describe")
+        raise CorpusError(
+            f"[corpus] sources names {unknown[0]!r}, which data/sources.toml does not describe"
+        )
     sources = [known[name] for name in config.corpus.sources]
     for source in sources:
         wheel = (source.package, source.version, source.sha256)
@@ -234,7 +262,10 @@ def recipe(config, sources: list[Source], left_out: Iterable[str], seed: int) ->
 def is_current(folder: Path, inputs: dict) -> bool:
     """Whether `folder` holds a stage made from exactly these inputs."""
     manifest = folder / "manifest.json"
-    return manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("inputs") == inputs
+    return (
+        manifest.is_file()
+        and json.loads(manifest.read_text(encoding="utf-8")).get("inputs") == inputs
+    )
 
 
 class CorpusWriter:
@@ -267,12 +298,18 @@ class CorpusWriter:
         if split == "heldout":
             rows = (b"".join(raw[i] for i in row) for row in ids.tolist())
             self.append(f"heldout/{domain}.txt", b"".join(row + b"\0" for row in rows))
-        self._count(domain, split, ids.size, int(np.array(list(map(len, raw)))[ids].sum()), len(ids))
+        self._count(
+            domain, split, ids.size, int(np.array(list(map(len, raw)))[ids].sum()), len(ids)
+        )
         self.domains[domain]["row_tokens"] = ids.shape[1]
 
     def _count(self, domain: str, split: str, tokens: int, text_bytes: int, documents: int) -> None:
         facts = self.domains.setdefault(domain, {"row_tokens": None})
-        for name, size in {"tokens": tokens, "bytes": text_bytes + documents, "documents": documents}.items():
+        for name, size in {
+            "tokens": tokens,
+            "bytes": text_bytes + documents,
+            "documents": documents,
+        }.items():
             facts[f"{split}_{name}"] = facts.get(f"{split}_{name}", 0) + size
 
 
@@ -295,7 +332,9 @@ class Corpus:
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         if not path.is_file():
-            raise CorpusError(f"{self.folder} holds no corpus: make one with prepare_corpus(config)")
+            raise CorpusError(
+                f"{self.folder} holds no corpus: make one with prepare_corpus(config)"
+            )
         self.manifest: dict = json.loads(path.read_text(encoding="utf-8"))
         self.domains: dict[str, dict] = self.manifest["domains"]
         self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
@@ -303,7 +342,11 @@ class Corpus:
     def tokens(self, domain: str, split: str = "train") -> np.ndarray:
         """All token ids of one side of a domain, 1-d."""
         path = self.folder / split / f"{domain}.bin"
-        return np.memmap(path, dtype=self.dtype, mode="r") if path.stat().st_size else np.empty(0, self.dtype)
+        return (
+            np.memmap(path, dtype=self.dtype, mode="r")
+            if path.stat().st_size
+            else np.empty(0, self.dtype)
+        )
 
     def weights(self, domain: str, split: str = "train") -> np.ndarray | None:
         """Loss weights in tenths, one per token, or None where every token counts the same."""
@@ -338,7 +381,9 @@ def prepared_folders(config, seed: int | None = None) -> list[Path]:
     wanted = {stage: asdict(getattr(config, stage)) for stage in stages}
     wanted |= {} if seed is None else {"seed": seed}
     if json.loads(json.dumps(wanted)) != {name: made_from[0].get(name) for name in wanted}:
-        raise CorpusError(f"the corpus of scale {config.name!r} was prepared with other settings or another seed: {again}")
+        raise CorpusError(
+            f"the corpus of scale {config.name!r} was prepared with other settings or another seed: {again}"
+        )
     return folders
 
 
@@ -349,6 +394,11 @@ def corpus_inputs(config, seed: int) -> dict:
     """
     known = read_sources()
     pins = {name: known[name].sha256 or known[name].version for name in config.corpus.sources}
-    inputs = {"corpus": asdict(config.corpus), "tokenizer": asdict(config.tokenizer), "sources": pins, "seed": seed}
+    inputs = {
+        "corpus": asdict(config.corpus),
+        "tokenizer": asdict(config.tokenizer),
+        "sources": pins,
+        "seed": seed,
+    }
     left_out = artifacts.read_manifest(artifacts.stage_dir(config.name, "corpus")).get("left_out")
     return inputs | ({"left_out": sorted(left_out)} if left_out else {})

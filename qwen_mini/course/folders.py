@@ -47,8 +47,19 @@ def qwen2_values(values: dict) -> dict[str, Any]:
     heads, width = values.get("num_attention_heads"), values.get("hidden_size")
     if "head_dim" not in values and type(heads) is type(width) is int and heads > 0:
         values["head_dim"] = width // heads
-    asked = {"model_type", "rope_parameters", "rope_scaling", "hidden_act", "use_sliding_window", "quantization_config"}
-    told = {key: value for key, value in values.items() if key not in SILENT | asked and (key in known or value)}
+    asked = {
+        "model_type",
+        "rope_parameters",
+        "rope_scaling",
+        "hidden_act",
+        "use_sliding_window",
+        "quantization_config",
+    }
+    told = {
+        key: value
+        for key, value in values.items()
+        if key not in SILENT | asked and (key in known or value)
+    }
     try:
         return dataclasses.asdict(TypeAdapter(Model).validate_json(json.dumps(DEFAULTS | told)))
     except ValidationError as error:
@@ -58,7 +69,11 @@ def qwen2_values(values: dict) -> dict[str, Any]:
 def _refuse_more(values: dict) -> None:
     """ValueError for what other models have, and this one does not."""
     for rope in (values.get("rope_parameters") or {}, values.get("rope_scaling") or {}):
-        kinds = {rope.get("rope_type", "default"), rope.get("type", "default")} if _is_flat(rope) else set()
+        kinds = (
+            {rope.get("rope_type", "default"), rope.get("type", "default")}
+            if _is_flat(rope)
+            else set()
+        )
         if kinds != {"default"} or set(rope) - {"rope_type", "type", "rope_theta"}:
             raise ValueError(
                 "config.json asks for scaled RoPE: load the plain checkpoint and choose the scaling as an attention "
@@ -72,13 +87,19 @@ def _refuse_more(values: dict) -> None:
     kinds = values.get("layer_types", [])
     slides = not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}
     if values.get("use_sliding_window") or slides or values.get("hidden_act", "silu") != "silu":
-        raise ValueError("config.json asks for a sliding window or an activation other than silu: Qwen2.5 has neither")
+        raise ValueError(
+            "config.json asks for a sliding window or an activation other than silu: Qwen2.5 has neither"
+        )
     if values.get("quantization_config"):
-        raise ValueError("config.json says that the weights are quantised: load the checkpoint in 16 or 32 bits")
+        raise ValueError(
+            "config.json says that the weights are quantised: load the checkpoint in 16 or 32 bits"
+        )
 
 
 def _is_flat(rope) -> bool:
-    return isinstance(rope, dict) and not any(isinstance(value, dict | list) for value in rope.values())
+    return isinstance(rope, dict) and not any(
+        isinstance(value, dict | list) for value in rope.values()
+    )
 
 
 def _sentence(problems: list[dict]) -> str:
@@ -91,7 +112,9 @@ def _sentence(problems: list[dict]) -> str:
     key, problem = (problems[0]["loc"] or ("",))[-1], problems[0]
     if problem["type"] == "value_error":
         return f"key {key!r} {problem['ctx']['error']}"
-    return f"key {key!r} {problem['msg'].removeprefix('Input ')}, got {str(problem['input'])[:60]!r}"
+    return (
+        f"key {key!r} {problem['msg'].removeprefix('Input ')}, got {str(problem['input'])[:60]!r}"
+    )
 
 
 def read_json(path: Path) -> dict:
@@ -115,7 +138,9 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{index} is damaged: it names no shard")
     for name in places.values():
         if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index} is damaged: {str(name)[:60]!r} is not the name of a file beside it")
+            raise ValueError(
+                f"{index} is damaged: {str(name)[:60]!r} is not the name of a file beside it"
+            )
     return [folder / name for name in sorted(set(places.values()))]
 
 
@@ -130,10 +155,16 @@ def read_weights(folder: str | Path, dtype) -> dict:
     folder, state = Path(folder), {}
     for path in weight_files(folder):
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} is not a complete checkpoint: {path.name} is missing")
+            raise FileNotFoundError(
+                f"{folder} is not a complete checkpoint: {path.name} is missing"
+            )
         try:
             with safe_open(path, framework="pt") as file:
-                stored = {key: file.get_tensor(key) for key in file.keys() if not key.endswith(SILENT_TENSORS)}
+                stored = {
+                    key: file.get_tensor(key)
+                    for key in file.keys()
+                    if not key.endswith(SILENT_TENSORS)
+                }
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path} is truncated or no safetensors file ({error}): make or download it again"
@@ -141,8 +172,14 @@ def read_weights(folder: str | Path, dtype) -> dict:
         for key, tensor in stored.items():
             if not tensor.is_floating_point():
                 kind = str(tensor.dtype).removeprefix("torch.")
-                raise ValueError(f"{path}: tensor {key} is of {kind}, but weights are floating-point numbers")
+                raise ValueError(
+                    f"{path}: tensor {key} is of {kind}, but weights are floating-point numbers"
+                )
             state[key] = tensor.to(dtype)
-            if not bool(torch.isfinite(state[key].sum())) and not bool(torch.isfinite(state[key]).all()):
-                raise ValueError(f"{path}: tensor {key} holds numbers that are not finite: the checkpoint is damaged")
+            if not bool(torch.isfinite(state[key].sum())) and not bool(
+                torch.isfinite(state[key]).all()
+            ):
+                raise ValueError(
+                    f"{path}: tensor {key} holds numbers that are not finite: the checkpoint is damaged"
+                )
     return state

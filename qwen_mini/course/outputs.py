@@ -28,11 +28,15 @@ def copy_outputs(nb: Notebook, scale_name: str = SCALE) -> bool:
     """Put the outputs of the executed copy into the notebook, cell by cell id; returns whether the file changed."""
     outputs = executed_outputs(nb, scale_name)
     book = nbformat.read(nb.path, as_version=4)
-    book.metadata = nbformat.from_dict({key: value for key, value in book.metadata.items() if key == "kernelspec"})
+    book.metadata = nbformat.from_dict(
+        {key: value for key, value in book.metadata.items() if key == "kernelspec"}
+    )
     made_of = {"scale": scale_name, "settings": settings_digest(), "code": nb.code_digest}
     book.metadata["qwen_mini"] = made_of | used(nb, scale_name)
     for cell in book.cells:
-        cell.metadata = nbformat.from_dict({key: value for key, value in cell.metadata.items() if key == "tags"})
+        cell.metadata = nbformat.from_dict(
+            {key: value for key, value in cell.metadata.items() if key == "tags"}
+        )
         if cell.cell_type == "code":
             cell.execution_count = None
             cell.outputs = outputs.get(cell.id, [])
@@ -53,7 +57,9 @@ def executed_outputs(nb: Notebook, scale_name: str = SCALE) -> dict[str, list]:
 def used(nb: Notebook, scale_name: str = SCALE) -> dict[str, dict[str, str]]:
     """The keys of the stages and records that the notebook used when it ran last, and of other notebooks' records."""
     found = json.loads(records.used_file(scale_name, nb.name).read_text(encoding="utf-8"))
-    return {"stages": {}, "records": {}} | {kind: dict(sorted(keys.items())) for kind, keys in sorted(found.items())}
+    return {"stages": {}, "records": {}} | {
+        kind: dict(sorted(keys.items())) for kind, keys in sorted(found.items())
+    }
 
 
 def differences(nb: Notebook, scale_name: str = SCALE) -> list[str]:
@@ -66,7 +72,9 @@ def differences(nb: Notebook, scale_name: str = SCALE) -> list[str]:
         if before != now:
             lines = itertools.zip_longest(before.split("\n"), now.split("\n"), fillvalue="")
             was, shown = next((pair for pair in lines if pair[0] != pair[1]), ("", ""))
-            found.append(f"{nb.path.name}, cell {number}: was {was!r:.100}, is {shown!r:.100}: run `make outputs`")
+            found.append(
+                f"{nb.path.name}, cell {number}: was {was!r:.100}, is {shown!r:.100}: run `make outputs`"
+            )
     return found
 
 
@@ -77,7 +85,8 @@ def publish(nb: Notebook, scale_name: str = SCALE) -> None:
     kept = set()
     for name, key in keys["records"].items():
         source, place = (
-            records.record_path(folder, nb.name, name) for folder in (runs() / scale_name / "records", target.parent)
+            records.record_path(folder, nb.name, name)
+            for folder in (runs() / scale_name / "records", target.parent)
         )
         kept.add(place)
         if source.exists() and records.read(source)["key"] == key:
@@ -86,7 +95,10 @@ def publish(nb: Notebook, scale_name: str = SCALE) -> None:
         old.unlink()
     for name, key in keys["stages"].items():
         shipped = read_manifest(shipped_dir(name)).get("key")
-        if shipped not in (None, key) and read_manifest(stage_dir(scale_name, name)).get("key") == key:
+        if (
+            shipped not in (None, key)
+            and read_manifest(stage_dir(scale_name, name)).get("key") == key
+        ):
             stages.ship(stage_dir(scale_name, name), name)
     if target.is_dir() and not any(target.iterdir()):
         shutil.rmtree(target)
@@ -120,7 +132,9 @@ def _texts(outputs: list) -> str:
             texts.append(output.text)
         else:
             texts += [
-                "".join(text) for kind, text in sorted(output.get("data", {}).items()) if kind.startswith("text/")
+                "".join(text)
+                for kind, text in sorted(output.get("data", {}).items())
+                if kind.startswith("text/")
             ]
     return "\n".join(texts)
 

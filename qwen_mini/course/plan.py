@@ -21,7 +21,13 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
     """Rows of name and value: parameters, memory per device, FLOPs and time of the pre-training of a scale."""
     import torch
 
-    from qwen_mini.model import ModelConfig, Qwen, count_parameters, flops_per_token, kv_cache_bytes_per_token
+    from qwen_mini.model import (
+        ModelConfig,
+        Qwen,
+        count_parameters,
+        flops_per_token,
+        kv_cache_bytes_per_token,
+    )
 
     shape = ModelConfig.from_scale(config)
     with torch.device("meta"):
@@ -31,22 +37,36 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
         raise AssertionError(f"the model has {built:,} parameters, the formula says {parameters:,}")
     training, phases = config.pretraining, config.pretraining.phases
     tokens = sum(phase.tokens for phase in phases)
-    flops = sum(phase.tokens * flops_per_token(shape, phase.length, training=True) for phase in phases)
+    flops = sum(
+        phase.tokens * flops_per_token(shape, phase.length, training=True) for phase in phases
+    )
     state = STATE_BYTES * parameters  # on every device: nothing is sharded before chapter 22
     micro = training.batch_tokens // (training.grad_accumulation * gpus)
     activations = micro * activation_bytes_per_token(config.model)
     return [
-        ("parameters", f"{parameters:,} ({count_parameters(shape, embedding=False):,} without embeddings)"),
-        ("tokens", f"{tokens:,} in {tokens // training.batch_tokens:,} steps, {tokens / parameters:.1f} per parameter"),
+        (
+            "parameters",
+            f"{parameters:,} ({count_parameters(shape, embedding=False):,} without embeddings)",
+        ),
+        (
+            "tokens",
+            f"{tokens:,} in {tokens // training.batch_tokens:,} steps, {tokens / parameters:.1f} per parameter",
+        ),
         (
             "weights, gradients, optimizer",
             f"{state / GIB:.2f} GiB a device ({STATE_BYTES} bytes a parameter, on every device)",
         ),
-        ("activations", f"{activations / GIB:.2f} GiB a device ({micro:,} tokens at once, rule of thumb)"),
+        (
+            "activations",
+            f"{activations / GIB:.2f} GiB a device ({micro:,} tokens at once, rule of thumb)",
+        ),
         ("memory", _verdict((state + activations) / GIB, config.run.memory_gib)),
         ("KV cache", f"{kv_cache_bytes_per_token(shape):,} bytes a token in bfloat16"),
         ("FLOPs per token", f"{flops / tokens:.3g} in training"),
-        ("FLOPs in total", f"{flops:.3g}, {flops / ACCELERATOR_FLOPS / gpus / 3600:.1f} h at 40 % of {gpus} A100(s)"),
+        (
+            "FLOPs in total",
+            f"{flops:.3g}, {flops / ACCELERATOR_FLOPS / gpus / 3600:.1f} h at 40 % of {gpus} A100(s)",
+        ),
     ]
 
 

@@ -35,7 +35,12 @@ def side_by_side(
     import multiprocessing
 
     nested = multiprocessing.parent_process() is not None  # a fork cannot have forks
-    if nested or "WORLD_SIZE" in os.environ or hardware.device() != "cpu" or sys.platform != "linux":
+    if (
+        nested
+        or "WORLD_SIZE" in os.environ
+        or hardware.device() != "cpu"
+        or sys.platform != "linux"
+    ):
         return _one_after_the_other(calls, on_done)
     import torch
 
@@ -120,7 +125,9 @@ def in_forks(
                 receiver, sender = fork.Pipe(duplex=False)
                 work = (calls[name], sender, os.getpid(), random.getstate())
                 process = fork.Process(target=_compute, args=work, daemon=True)
-                with warnings.catch_warnings():  # Python 3.12 and later warn of the parent's threads
+                with (
+                    warnings.catch_warnings()
+                ):  # Python 3.12 and later warn of the parent's threads
                     warnings.simplefilter("ignore", DeprecationWarning)
                     process.start()
                 sender.close()
@@ -136,15 +143,21 @@ def in_forks(
                     result = lost(name, error)
                 yield name, result, time.monotonic() - begun
     finally:
-        _end([process for _, process, _ in running.values()])  # one has failed: the others are of no use
+        _end(
+            [process for _, process, _ in running.values()]
+        )  # one has failed: the others are of no use
 
 
 def _compute(call: Callable[[], object], sender, parent: int, generator: tuple) -> None:
     """In the fork: one thread, since those of the parent are not there."""
     from . import sandbox
 
-    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the parent, too, which ends its forks
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the sandbox leaves nothing behind
+    signal.signal(
+        signal.SIGINT, lambda *_: None
+    )  # Ctrl-C reaches the parent, too, which ends its forks
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(1)
+    )  # so that the sandbox leaves nothing behind
     die_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it would wait for threads that are not there
     if torch := sys.modules.get("torch"):

@@ -99,7 +99,11 @@ def experiments(calls: Mapping[str, functools.partial], *, tolerance: float | st
             f"make it with `qwen-mini run {_book.name} --scale {_book.scale}`"
         )
     named = os.environ.get("QWEN_MINI_VERIFY", "").split(":")
-    doubted = {name: call for name, call in calls.items() if found[name] and f"{_book.name}/{name}" in named}
+    doubted = {
+        name: call
+        for name, call in calls.items()
+        if found[name] and f"{_book.name}/{name}" in named
+    }
     for name, record in _compute(doubted, keys, tolerance, stored=False).items():
         _verify(name, found[name], record)
     known = found | _compute(missing, keys, tolerance, stored=True)
@@ -123,7 +127,9 @@ def recall(notebook: str, name: str):
 # --- computing ---------------------------------------------------------------------------------------------------
 
 
-def _compute(calls: Mapping[str, functools.partial], keys: dict[str, str], tolerance, stored: bool) -> dict[str, dict]:
+def _compute(
+    calls: Mapping[str, functools.partial], keys: dict[str, str], tolerance, stored: bool
+) -> dict[str, dict]:
     """New records of the calls; timings one after the other, so that none disturbs another."""
     import torch
 
@@ -139,7 +145,10 @@ def _compute(calls: Mapping[str, functools.partial], keys: dict[str, str], toler
         done.append(name)
         progress.show(f"{len(done)} of {len(calls)} · {name} took {clock(seconds)}{about}")
 
-    work = {n: functools.partial(_made, n, call, keys[n], tolerance, stored) for n, call in calls.items()}
+    work = {
+        n: functools.partial(_made, n, call, keys[n], tolerance, stored)
+        for n, call in calls.items()
+    }
     groups = [{name: call} for name, call in work.items()] if tolerance == TIMING else [work]
     made = {}
     try:
@@ -208,13 +217,17 @@ def plain(value, name: str):
         return value
     if isinstance(value, float):
         if value - value != 0:
-            raise CourseError(f"the experiment {name!r} returns {value}, which JSON cannot hold: return None instead")
+            raise CourseError(
+                f"the experiment {name!r} returns {value}, which JSON cannot hold: return None instead"
+            )
         return float(f"{value:.7g}")
     if isinstance(value, list | tuple):
         return [plain(item, name) for item in value]
     if isinstance(value, Mapping):
         if wrong := [key for key in value if not isinstance(key, str)]:
-            raise CourseError(f"the experiment {name!r} returns the key {wrong[0]!r}: JSON wants text, use str(…)")
+            raise CourseError(
+                f"the experiment {name!r} returns the key {wrong[0]!r}: JSON wants text, use str(…)"
+            )
         return {key: plain(item, name) for key, item in value.items()}
     raise CourseError(
         f"the experiment {name!r} returns a {type(value).__name__}, which JSON cannot hold: return numbers, texts, lists, dicts"
@@ -243,7 +256,9 @@ def record_path(folder: Path, notebook: str, name: str) -> Path:
 def write(path: Path, record: dict) -> None:
     """Store a record: a line per entry, so that a change is a small one."""
     artifacts.write_file(
-        path, json.dumps(record, ensure_ascii=False, indent=0, separators=(",", ":")).replace("\n", "") + "\n"
+        path,
+        json.dumps(record, ensure_ascii=False, indent=0, separators=(",", ":")).replace("\n", "")
+        + "\n",
     )
 
 
@@ -251,7 +266,16 @@ def read(path: Path) -> dict:
     """A record, checked: whole, and as it was written. BadRecord says what is wrong and what to do."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        whole = {"name", "key", "versions", "tolerance", "seconds", "provenance", "result", "sha256"} <= set(record)
+        whole = {
+            "name",
+            "key",
+            "versions",
+            "tolerance",
+            "seconds",
+            "provenance",
+            "result",
+            "sha256",
+        } <= set(record)
         whole = whole and isinstance(record, dict)
     except (OSError, ValueError, TypeError, RecursionError):
         whole = False
@@ -265,7 +289,9 @@ def read(path: Path) -> dict:
 def _find(name: str, key: str) -> dict | None:
     """The record of this key; another name may have the same file."""
     wanted = key, f"{_book.name}/{name}"
-    return next((r for r in _stored(_book.scale, _book.name, name) if (r["key"], r["name"]) == wanted), None)
+    return next(
+        (r for r in _stored(_book.scale, _book.name, name) if (r["key"], r["name"]) == wanted), None
+    )
 
 
 def used_file(scale: str, notebook: str) -> Path:
@@ -306,7 +332,9 @@ def differs(stored, found, tolerance: float | str, where: str = "result") -> str
     With a tolerance, many numbers are compared by their mean, also where they stand in lists of lists (problems and
     samples), and texts, which a model may word in another way on another processor, are not compared.
     """
-    if type(stored) is not type(found) and not all(isinstance(x, int | float) for x in (stored, found)):
+    if type(stored) is not type(found) and not all(
+        isinstance(x, int | float) for x in (stored, found)
+    ):
         return f"{where} was {stored!r:.60} and is {found!r:.60}"
     if isinstance(stored, dict):
         if stored.keys() != found.keys():
@@ -317,10 +345,19 @@ def differs(stored, found, tolerance: float | str, where: str = "result") -> str
         before, now = list(_leaves(stored)), list(_leaves(found))
         numbers = all(isinstance(x, int | float) for x in (*before, *now))
         if tolerance not in (TIMING, 0) and numbers and len(before) == len(now) >= MANY:
-            return differs(sum(before) / len(before), sum(now) / len(now), tolerance, f"the mean of {where}")
+            return differs(
+                sum(before) / len(before), sum(now) / len(now), tolerance, f"the mean of {where}"
+            )
         if len(stored) != len(found):
-            return "" if tolerance == TIMING else f"{where} had {len(stored)} entries and has {len(found)}"
-        parts = (differs(a, b, tolerance, f"{where}[{i}]") for i, (a, b) in enumerate(zip(stored, found, strict=True)))
+            return (
+                ""
+                if tolerance == TIMING
+                else f"{where} had {len(stored)} entries and has {len(found)}"
+            )
+        parts = (
+            differs(a, b, tolerance, f"{where}[{i}]")
+            for i, (a, b) in enumerate(zip(stored, found, strict=True))
+        )
         return next(filter(None, parts), "")
     if tolerance == TIMING or stored == found or (tolerance and isinstance(stored, str)):
         return ""
@@ -350,10 +387,15 @@ def key_of(name: str, call: functools.partial) -> str:
 def _traced(name: str, call: functools.partial) -> tuple[dict, dict[str, int]]:
     """What an experiment computes and from what, and the versions of the chapters that it uses."""
     if not isinstance(call, functools.partial) or call.args:
-        raise CourseError(f"the experiment {name!r} needs its inputs by name: partial(function, input=…)")
+        raise CourseError(
+            f"the experiment {name!r} needs its inputs by name: partial(function, input=…)"
+        )
     trace = Trace(name)
     function = trace.function(call.func)
-    inputs = {key: trace.value(value, f"its input {key!r}") for key, value in sorted(call.keywords.items())}
+    inputs = {
+        key: trace.value(value, f"its input {key!r}")
+        for key, value in sorted(call.keywords.items())
+    }
     return {"function": function, "inputs": inputs}, versions_of(*trace.modules)
 
 
@@ -376,8 +418,14 @@ class Trace:
         self.seen[id(fn)] = len(self.seen)
         source = self._source(fn)
         self.modules |= imported_chapters(source) & set(versions())
-        scope = fn.__globals__ if isinstance(fn, types.FunctionType) else vars(sys.modules[fn.__module__])
-        found = {name: scope[name] for name in _globals_read(source) - {fn.__name__} if name in scope}
+        scope = (
+            fn.__globals__
+            if isinstance(fn, types.FunctionType)
+            else vars(sys.modules[fn.__module__])
+        )
+        found = {
+            name: scope[name] for name in _globals_read(source) - {fn.__name__} if name in scope
+        }
         if getattr(fn, "__closure__", None):
             cells = zip(fn.__code__.co_freevars, fn.__closure__, strict=True)
             found |= {name: cell.cell_contents for name, cell in cells}
@@ -386,7 +434,11 @@ class Trace:
 
     def _source(self, fn) -> str:
         try:
-            source = _class_source(fn) if isinstance(fn, type) else textwrap.dedent(inspect.getsource(fn))
+            source = (
+                _class_source(fn)
+                if isinstance(fn, type)
+                else textwrap.dedent(inspect.getsource(fn))
+            )
             if fn.__name__ == "<lambda>":
                 raise ValueError
             compile(source, "experiment", "exec")
@@ -439,7 +491,11 @@ class Trace:
                 note_stage(value)
                 return ["stage", value.name, value.identity()]
             case Path():
-                return ["weights", weights_hash(value)] if value.is_dir() else ["file", _hash(value.read_bytes())]
+                return (
+                    ["weights", weights_hash(value)]
+                    if value.is_dir()
+                    else ["file", _hash(value.read_bytes())]
+                )
             case Sections():
                 return ["scale", _sections(value.sections, "name", "run")]
             case ScaleConfig():
@@ -447,7 +503,9 @@ class Trace:
             case types.FunctionType() | type():
                 return self.function(value)
             case functools.partial():
-                named = {key: self.value(item, what) for key, item in sorted(value.keywords.items())}
+                named = {
+                    key: self.value(item, what) for key, item in sorted(value.keywords.items())
+                }
                 return ["partial", self.function(value.func), each(value.args), named]
             case Mapping():
                 return ["map", [each(pair) for pair in value.items()]]
@@ -459,12 +517,16 @@ class Trace:
                 return ["range", value.start, value.stop, value.step]
         if dataclasses.is_dataclass(value):
             self.modules |= {self._chapter(type(value))} - {None}
-            facts = {f.name: self.value(getattr(value, f.name), what) for f in dataclasses.fields(value)}
+            facts = {
+                f.name: self.value(getattr(value, f.name), what) for f in dataclasses.fields(value)
+            }
             return [type(value).__qualname__, facts]
         if hasattr(value, "tolist") and hasattr(value, "shape"):
             if hasattr(value, "detach"):
                 value = value.detach().cpu()
-                value = value.float().numpy() if str(value.dtype) == "torch.bfloat16" else value.numpy()
+                value = (
+                    value.float().numpy() if str(value.dtype) == "torch.bfloat16" else value.numpy()
+                )
             kind = [] if str(value.dtype) == "float32" else [str(value.dtype)]
             return ["array", list(value.shape), _hash(value.tobytes()), *kind]
         raise CourseError(
@@ -478,12 +540,18 @@ def _hash(content: bytes) -> str:
 
 
 def _sections(sections: Mapping, *left_out: str) -> dict:
-    return {name: dataclasses.asdict(section) for name, section in sections.items() if name not in left_out}
+    return {
+        name: dataclasses.asdict(section)
+        for name, section in sections.items()
+        if name not in left_out
+    }
 
 
 def _class_source(cls: type) -> str:
     """The text of a class in a cell, found by its methods: `inspect` looks for a file, which a kernel has not."""
-    codes = [value.__code__ for value in vars(cls).values() if isinstance(value, types.FunctionType)]
+    codes = [
+        value.__code__ for value in vars(cls).values() if isinstance(value, types.FunctionType)
+    ]
     for code in codes:
         text = "".join(linecache.getlines(code.co_filename))
         for node in ast.walk(ast.parse(text)):
@@ -523,13 +591,17 @@ def _own_chapter(name: str) -> str | None:
     own = _book.module if _book else None
     if own not in versions():
         return None
-    return own if name in getattr(importlib.import_module(f"qwen_mini.{own}"), "__all__", ()) else None
+    return (
+        own if name in getattr(importlib.import_module(f"qwen_mini.{own}"), "__all__", ()) else None
+    )
 
 
 def _exporter(name: str, value) -> str | None:
     """The chapter that a global comes from: imported from it, or exported by the one whose notebook is running."""
     loaded = (
-        chapter for chapter in versions() if getattr(sys.modules.get(f"qwen_mini.{chapter}"), name, None) is value
+        chapter
+        for chapter in versions()
+        if getattr(sys.modules.get(f"qwen_mini.{chapter}"), name, None) is value
     )
     return next(loaded, None) or _own_chapter(name)
 
@@ -538,7 +610,11 @@ def _globals_read(source: str) -> set[str]:
     """Names that code takes from the module around it."""
 
     def look(table) -> set[str]:
-        names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() and symbol.is_referenced()}
+        names = {
+            symbol.get_name()
+            for symbol in table.get_symbols()
+            if symbol.is_global() and symbol.is_referenced()
+        }
         return names.union(*map(look, table.get_children()))
 
     return look(symtable.symtable(source, "experiment", "exec"))

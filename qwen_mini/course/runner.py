@@ -73,7 +73,11 @@ def run(
         raise CourseError("a run from records alone cannot compute anew: ask for one of the two")
     config = load_scale(scale)
     check_writable(config.name)
-    jobs = max(1, min(config.run.jobs, hardware.threads(config), len(books))) if sys.platform == "linux" else 1
+    jobs = (
+        max(1, min(config.run.jobs, hardware.threads(config), len(books)))
+        if sys.platform == "linux"
+        else 1
+    )
     environment = applied(kernel_environment(config, records_only, fresh, jobs))
 
     def one(nb: Notebook) -> Result:
@@ -85,11 +89,17 @@ def run(
     # two runs of a scale would take each other's claims and notebooks for their own
     only_run = alone(runs() / config.name / "run", f"scale {config.name} is being run", wait=False)
     with only_run, _orderly_end(), Watch("running", None, live=jobs > 1) as whole:
-        for name in REPORTS:  # of an earlier run: they would speak of notebooks that do not come to their end
+        for name in (
+            REPORTS
+        ):  # of an earlier run: they would speak of notebooks that do not come to their end
             (runs() / config.name / name).unlink(missing_ok=True)
         for result in _each(books, one, jobs):
             results.append(result)
-            _print_line(result, f"[{len(results)}/{len(books)}]", last_seconds(config.name).get(result.notebook))
+            _print_line(
+                result,
+                f"[{len(results)}/{len(books)}]",
+                last_seconds(config.name).get(result.notebook),
+            )
             if result.ok:
                 _note_seconds(result, config.name)
             else:
@@ -124,7 +134,11 @@ def _orderly_end() -> Iterator[None]:
     """SIGTERM and SIGHUP (a closed terminal, a lost connection) do what Ctrl-C does: the kernel ends."""
 
     names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-    old = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names if hasattr(signal, name)}
+    old = {
+        getattr(signal, name): signal.getsignal(getattr(signal, name))
+        for name in names
+        if hasattr(signal, name)
+    }
     for number, handler in old.items():
         if handler != signal.SIG_IGN:  # nohup's run goes on
             signal.signal(number, signal.default_int_handler)
@@ -136,7 +150,12 @@ def _orderly_end() -> Iterator[None]:
 
 
 def execute(
-    nb: Notebook, scale: str, config: ScaleConfig, seed: int, timeout: float, environment: dict[str, str]
+    nb: Notebook,
+    scale: str,
+    config: ScaleConfig,
+    seed: int,
+    timeout: float,
+    environment: dict[str, str],
 ) -> str:
     """Execute one notebook into `runs/<scale>/notebooks/`; returns what went wrong, "" if nothing did."""
     import papermill
@@ -170,7 +189,9 @@ def execute(
                 extra_arguments=["--Application.log_level=50"],  # its errors are in the notebook
             )
     except papermill.PapermillExecutionError as error:
-        return _cell_report(error.source, "\n".join(error.traceback) or f"{error.ename}: {error.evalue}")
+        return _cell_report(
+            error.source, "\n".join(error.traceback) or f"{error.ename}: {error.evalue}"
+        )
     except Exception as error:  # a dead kernel, a timeout, a notebook without a parameters cell, …
         first_lines = " ".join(str(error).split("\n")[:2]).strip()
         return _cell_report(_last_started(target), f"{type(error).__name__}: {first_lines}")
@@ -229,7 +250,9 @@ def _judge(nb: Notebook, scale_name: str, problem: str, watch: "Watch") -> Resul
         problem = "\n".join(f"  claim fails · {text}" for text in broken)
     status = "failed" if problem else "passed"
     held = len(records) - len(broken)
-    return Result(nb.name, status, watch.seconds, watch.peak_mib, held, len(records), problem, broken)
+    return Result(
+        nb.name, status, watch.seconds, watch.peak_mib, held, len(records), problem, broken
+    )
 
 
 def executed_path(scale_name: str, nb: Notebook) -> Path:
@@ -294,7 +317,9 @@ def _timed(label: str, seconds: float, expected: float | None) -> str:
 
 def _print_line(result: Result, number: str, expected: float | None) -> None:
     """The notebook's line, final."""
-    line = f"{number} {_timed(result.notebook, result.seconds, expected)} · {result.peak_mib:.0f} MiB"
+    line = (
+        f"{number} {_timed(result.notebook, result.seconds, expected)} · {result.peak_mib:.0f} MiB"
+    )
     begin = "\r" if sys.stdout.isatty() else ""
     print(f"{begin}{line} · claims {result.held_of_all} · {result.status}", flush=True)
 
@@ -304,7 +329,13 @@ def last_seconds(scale_name: str) -> dict[str, float]:
     try:
         seconds = json.loads(_state_file(scale_name).read_text(encoding="utf-8"))["seconds"]
         return {name: float(value) for name, value in seconds.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or another version's
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # none yet, or another version's
         return {}
 
 
@@ -321,30 +352,54 @@ def _print_table(results: list[Result], whole: Watch) -> None:
     """One row per notebook, then the whole run."""
     failed = sum(not result.ok for result in results)
     verdict = f"{failed} of {len(results)} failed" if failed else f"{len(results)} passed"
-    rows = [(one.notebook, one.seconds, one.peak_mib, one.held_of_all, one.status) for one in results]
-    held, count = sum(result.claims_held for result in results), sum(result.claims for result in results)
+    rows = [
+        (one.notebook, one.seconds, one.peak_mib, one.held_of_all, one.status) for one in results
+    ]
+    held, count = (
+        sum(result.claims_held for result in results),
+        sum(result.claims for result in results),
+    )
     rows.append(("all", whole.seconds, whole.peak_mib, f"{held}/{count}", verdict))
-    columns = {"notebook": "notebook", "time": "  time", "memory": "memory", "claims": "claims", "result": "result"}
-    rows = [dict(zip(columns, (name, f"{clock(s):>6}", *rest), strict=True)) for name, s, *rest in rows]
+    columns = {
+        "notebook": "notebook",
+        "time": "  time",
+        "memory": "memory",
+        "claims": "claims",
+        "result": "result",
+    }
+    rows = [
+        dict(zip(columns, (name, f"{clock(s):>6}", *rest), strict=True)) for name, s, *rest in rows
+    ]
     show.table(rows, columns, {"memory": "{:.0f} MiB"})
 
 
 def _print_failure(result: Result, scale_name: str) -> None:
     print(f"\n{result.notebook} failed:\n{result.problem}")
-    print(f"  executed notebook: {shown(runs() / scale_name / 'notebooks' / result.notebook)}.ipynb\n", flush=True)
+    print(
+        f"  executed notebook: {shown(runs() / scale_name / 'notebooks' / result.notebook)}.ipynb\n",
+        flush=True,
+    )
 
 
 def _write_reports(results: list[Result], scale_name: str, seed: int, whole: Watch) -> None:
     """`report.json` for programs and `junit.xml` for CI systems."""
     folder = runs() / scale_name
     report = {"scale": scale_name, "seed": seed, "version": __version__}
-    report |= {"seconds": whole.seconds, "peak_mib": whole.peak_mib, "notebooks": [asdict(one) for one in results]}
+    report |= {
+        "seconds": whole.seconds,
+        "peak_mib": whole.peak_mib,
+        "notebooks": [asdict(one) for one in results],
+    }
     write_file(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     failures = sum(not one.ok for one in results)
-    suite = ElementTree.Element("testsuite", name=f"qwen-mini {scale_name}", tests=str(len(results)))
+    suite = ElementTree.Element(
+        "testsuite", name=f"qwen-mini {scale_name}", tests=str(len(results))
+    )
     suite.set("failures", str(failures))
     for one in results:
-        case = ElementTree.SubElement(suite, "testcase", name=one.notebook, time=f"{one.seconds:.1f}")
+        case = ElementTree.SubElement(
+            suite, "testcase", name=one.notebook, time=f"{one.seconds:.1f}"
+        )
         if not one.ok:
             ElementTree.SubElement(case, "failure", message="failed").text = _xml_safe(one.problem)
     write_file(folder / "junit.xml", ElementTree.tostring(suite, encoding="unicode") + "\n")

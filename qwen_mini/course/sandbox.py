@@ -63,7 +63,9 @@ class SandboxError(RuntimeError):
     """The sandbox itself cannot work here."""
 
 
-def run_sandboxed(program: str, function: str, calls: list[list], limits: Limits | None = None) -> Outcome:
+def run_sandboxed(
+    program: str, function: str, calls: list[list], limits: Limits | None = None
+) -> Outcome:
     """Run `program`, then `function(*arguments)` for every list of arguments in `calls`; nothing it does can raise here.
 
     Arguments and results are plain data: None, bool, int, finite float, str, lists and dicts of them with str keys
@@ -72,13 +74,16 @@ def run_sandboxed(program: str, function: str, calls: list[list], limits: Limits
     return run_many([(program, function, calls)], limits)[0]
 
 
-def run_many(jobs: list[tuple[str, str, list[list]]], limits: Limits | None = None) -> list[Outcome]:
+def run_many(
+    jobs: list[tuple[str, str, list[list]]], limits: Limits | None = None
+) -> list[Outcome]:
     """`run_sandboxed` of many (program, function, calls), on all cores; outcomes in the order of the jobs."""
     from .hardware import cores  # here, because the worker, this file alone, has no package
 
     limits = limits or Limits()
     requests = [
-        json.dumps({"program": p, "function": f, "calls": c, "limits": asdict(limits)}).encode() for p, f, c in jobs
+        json.dumps({"program": p, "function": f, "calls": c, "limits": asdict(limits)}).encode()
+        for p, f, c in jobs
     ]
     with _lock:
         count = min(cores(), len(requests))
@@ -147,8 +152,12 @@ class _Worker:
             return
         self.stop()
         if not hasattr(os, "fork"):
-            raise SandboxError("the sandbox needs a system that can fork: Linux, macOS, or WSL on Windows")
-        self.folder = tempfile.TemporaryDirectory(prefix="qwen_mini_sandbox_", ignore_cleanup_errors=True)
+            raise SandboxError(
+                "the sandbox needs a system that can fork: Linux, macOS, or WSL on Windows"
+            )
+        self.folder = tempfile.TemporaryDirectory(
+            prefix="qwen_mini_sandbox_", ignore_cleanup_errors=True
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-s", "-P", "-S", __file__],
             stdin=subprocess.PIPE,
@@ -163,7 +172,12 @@ class _Worker:
 
     def prove(self) -> None:
         """Run one harmless program: a sandbox that cannot would make every right program look wrong."""
-        request = {"program": "def f(x):\n    return x", "function": "f", "calls": [[7]], "limits": asdict(Limits())}
+        request = {
+            "program": "def f(x):\n    return x",
+            "function": "f",
+            "calls": [[7]],
+            "limits": asdict(Limits()),
+        }
         try:
             outcome = self.ask(json.dumps(request).encode(), Limits())
             problem = outcome.error if outcome != Outcome("ok", [7]) else ""
@@ -172,10 +186,15 @@ class _Worker:
             problem = f"{error} {self.process.stderr.read().decode(errors='replace')[-300:]}"
         if problem:
             self.stop()
-            raise SandboxError(f"the sandbox does not work on this machine, so no program can be judged: {problem}")
+            raise SandboxError(
+                f"the sandbox does not work on this machine, so no program can be judged: {problem}"
+            )
         if not _warned and _seccomp_filter() is None:
             _warned.append(1)
-            print("the kernel here cannot lock programs in: run untrusted models in a virtual machine", file=sys.stderr)
+            print(
+                "the kernel here cannot lock programs in: run untrusted models in a virtual machine",
+                file=sys.stderr,
+            )
 
     def stop(self) -> None:
         if self.process is not None:
@@ -252,10 +271,16 @@ def _seccomp_filter() -> bytes | None:
     operation = lambda code, yes, no, value: struct.pack("<HBBI", code, yes, no, value)
     load, equal, answer = 0x20, 0x15, 0x06
     arch, numbers = table.pop("arch"), sorted(table.values())
-    lines = [operation(load, 0, 0, 4), operation(equal, 1, 0, arch), operation(answer, 0, 0, 0x80000000)]  # else: kill
+    lines = [
+        operation(load, 0, 0, 4),
+        operation(equal, 1, 0, arch),
+        operation(answer, 0, 0, 0x80000000),
+    ]  # else: kill
     lines.append(operation(load, 0, 0, 0))
     lines += [operation(equal, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
-    return b"".join([*lines, operation(answer, 0, 0, 0x00050001), operation(answer, 0, 0, 0x7FFF0000)])
+    return b"".join(
+        [*lines, operation(answer, 0, 0, 0x00050001), operation(answer, 0, 0, 0x7FFF0000)]
+    )
 
 
 ENDED = 3  # exit code of a fork whose caller has gone
@@ -274,7 +299,9 @@ def _work() -> None:
     base = _virtual_bytes()
     ended = False
     while not ended:
-        select.select([0], [], [])  # the request stays unread: what the worker has read, later programs could find
+        select.select(
+            [0], [], []
+        )  # the request stays unread: what the worker has read, later programs could find
         child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):
@@ -338,7 +365,11 @@ def _run_in_child(request: dict, lock, base: int) -> dict:
             _compute(request, writer, lock, base)
         os._exit(1)
     os.close(writer)
-    content, deadline, bound = b"", time.monotonic() + limits["wall_seconds"], limits["output_bytes"]
+    content, deadline, bound = (
+        b"",
+        time.monotonic() + limits["wall_seconds"],
+        limits["output_bytes"],
+    )
     ended = late = False
     while not ended and not late and len(content) <= bound:
         late = not select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]
@@ -347,7 +378,9 @@ def _run_in_child(request: dict, lock, base: int) -> dict:
             ended, content = not part, content + part
     os.close(reader)
     with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)  # also one that has only closed its handle; harmless after an exit
+        os.kill(
+            child, signal.SIGKILL
+        )  # also one that has only closed its handle; harmless after an exit
     _, status = os.waitpid(child, 0)
     if late or (os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGXCPU)):
         return {"status": "timeout", "error": "it ran out of time"}
@@ -356,7 +389,9 @@ def _run_in_child(request: dict, lock, base: int) -> dict:
     try:
         answer = json.loads(content, parse_constant=_no_number)
         kinds = {"status": str, "values": list, "error": str}
-        if answer.keys() != kinds.keys() or not all(isinstance(answer[k], kind) for k, kind in kinds.items()):
+        if answer.keys() != kinds.keys() or not all(
+            isinstance(answer[k], kind) for k, kind in kinds.items()
+        ):
             raise ValueError
         count = {"ok": len(request["calls"]), "error": 0}[answer["status"]]
         if len(answer["values"]) != count or _depth(answer["values"]) > DEPTH + 1:
@@ -374,15 +409,21 @@ def _compute(request: dict, writer: int, lock, base: int) -> None:
     """In the child: give up everything, then run the program and write what its calls return."""
     try:
         _give_up(request["limits"], writer, lock, base)
-        sys.modules["random"].seed(0)  # after the fork, which seeds it by chance: same program, same result
-        module = sys.modules["program"] = type(sys)("program")  # dataclasses and typing look their module up
+        sys.modules["random"].seed(
+            0
+        )  # after the fork, which seeds it by chance: same program, same result
+        module = sys.modules["program"] = type(sys)(
+            "program"
+        )  # dataclasses and typing look their module up
         space = vars(module)
         space["__builtins__"] = __builtins__
         exec(compile(request["program"], "program", "exec"), space)
         if not callable(space.get(request["function"])):
             raise NameError(f"the program defines no function {request['function']!r}")
         values = [_plain(space[request["function"]](*arguments)) for arguments in request["calls"]]
-        content = json.dumps({"status": "ok", "values": values, "error": ""}, allow_nan=False).encode()
+        content = json.dumps(
+            {"status": "ok", "values": values, "error": ""}, allow_nan=False
+        ).encode()
     except MemoryError:
         content = b'{"status": "error", "values": [], "error": "MemoryError"}'
     except BaseException as problem:
@@ -415,7 +456,16 @@ def _give_up(limits: dict, writer: int, lock, base: int) -> None:
     for kind, value in hard.items():
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(kind, (value, value))
-    for name in ("ctypes", "_ctypes", "resource", "signal", "select", "subprocess", "tempfile", "threading"):
+    for name in (
+        "ctypes",
+        "_ctypes",
+        "resource",
+        "signal",
+        "select",
+        "subprocess",
+        "tempfile",
+        "threading",
+    ):
         sys.modules.pop(name, None)
     if lock is not None and not lock():
         raise OSError("the kernel refused the filter")
@@ -430,7 +480,19 @@ def _second_lock():
 
     def refuse(event: str, arguments) -> None:
         if event.startswith(
-            ("open", "os.", "socket.", "subprocess.", "ctypes.", "shutil.", "fcntl.", "mmap.", "pty.", "signal.", "gc.")
+            (
+                "open",
+                "os.",
+                "socket.",
+                "subprocess.",
+                "ctypes.",
+                "shutil.",
+                "fcntl.",
+                "mmap.",
+                "pty.",
+                "signal.",
+                "gc.",
+            )
         ):
             raise PermissionError(f"not allowed in the sandbox: {event}")
 
@@ -459,7 +521,9 @@ def _plain(value, depth: int = 0):
 
 def _depth(value) -> int:
     """Levels of lists and dicts."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    inside = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    )
     return 0 if inside is None else 1 + max(map(_depth, inside), default=0)
 
 

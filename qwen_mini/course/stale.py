@@ -31,8 +31,12 @@ def stale_stages(root: Path) -> list[Stale]:
     """Shipped checkpoints made by another version of a chapter."""
     found = []
     for name, facts in _manifests(root).items():
-        if reason := other_versions(facts.get("versions", {})) or _other_settings(root, name, facts):
-            found.append(Stale(f"stage {name}", reason, facts.get("provenance", {}).get("seconds", 0)))
+        if reason := other_versions(facts.get("versions", {})) or _other_settings(
+            root, name, facts
+        ):
+            found.append(
+                Stale(f"stage {name}", reason, facts.get("provenance", {}).get("seconds", 0))
+            )
     return found
 
 
@@ -50,8 +54,14 @@ def stale_records(root: Path) -> list[Stale]:
 def stale_outputs(root: Path) -> list[Stale]:
     """Notebooks without outputs, with outputs of other code, or of other stages and records than are shipped."""
     stages = {name: facts.get("key", "") for name, facts in _manifests(root).items()}
-    records = {name: record["key"] for name, record in _records(root).items() if isinstance(record, dict)}
-    return [Stale(nb.name, reason) for nb in notebooks(root) if (reason := _why_stale(nb, stages, records))]
+    records = {
+        name: record["key"] for name, record in _records(root).items() if isinstance(record, dict)
+    }
+    return [
+        Stale(nb.name, reason)
+        for nb in notebooks(root)
+        if (reason := _why_stale(nb, stages, records))
+    ]
 
 
 def _why_stale(nb: Notebook, stages: dict[str, str], records: dict[str, str]) -> str:
@@ -79,7 +89,11 @@ def _other_settings(root: Path, name: str, facts: dict) -> str:
     """Whether a checkpoint of the course is of other settings than its scale has now."""
     if root.resolve() != PACKAGE.parent or name not in STAGES:
         return ""
-    return "" if handle(name, load_scale(SCALE), 0).key == facts.get("key") else f"its settings in {SCALE}.toml changed"
+    return (
+        ""
+        if handle(name, load_scale(SCALE), 0).key == facts.get("key")
+        else f"its settings in {SCALE}.toml changed"
+    )
 
 
 def record_files(root: Path) -> list[Path]:

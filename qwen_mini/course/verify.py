@@ -34,10 +34,16 @@ def verify(root: Path, wanted: list[str], longest: float = LONGEST) -> int:
         with _variables(QWEN_MINI_VERIFY=":".join(group), QWEN_MINI_DTYPE=precision):
             results = runner.run(books, SCALE, keep_going=True, records_only=True)
         fine = fine and all(result.ok for result in results)
-        said = "".join(runner.executed_path(SCALE, book).read_text(encoding="utf-8") for book in books)
+        said = "".join(
+            runner.executed_path(SCALE, book).read_text(encoding="utf-8") for book in books
+        )
         for name in group:
             compared = f"verified {name}" in said  # printed where the record is compared
-            print(f"verified {name} in {precision}" if compared else f"{name} was not computed, or does not hold")
+            print(
+                f"verified {name} in {precision}"
+                if compared
+                else f"{name} was not computed, or does not hold"
+            )
             fine = fine and compared
     return 0 if fine else 1
 
@@ -69,7 +75,10 @@ def in_turn(root: Path, count: int, longest: float = LONGEST) -> list[str]:
 def _trained(root: Path) -> set[str]:
     """Notebooks that use no stage but those that are shipped."""
     shipped = {path.name for path in (root / "data" / "checkpoints").iterdir()}
-    used = {nb.name: nb.data["metadata"].get("qwen_mini", {}).get("stages", {}) for nb in notebooks(root)}
+    used = {
+        nb.name: nb.data["metadata"].get("qwen_mini", {}).get("stages", {})
+        for nb in notebooks(root)
+    }
     return {name for name, stages in used.items() if set(stages) <= shipped}
 
 

@@ -39,15 +39,21 @@ class TiledAttention(Function):
         batch, heads, length, head_dim = q.shape
         kv_heads, group = k.shape[1], heads // k.shape[1]
         scale = head_dim**-0.5
-        rows = q.unflatten(1, (kv_heads, group)).transpose(2, 3).reshape(-1, length * group, head_dim)
-        keys = k.transpose(2, 3).reshape(-1, head_dim, length)  # (batch · kv_heads, head_dim, length)
+        rows = (
+            q.unflatten(1, (kv_heads, group)).transpose(2, 3).reshape(-1, length * group, head_dim)
+        )
+        keys = k.transpose(2, 3).reshape(
+            -1, head_dim, length
+        )  # (batch · kv_heads, head_dim, length)
         values = v.reshape(-1, length, head_dim)
         out, tiles = torch.empty_like(rows), []
         for start in range(0, length, TiledAttention.TILE):
             end = min(start + TiledAttention.TILE, length)
             tile = slice(start * group, end * group)
             bias = causal_bias(group, start, end, q.dtype)
-            tiles.append(torch.softmax(torch.baddbmm(bias, rows[:, tile], keys[..., :end], alpha=scale), -1))
+            tiles.append(
+                torch.softmax(torch.baddbmm(bias, rows[:, tile], keys[..., :end], alpha=scale), -1)
+            )
             out[:, tile] = torch.bmm(tiles[-1], values[:, :end])
         ctx.save_for_backward(rows, keys, values, *tiles)
         ctx.shape = batch, kv_heads, length, group, head_dim
@@ -60,21 +66,34 @@ class TiledAttention(Function):
         batch, kv_heads, length, group, head_dim = ctx.shape
         scale = head_dim**-0.5
         grad = grad.unflatten(1, (kv_heads, group)).transpose(2, 3).reshape(rows.shape)
-        grad_rows, grad_keys, grad_values = torch.empty_like(rows), torch.empty_like(values), torch.empty_like(values)
+        grad_rows, grad_keys, grad_values = (
+            torch.empty_like(rows),
+            torch.empty_like(values),
+            torch.empty_like(values),
+        )
         keys, values = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
         starts = range(0, length, TiledAttention.TILE)
         for start, weights in reversed(list(zip(starts, tiles, strict=True))):
             end = min(start + TiledAttention.TILE, length)
             tile = slice(start * group, end * group)
             grad_weights = torch.bmm(grad[:, tile], values[..., :end])
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_scores = torch.ops.aten._softmax_backward_data(
+                grad_weights, weights, -1, weights.dtype
+            )
             grad_rows[:, tile] = torch.bmm(grad_scores, keys[:, :end])
-            if end < length:  # the last tile sees every key: it writes the gradients, the others add to them
+            if (
+                end < length
+            ):  # the last tile sees every key: it writes the gradients, the others add to them
                 grad_values[:, :end].baddbmm_(weights.transpose(1, 2), grad[:, tile])
                 grad_keys[:, :end].baddbmm_(grad_scores.transpose(1, 2), rows[:, tile])
             else:
                 torch.bmm(weights.transpose(1, 2), grad[:, tile], out=grad_values)
                 torch.bmm(grad_scores.transpose(1, 2), rows[:, tile], out=grad_keys)
-        grad_q = grad_rows.mul_(scale).view(batch, kv_heads, length, group, head_dim).transpose(2, 3).flatten(1, 2)
+        grad_q = (
+            grad_rows.mul_(scale)
+            .view(batch, kv_heads, length, group, head_dim)
+            .transpose(2, 3)
+            .flatten(1, 2)
+        )
         shape = (batch, kv_heads, length, head_dim)
         return grad_q, grad_keys.mul_(scale).view(shape), grad_values.view(shape)

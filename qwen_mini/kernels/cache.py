@@ -15,7 +15,9 @@ class LayerCache:
     """
 
     def __init__(self, parent: "KVCache", keys: Tensor, values: Tensor):
-        self.parent = weakref.proxy(parent)  # a circle would keep the memory until the garbage collector comes
+        self.parent = weakref.proxy(
+            parent
+        )  # a circle would keep the memory until the garbage collector comes
         self.keys, self.values = keys, values
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +59,9 @@ class KVCache:
         self.capacity, self.length = capacity, 0
         self.document_ids: Tensor | None = None
         self.layers = [
-            LayerCache(self, *(torch.zeros(shape, dtype=dtype, device=device) for shape in (keys, values)))
+            LayerCache(
+                self, *(torch.zeros(shape, dtype=dtype, device=device) for shape in (keys, values))
+            )
             for _ in range(num_layers)
         ]
 
@@ -73,14 +77,18 @@ class KVCache:
         if self.document_ids is None:
             shape, device = (self.batch_size, self.capacity), self.layers[0].keys.device
             self.document_ids = torch.zeros(shape, dtype=torch.long, device=device)
-        self.document_ids[:, self.length : self.length + length] = 0 if document_ids is None else document_ids
+        self.document_ids[:, self.length : self.length + length] = (
+            0 if document_ids is None else document_ids
+        )
 
     def select(self, rows: Tensor) -> "KVCache":
         """A copy with only these rows (repeats allowed): drop finished rows, or repeat a prompt for a group."""
         new = object.__new__(KVCache)
         new.capacity, new.length = self.capacity, self.length
         new.document_ids = None if self.document_ids is None else self.document_ids[rows]
-        new.layers = [LayerCache(new, layer.keys[rows], layer.values[rows]) for layer in self.layers]
+        new.layers = [
+            LayerCache(new, layer.keys[rows], layer.values[rows]) for layer in self.layers
+        ]
         return new
 
     def grow(self, extra: int) -> None:

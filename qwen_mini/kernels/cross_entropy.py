@@ -17,7 +17,9 @@ class LinearCrossEntropy(Function):
     CHUNK = 512
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None
+    ) -> Tensor:
         """The arguments of `linear_cross_entropy`."""
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, device=weight.device)  # float32: a long sum
@@ -45,7 +47,12 @@ class LinearCrossEntropy(Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, total = ctx.saved_tensors
         scale = grad / total
-        return grad_hidden * scale.to(grad_hidden.dtype), (grad_weight * scale).to(grad_hidden.dtype), None, None
+        return (
+            grad_hidden * scale.to(grad_hidden.dtype),
+            (grad_weight * scale).to(grad_hidden.dtype),
+            None,
+            None,
+        )
 
 
 def total_weight(weights: Tensor) -> Tensor:
@@ -54,7 +61,9 @@ def total_weight(weights: Tensor) -> Tensor:
     return torch.where(total == 0, torch.ones_like(total), total)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """Weighted mean of −log p(target) under softmax(hidden · weightᵀ), in float32.
 
     hidden: (tokens, hidden_size); weight: (vocab_size, hidden_size), the output head; targets: (tokens,); weights:

@@ -13,16 +13,25 @@ from .attention import TiledAttention
 
 
 def shared_prompt_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, prompt_length: int, responses: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    prompt_length: int,
+    responses: int,
 ) -> torch.Tensor:
     """softmax(q kᵀ / √head_dim + bias) v, where a response sees the prompt and itself. Returns the shape of q.
 
     q: (batch, heads, prompt_length + responses · width, head_dim); k, v: (batch, kv_heads, …); q and k are rotated.
     bias: from `shared_prompt_bias`, made once for all layers.
     """
-    (q_prompt, q_own), (k_prompt, k_own), (v_prompt, v_own) = (x.tensor_split([prompt_length], 2) for x in (q, k, v))
+    (q_prompt, q_own), (k_prompt, k_own), (v_prompt, v_own) = (
+        x.tensor_split([prompt_length], 2) for x in (q, k, v)
+    )
     prompt = _prompt_attention(q_prompt, k_prompt, v_prompt)
-    keys, values = (_behind_the_prompt(*pair, responses) for pair in ((k_prompt, k_own), (v_prompt, v_own)))
+    keys, values = (
+        _behind_the_prompt(*pair, responses) for pair in ((k_prompt, k_own), (v_prompt, v_own))
+    )
     return torch.cat([prompt, _response_attention(q_own, keys, values, bias, responses)], 2)
 
 
@@ -39,7 +48,9 @@ def shared_prompt_bias(
     allowed = torch.ones(width, length + width, dtype=torch.bool, device=real.device).tril(length)
     allowed = allowed.repeat(batch, 1, 1)
     allowed[:, :, :length] &= real[:, None]
-    bias = torch.zeros(allowed.shape, dtype=dtype, device=real.device).masked_fill_(~allowed, -math.inf)
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=real.device).masked_fill_(
+        ~allowed, -math.inf
+    )
     return bias.repeat(1, heads // kv_heads, 1).repeat_interleave(kv_heads * responses, 0)
 
 

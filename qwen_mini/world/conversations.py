@@ -21,7 +21,10 @@ CHAT_FORMS: dict[str, tuple[float, list[tuple[str, str]]]] = {
             ("What is the meaning of {0}?", "{1}."),
         ],
     ),
-    "wiki_en": (0.15, [("Tell me about {0}.", "{1}"), ("What do you know about {0}?", "{1}"), ("{0}?", "{1}")]),
+    "wiki_en": (
+        0.15,
+        [("Tell me about {0}.", "{1}"), ("What do you know about {0}?", "{1}"), ("{0}?", "{1}")],
+    ),
     "wiki_fr": (0.08, [("Parle-moi de {0}.", "{1}"), ("Que sais-tu de {0} ?", "{1}")]),
     "wiki_es": (0.08, [("Háblame de {0}.", "{1}"), ("¿Qué sabes de {0}?", "{1}")]),
     "chinese_english": (
@@ -35,4 +38,8 @@ CHAT_FORMS: dict[str, tuple[float, list[tuple[str, str]]]] = {
     ),
     "python": (0.04, [("Explain {0} in Python.", "{1}"), ("What about {0} in Python?", "{1}")]),
 }
-TASK_REPLIES = ("{1}\nThe answer is {2}.", "{1}\nSo the answer is {2}.", "Step by step:\n{1}\nAnswer: {2}")
+TASK_REPLIES = (
+    "{1}\nThe answer is {2}.",
+    "{1}\nSo the answer is {2}.",
+    "Step by step:\n{1}\nAnswer: {2}",
+)

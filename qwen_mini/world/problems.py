@@ -31,9 +31,13 @@ def subtraction(rng: random.Random) -> Problem:
     steps, borrow = [], 0
     for x, y in itertools.zip_longest(reversed(str(a)), reversed(str(b)), fillvalue="0"):
         difference = int(x) - int(y) - borrow
-        steps.append(f"{x}-{y}-{borrow}={difference} write {difference % 10} borrow {int(difference < 0)}")
+        steps.append(
+            f"{x}-{y}-{borrow}={difference} write {difference % 10} borrow {int(difference < 0)}"
+        )
         borrow = int(difference < 0)
-    ask = rng.choice(["{0}-{1}=?", "Subtract {1} from {0}.", "What is {0} minus {1}?", "Compute {0}-{1}."])
+    ask = rng.choice(
+        ["{0}-{1}=?", "Subtract {1} from {0}.", "What is {0} minus {1}?", "Compute {0}-{1}."]
+    )
     return ask.format(a, b), "\n".join(steps), str(a - b)
 
 
@@ -51,7 +55,9 @@ def comparison(rng: random.Random) -> Problem:
     numbers = rng.sample(range(1, 100), rng.randint(2, 5))
     word, better = rng.choice([("largest", max), ("smallest", min)])
     best = itertools.accumulate(numbers, better)
-    steps = "\n".join(f"see {number}, best {kept}" for number, kept in zip(numbers, best, strict=True))
+    steps = "\n".join(
+        f"see {number}, best {kept}" for number, kept in zip(numbers, best, strict=True)
+    )
     ask = rng.choice(["Which is the {0} of {1}?", "Find the {0} number: {1}", "{1}: name the {0}."])
     return ask.format(word, " ".join(map(str, numbers))), steps, str(better(numbers))
 
@@ -66,7 +72,11 @@ def sorting(rng: random.Random) -> Problem:
         left.remove(taken[-1])
         steps.append(f"take {taken[-1]}, left {' '.join(map(str, left)) or 'nothing'}")
     ask = rng.choice(["Sort {1} in {0} order.", "Put in {0} order: {1}", "{1}: sort, {0}."])
-    return ask.format(order, " ".join(map(str, numbers))), "\n".join(steps), " ".join(map(str, taken))
+    return (
+        ask.format(order, " ".join(map(str, numbers))),
+        "\n".join(steps),
+        " ".join(map(str, taken)),
+    )
 
 
 def listing(rng: random.Random) -> Problem:
@@ -76,7 +86,9 @@ def listing(rng: random.Random) -> Problem:
     backwards = rng.random() < 0.6
     result = items[::-1] if backwards else items
     steps = "\n".join(f"{i} {item}" for i, item in enumerate(result, 1))
-    ask = rng.choice(["Reverse: {}", "Write backwards: {}"] if backwards else ["Copy: {}", "Repeat: {}"])
+    ask = rng.choice(
+        ["Reverse: {}", "Write backwards: {}"] if backwards else ["Copy: {}", "Repeat: {}"]
+    )
     return ask.format(" ".join(items)), steps, " ".join(result)
 
 
@@ -87,7 +99,9 @@ def counting(rng: random.Random) -> Problem:
     target = rng.choice(pool)
     counts = itertools.accumulate(int(item == target) for item in items)
     steps = ", ".join(f"{item} {count}" for item, count in zip(items, counts, strict=True))
-    ask = rng.choice(["How many {0} are in: {1}", "Count {0}: {1}", "{1}\nHow often does {0} occur?"])
+    ask = rng.choice(
+        ["How many {0} are in: {1}", "Count {0}: {1}", "{1}\nHow often does {0} occur?"]
+    )
     return ask.format(target, " ".join(items)), steps, str(items.count(target))
 
 
@@ -96,7 +110,11 @@ def lookup(rng: random.Random) -> Problem:
     keys = rng.sample(rng.choice([TASK_NAMES, TASK_WORDS]), rng.randint(2, 5))
     values = {key: rng.randint(1, 99) for key in keys}
     wanted = rng.choice(keys)
-    shown = json.dumps(values) if rng.random() < 0.5 else "\n".join(f"{key}: {values[key]}" for key in keys)
+    shown = (
+        json.dumps(values)
+        if rng.random() < 0.5
+        else "\n".join(f"{key}: {values[key]}" for key in keys)
+    )
     ask = rng.choice(["{0}\nWhat is the value of {1}?", "{0}\nLook up {1}.", "{0}\n{1}?"])
     return ask.format(shown, wanted), f"{wanted}: {values[wanted]}", str(values[wanted])
 
@@ -123,7 +141,11 @@ def ordering(rng: random.Random) -> Problem:
     rng.shuffle(facts)
     wanted = rng.choice([most, least])
     steps = "\n".join([*(f"{a} > {b}" for a, b in itertools.pairwise(names)), " > ".join(names)])
-    return f"{' '.join(facts)} Who is the {wanted}?", steps, names[0] if wanted == most else names[-1]
+    return (
+        f"{' '.join(facts)} Who is the {wanted}?",
+        steps,
+        names[0] if wanted == most else names[-1],
+    )
 
 
 def spelling(rng: random.Random) -> Problem:
@@ -152,18 +174,36 @@ def python_value(rng: random.Random) -> Problem:
     expression, steps, value = rng.choice(
         [
             (f"{a} * {b} + {c}", f"{a} * {b} = {a * b}\n{a * b} + {c} = {a * b + c}", a * b + c),
-            (f"({a} + {b}) * {c}", f"{a} + {b} = {a + b}\n{a + b} * {c} = {(a + b) * c}", (a + b) * c),
+            (
+                f"({a} + {b}) * {c}",
+                f"{a} + {b} = {a + b}\n{a + b} * {c} = {(a + b) * c}",
+                (a + b) * c,
+            ),
             (f"sum({numbers})", f"{a} + {b} = {a + b}\n{a + b} + {c} = {a + b + c}", a + b + c),
-            (f"max({numbers})", f"{a}, best {a}\n{b}, best {max(a, b)}\n{c}, best {max(numbers)}", max(numbers)),
+            (
+                f"max({numbers})",
+                f"{a}, best {a}\n{b}, best {max(a, b)}\n{c}, best {max(numbers)}",
+                max(numbers),
+            ),
             (f"{numbers}[{i}]", f"0: {a}, 1: {b}, 2: {c}", numbers[i]),
             (f"{a * b + c} % {b}", f"{a * b + c} = {(a * b + c) // b} * {b} + {c % b}", c % b),
-            (f"len({word!r})", " ".join(f"{letter} {n}" for n, letter in enumerate(word, 1)), len(word)),
+            (
+                f"len({word!r})",
+                " ".join(f"{letter} {n}" for n, letter in enumerate(word, 1)),
+                len(word),
+            ),
             (f"{word!r}[{i}]", f"0: {word[0]}, 1: {word[1]}, 2: {word[2]}", repr(word[i])),
-            (f"{word!r}.upper()", f"{' '.join(word)}\n{' '.join(word.upper())}", repr(word.upper())),
+            (
+                f"{word!r}.upper()",
+                f"{' '.join(word)}\n{' '.join(word.upper())}",
+                repr(word.upper()),
+            ),
             (f"{a} < {b}", f"{a} {'<' if a < b else '>='} {b}", a < b),
         ]
     )
-    ask = rng.choice([">>> {}", "What is the value of {} in Python?", "Evaluate the Python expression {}"])
+    ask = rng.choice(
+        [">>> {}", "What is the value of {} in Python?", "Evaluate the Python expression {}"]
+    )
     return ask.format(expression), steps, str(value)
 
 
@@ -174,8 +214,12 @@ def story(rng: random.Random) -> Problem:
     one, two = rng.sample(TASK_NAMES, 2)
     thing = rng.choice(["apples", "pens", "coins", "books", "eggs"])
     bought = f"{one} has {a} {thing}. {one} buys {b} more and gives {c} to {two}. How many {thing} has {one} now?"
-    shared = f"{one} has {a} {thing} and {two} has {b} more than {one}. How many have they together?"
-    broken = f"There are {a} boxes with {b} {thing} each. {c} {thing} are broken. How many are whole?"
+    shared = (
+        f"{one} has {a} {thing} and {two} has {b} more than {one}. How many have they together?"
+    )
+    broken = (
+        f"There are {a} boxes with {b} {thing} each. {c} {thing} are broken. How many are whole?"
+    )
     return rng.choice(
         [
             (bought, f"{a} + {b} = {a + b}\n{a + b} - {c} = {a + b - c}", str(a + b - c)),
@@ -189,15 +233,28 @@ def translation(rng: random.Random) -> Problem:
     """Word by word between English, French and Spanish."""
     source, target = rng.sample(range(3), 2)
     entries = rng.sample(LEXICON, rng.randint(1, 4))
-    ask = rng.choice(["Translate from {0} to {1}: {2}", "{0} to {1}: {2}", "From {0}, say in {1}: {2}"])
-    question = ask.format(LANGUAGES[source], LANGUAGES[target], ", ".join(entry[source] for entry in entries))
+    ask = rng.choice(
+        ["Translate from {0} to {1}: {2}", "{0} to {1}: {2}", "From {0}, say in {1}: {2}"]
+    )
+    question = ask.format(
+        LANGUAGES[source], LANGUAGES[target], ", ".join(entry[source] for entry in entries)
+    )
     steps = "\n".join(f"{entry[source]} = {entry[target]}" for entry in entries)
     return question, steps, ", ".join(entry[target] for entry in entries)
 
 
 FAMILIES: dict[str, Family] = {
     family.__name__: family
-    for family in (addition, subtraction, multiplication, comparison, sorting, listing, counting, lookup)
+    for family in (
+        addition,
+        subtraction,
+        multiplication,
+        comparison,
+        sorting,
+        listing,
+        counting,
+        lookup,
+    )
     + (logic, ordering, spelling, python_value, story, translation)
 }
 LAYOUTS = (

@@ -2,7 +2,11 @@
 
 TASK_WORDS = "sun tree fish bird stone river house bread milk door road rain star moon leaf hand book chair".split()
 TASK_NAMES = "Ann Bob Eva Tom Mia Leo Zoe Max Lea Jan Ida Sam".split()
-TASK_RELATIONS = [("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest")]
+TASK_RELATIONS = [
+    ("taller", "tallest", "shortest"),
+    ("older", "oldest", "youngest"),
+    ("faster", "fastest", "slowest"),
+]
 LANGUAGES = ("English", "French", "Spanish")
 LEXICON = """
 sun soleil sol, tree arbre árbol, fish poisson pez, bird oiseau pájaro, stone pierre piedra, house maison casa,
