@@ -41,6 +41,7 @@ from qwen_mini.kernels import layers as fast_layers
 from qwen_mini.kernels.attention import TiledAttention
 from qwen_mini.kernels.cross_entropy import LinearCrossEntropy
 from qwen_mini.tasks import Verdict
+from qwen_mini.world import needles, problems
 
 
 # ---------------------------------------------------------------- the goldens themselves
@@ -244,11 +245,11 @@ def test_another_wording_of_a_family_is_seen(name, monkeypatch):
 @pytest.mark.parametrize(
     "owner, constant, change, module, name",
     [
-        (corpus, "LAYOUTS", lambda x: (x[0] + "!", *x[1:]), "corpus", "task documents"),
+        (problems, "LAYOUTS", lambda x: (x[0] + "!", *x[1:]), "corpus", "task documents"),
         (corpus, "TASK_REPLIES", lambda x: ("{1} {2}",), "corpus", "chat documents"),
         (corpus, "SYSTEM_PROMPTS", lambda x: ("Be kind.", *x[1:]), "corpus", "chat documents"),
-        (corpus, "WEIGHT_ANSWER", lambda x: 40, "corpus", "needle rows"),
-        (corpus, "RECALL_SHARE", lambda x: 0.2, "corpus", "needle rows"),
+        (needles, "WEIGHT_ANSWER", lambda x: 40, "corpus", "needle rows"),
+        (needles, "RECALL_SHARE", lambda x: 0.2, "corpus", "needle rows"),
         (long_context, "TASK_SHARE", lambda x: 0.1, "long_context", "needle rows"),
         (rewards, "FILLER", lambda x: ("Well.", *x[1:]), "reward_model", "styles and criteria"),
         (sft, "TRAIN_SYSTEM", lambda x: ("Be kind.", *x[1:]), "sft", "rows"),

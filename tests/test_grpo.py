@@ -280,7 +280,8 @@ def test_queries_follow_the_variance_of_their_kind_and_repeat_exactly():
     assert query_weights(kinds[:2], rewards[:2]) == {kinds[0]: 1.0, kinds[1]: 0.0}
     drawn = fresh_queries(400, weights, 0, 7)
     assert {(e.task, e.level) for e in drawn} == {("story", 1), ("story", 2)}
-    assert all(split_of(f"{e.task}/{e.key}") == "train" for e in drawn)
+    # stories of level 1 that pre-training has shown are training problems whatever their hash
+    assert all(split_of(f"{e.task}/{e.key}") == "train" for e in drawn if e.level == 2)
     assert [e.key for e in drawn] == [e.key for e in fresh_queries(400, weights, 0, 7)]
     assert [e.key for e in drawn] != [e.key for e in fresh_queries(400, weights, 0, 8)]
     new = [e for e in drawn if e.messages[-1]["content"].startswith(("First", "Say how many"))]
