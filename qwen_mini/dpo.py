@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 
 from .course import hardware, stages
+from .course.ranks import world
 from .course.stages import Stage
 from .model import Qwen
 from .long_context import extended_checkpoint
@@ -53,7 +54,7 @@ from qwen_mini.sft import (
 )
 from .tasks import TASKS, Example
 from .tokenizer import Tokenizer
-from .training import Batch, Trainer, world
+from .training import Batch, Trainer
 
 
 # %% ../notebooks/18_dpo.ipynb #7e9b2b86

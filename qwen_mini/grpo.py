@@ -54,6 +54,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .course import CourseError, hardware, stages
+from .course.ranks import world
 from .course.scales import Grpo, ScaleConfig
 from .course.stages import Stage
 
@@ -65,7 +66,7 @@ from .dpo import WORDINGS_ASKED, dpo_stage, target_logprobs
 from .kernels.shared_prompt import shared_prompt_attention, shared_prompt_bias
 from .layers import apply_rope
 from .model import Qwen
-from .training import Trainer, world
+from .training import Trainer
 from .reward_model import adamw_settings, pad_right
 from .sft import Answer, evaluate_tasks
 from .tasks import TASKS, Example

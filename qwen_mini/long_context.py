@@ -66,6 +66,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention import causal_attention
+from .course.ranks import world
 from qwen_mini.corpus import (
     corpus_inputs,
     open_prepared,
@@ -105,7 +106,7 @@ from qwen_mini.pretraining import (
     pretraining_stage,
 )
 from .tokenizer import Control, Tokenizer
-from .training import Trainer, world
+from .training import Trainer
 
 
 # %% ../notebooks/12_long_context.ipynb #ce977765

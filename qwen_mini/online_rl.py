@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .course import hardware, stages
+from .course.ranks import world
 from .course.scales import Grpo, ScaleConfig, Sft
 from .course.stages import Stage
 
@@ -45,7 +46,7 @@ from qwen_mini.grpo import (
 )
 from .long_context import open_long_corpus
 from .model import Qwen
-from .training import Trainer, world
+from .training import Trainer
 from .reward_model import RewardModel, adamw_settings, score_rows
 from qwen_mini.sft import (
     Row,

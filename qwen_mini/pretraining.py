@@ -34,10 +34,11 @@ from torch import nn
 from .corpus import corpus_inputs, open_prepared
 from .course import CourseError, hardware, stages
 from .course.progress import Progress
+from .course.ranks import is_first, world
 from .course.stages import Stage
 from .model import ModelConfig, Qwen
 from .tokenizer import Tokenizer
-from .training import Batch, Trainer, is_first, world
+from .training import Batch, Trainer
 
 
 # %% ../notebooks/09_pretraining.ipynb #d6478d44

@@ -59,6 +59,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .course import CourseError, artifacts, hardware, stages
+from .course.ranks import world
 from .course.stages import Stage
 from .model import Qwen
 from qwen_mini.sft import (
@@ -76,7 +77,7 @@ from qwen_mini.sft import (
 )
 from .tasks import TASKS, Example, Verdict, final_answer
 from .tokenizer import Tokenizer
-from .training import Trainer, world
+from .training import Trainer
 
 
 # %% ../notebooks/17_reward_model.ipynb #f3e4e3a2

@@ -58,6 +58,7 @@ import numpy as np
 import torch
 
 from .corpus import corpus_inputs, prepare_corpus
+from .course.ranks import world
 from .world.needles import needle_pieces
 from .course import CourseError, hardware, stages
 from .course.stages import Stage
@@ -77,7 +78,7 @@ from qwen_mini.tasks import (
     verify_many,
 )
 from .tokenizer import Tokenizer
-from .training import Batch, Trainer, world
+from .training import Batch, Trainer
 
 # %% ../notebooks/16_sft.ipynb #f336303a
 MASKS = (

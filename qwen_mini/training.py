@@ -13,8 +13,6 @@ __all__ = [
     "collect_gradients",
     "publish_weights",
     "Batch",
-    "world",
-    "is_first",
     "loss_shares",
     "Trainer",
     "training_tensors",
@@ -43,6 +41,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .course import CourseError, artifacts
+from .course.ranks import world
 from .kernels.cross_entropy import linear_cross_entropy, total_weight
 from .model import Qwen
 
@@ -272,18 +271,6 @@ class Batch:
 
 
 # %% ../notebooks/08_training.ipynb #ab5556b8
-def world() -> tuple[int, int]:
-    """(rank, world size) of this process; (0, 1) outside torchrun."""
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-
-def is_first() -> bool:
-    """Whether this process evaluates, prints and writes."""
-    return world()[0] == 0
-
-
 def loss_shares(model: Qwen, batch: Batch, parts: int) -> Iterator[torch.Tensor]:
     """The loss of each micro-batch, times its share of the whole batch's tokens.
 

@@ -485,7 +485,7 @@ def test_two_processes_update_as_one(config, tmp_path, flat, kind):
         "from qwen_mini import course\n"
         "from qwen_mini.course import artifacts\n"
         "from qwen_mini.grpo import Group, new_trainer, policy_update\n"
-        "from qwen_mini.training import world\n"
+        "from qwen_mini.course.ranks import world\n"
         "groups = [Group(**g) for g in json.load(open(sys.argv[1]))]\n"
         "config = course.load_scale('quick')\n"
         "trainer = new_trainer(config, artifacts.shipped_dir('long_context'), config.grpo)\n"

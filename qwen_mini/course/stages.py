@@ -20,6 +20,7 @@ from .errors import CourseError
 from .paths import shown
 from .processes import generators_kept
 from .provenance import provenance
+from .ranks import is_first, world
 from .versions import versions_of
 
 SAVE_EVERY = 30.0  # seconds between training states
@@ -84,8 +85,6 @@ class Stage:
         One process at a time: another that wants the same stage waits, and then finds it. Under torchrun all ranks
         take part, and the first one writes.
         """
-        from qwen_mini.training import is_first
-
         if os.environ.get("QWEN_MINI_RECORDS") == "only" and not os.environ.get("QWEN_MINI_VERIFY"):
             raise artifacts.MissingStage(
                 f"the stage {self.name!r} is not there, or is of other settings: make it with "
@@ -242,8 +241,6 @@ def state_path(made: Stage) -> Path:
 
 
 def _fill(made: Stage, fill: Callable[[Path], None], starts: tuple) -> Path:
-    from qwen_mini.training import is_first, world
-
     for start in starts:
         folder_of(start)
     if is_first():
@@ -262,7 +259,7 @@ def _fill(made: Stage, fill: Callable[[Path], None], starts: tuple) -> Path:
 def _train(made: Stage, begin: Begin, stop_after: int | None) -> Path:
     """The skeleton: begin, resume, step, save, write."""
     import torch
-    from qwen_mini.training import is_first, load_training_state, save_training_state
+    from qwen_mini.training import load_training_state, save_training_state
 
     state, begun = state_path(made), time.monotonic()
     artifacts.sweep(made.scale)
@@ -332,7 +329,6 @@ def _write_metrics(folder: Path, records: list[dict]) -> None:
 def _of_all_ranks(value) -> list:
     """The value of every process, by rank; under torchrun all wait here for each other."""
     import torch.distributed as dist
-    from qwen_mini.training import world
 
     values = [value] * world()[1]
     if len(values) > 1:

@@ -1,0 +1,15 @@
+"""Which of the processes of torchrun this is."""
+
+
+def world() -> tuple[int, int]:
+    """(rank, world size) of this process; (0, 1) outside torchrun."""
+    import torch.distributed as dist  # here, because every start of the command line imports this package
+
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def is_first() -> bool:
+    """Whether this process evaluates, prints and writes."""
+    return world()[0] == 0
