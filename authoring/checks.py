@@ -13,6 +13,7 @@ from qwen_mini.course.versions import imported_chapters
 
 from .digits import typed_numbers
 from .measurements import measurements_are_current
+from .report_map import map_is_current
 
 ROOMS = {
     "course": set(),
@@ -276,6 +277,7 @@ CHECKS = [
     commands_exist,
     typed_numbers,
     measurements_are_current,
+    map_is_current,
 ]
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "LISTED_WORDS",
     "UNSEEN_CONSTRAINTS",
     "EXCLUDE",
+    "ATTEMPTS",
     "ORDERS",
     "SYSTEM_RULES",
     "NUMBER_STEPS",
@@ -676,10 +677,13 @@ def fulfil(wanted: dict[str, Any], rng: random.Random) -> tuple[list[str], str]:
     return words, text.upper() if "upper" in wanted else text
 
 
+ATTEMPTS = 1_000  # draws of constraints that hold together
+
+
 def instructions(rng: random.Random, level: int, pool: Iterable[str] = ()) -> Draw:
     """An exact number of words, and `level` constraints more; `pool`: which, by default all seen ones."""
     pool = list(pool) or [name for name in CONSTRAINTS if name not in UNSEEN_CONSTRAINTS]
-    while True:
+    for _ in range(ATTEMPTS):
         others = [name for name in pool if name != "words"]
         names = ["words", *rng.sample(others, min(level, len(others)))]
         wanted = {name: rng.choice(CONSTRAINTS[name].options) for name in names}
@@ -688,6 +692,8 @@ def instructions(rng: random.Random, level: int, pool: Iterable[str] = ()) -> Dr
         clash = any(avoid in str(v) for name, v in wanted.items() if name != "avoid")
         if compatible(names) and wanted["words"] >= room and not clash:
             break
+    else:
+        raise CourseError(f"no {level} of these constraints hold together: {', '.join(pool)}")
     told = ", ".join(CONSTRAINTS[name].wording.format(value) for name, value in wanted.items())
     slots = {"told": told, "list": " ".join(LISTED_WORDS)}
     key = json.dumps(wanted, sort_keys=True)
@@ -917,13 +923,13 @@ LIST_STEPS = {
 Step = tuple[str, int]  # a key of NUMBER_STEPS or LIST_STEPS, and its number
 
 
-def wide_inputs(kind: str, count: int = 120) -> list:
+def wide_inputs(kind: str) -> list:
     """Inputs of many sizes and ranges, from empty lists to sixteen items, on which different programs differ."""
     rng = random.Random(kind)
     if kind == "number":
         return rng.sample(range(-40, 80), 120)
     inputs = []
-    for _ in range(count):
+    for _ in range(120):
         low, size = rng.randint(-6, 8), rng.randint(0, 16)
         high = low + rng.randint(1, 12)
         inputs.append([rng.randint(low, high) for _ in range(size)])
@@ -973,7 +979,7 @@ def one_step_mutants(steps: Sequence[Step]) -> list[Mutant]:
 def hidden_tests(kind: str, steps: Sequence[Step]) -> dict[str, list]:
     """Inputs and expected results that every one-step mutant fails which fails on any of the wide inputs.
 
-    Returns {"inputs": one list of arguments each, "expected"}; the same program always gets the same tests. Bounded: no
+    Returns {"inputs": one list of arguments each, "expected"}; the same steps and numbers always get the same tests. Bounded: no
     mutant looks at more than all wide inputs.
     """
     wide = random.Random(str(steps)).sample(WIDE_INPUTS[kind], len(WIDE_INPUTS[kind]))

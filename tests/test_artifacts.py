@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -544,3 +545,25 @@ def test_a_missing_oracle_says_what_it_would_have_compared(capsys):
         capsys.readouterr().out == "no_such_module is not installed: would have compared logits\n"
     )
     assert course.oracle("json").loads("1") == 1
+
+
+def test_a_stage_that_makes_another_keeps_what_it_has_written(runs_folder):
+    with artifacts.write_stage("quick", "outer") as folder:
+        (folder / "half.txt").write_text("half")
+        with artifacts.write_stage("quick", "inner") as inner:
+            (inner / "whole.txt").write_text("whole")
+        artifacts.settle("quick", "outer")
+        assert (folder / "half.txt").read_text() == "half"
+    assert (artifacts.stage_dir("quick", "outer") / "half.txt").read_text() == "half"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_a_lock_is_one_however_its_path_is_spelled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "file"
+    with artifacts.alone(path, "it is written", wait=False):
+        with artifacts.alone(Path("file"), "it is written", wait=False):
+            pass
+        held = path.with_name(".file.writer")
+        assert held.exists()  # the outer one still holds it
+    assert not held.exists()

@@ -9,7 +9,7 @@ from torch import nn
 
 from qwen_mini.attention import causal_attention, masked_attention, visible
 from qwen_mini.generation import left_pad
-from qwen_mini.kernels.attention import TiledAttention
+from qwen_mini.kernels.attention import TiledAttention, causal_bias
 from qwen_mini.kernels.cache import KVCache
 from qwen_mini.kernels.decoder import FusedDecoder
 from qwen_mini.kernels.layers import (
@@ -284,3 +284,30 @@ def test_the_fused_step_equals_the_plain_model(number, prompts):
         for ours, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
             torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["norm", "swiglu", "attention"])
+def test_a_second_derivative_is_refused(kernel):
+    """Gradients are written by hand, and hold for the first derivative alone."""
+    x, weight = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(8)
+    out = {
+        "norm": lambda: FusedRMSNorm.apply(x, weight, 1e-6),
+        "swiglu": lambda: FusedSwiGLU.apply(x, 2 * x),
+        "attention": lambda: TiledAttention.apply(x, 2 * x, 3 * x),
+    }[kernel]()
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_the_mask_of_tiles_does_not_depend_on_the_default_device():
+    causal_bias.cache_clear()
+    with torch.device("meta"):
+        causal_bias(2, 0, 4, torch.float32)
+    assert causal_bias(2, 0, 4, torch.float32).device.type == "cpu"
+
+
+def test_a_padded_prompt_that_does_not_fit_says_so():
+    cache = KVCache(1, 2, 2, 8, capacity=5)
+    with pytest.raises(ValueError, match="holds 5 tokens, but 9 are needed"):
+        cache.remember(torch.zeros(2, 9, dtype=torch.long), 9)

@@ -254,3 +254,20 @@ def test_errors_keep_their_class():
 
     with pytest.raises(MissingStage, match="^nobody has made it$"):
         side_by_side({"a": missing, "b": lambda: 1})
+
+
+class Named(CourseError):
+    """An error with a sentence of its own and a fact beside it."""
+
+    def __init__(self, sentence="nothing varies"):
+        super().__init__(sentence)
+        self.reason = "flat"
+
+
+def test_an_error_comes_out_of_a_fork_as_it_was_raised():
+    def fail():
+        raise Named()
+
+    with pytest.raises(Named, match="nothing varies") as caught:
+        processes.side_by_side({"a": fail})
+    assert caught.value.reason == "flat"

@@ -709,3 +709,8 @@ def test_checkers_answer_on_numbers_and_nesting_beyond_reason():
         ):
             assert not task.verify(example, text).correct, name
             assert consistent(example, text) in (True, False), name
+
+
+def test_constraints_that_cannot_hold_together_are_refused():
+    with pytest.raises(CourseError, match="no 2 of these constraints hold together"):
+        instructions(random.Random(0), 2, ("commas", "no_comma"))

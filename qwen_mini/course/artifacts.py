@@ -7,6 +7,7 @@ Beside what is written, a stage or a file, may lie, hidden: `.<name>.writer`, lo
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import platform
@@ -158,6 +159,7 @@ def write_stage(scale_name: str, stage: str, inputs: dict | None = None, **facts
     with _readable_errors(path), stage_lock(scale_name, stage):
         sweep(scale_name)
         folder = Path(tempfile.mkdtemp(prefix=_aside(path), dir=path.parent))
+        _writing.add(folder.name)
         try:
             yield folder
             _write_manifest(
@@ -174,6 +176,7 @@ def write_stage(scale_name: str, stage: str, inputs: dict | None = None, **facts
             _finish(path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            _writing.discard(folder.name)
         settle(scale_name, stage)
 
 
@@ -183,7 +186,7 @@ def write_file(path: str | os.PathLike, content: bytes | str) -> Path:
     data = content.encode("utf-8") if isinstance(content, str) else content
     with _readable_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _held(path):
+        with alone(path, f"{shown(path)} is being written", wait=True):
             _clean(path)
             handle, aside = tempfile.mkstemp(prefix=_aside(path), dir=path.parent)
             try:
@@ -225,7 +228,7 @@ def alone(path: Path, what: str, wait: bool) -> Iterator[None]:
     """
     with _readable_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _locks.setdefault(path, _Lock(path))
+        lock = _lock_of(path)
         if not lock.take(tries=10):  # whoever only cleans up holds it for an instant
             if not wait:
                 raise ArtifactError(f"{what} by {lock.holder}: wait until it has ended")
@@ -379,9 +382,9 @@ def _aside(path: Path) -> str:
 def _clean(path: Path) -> None:
     """For the holder of the lock: end the swap of a writer that died, and remove what it left."""
     _finish(path)
-    if _locks[path].file:  # without locks the other writers may be alive
+    if _lock_of(path).file:  # without locks the other writers may be alive
         for name in os.listdir(path.parent):
-            if name.startswith(_aside(path)):
+            if name.startswith(_aside(path)) and name not in _writing:
                 _remove(path.with_name(name))
 
 
@@ -407,7 +410,7 @@ def _remove(path: Path) -> None:
 @contextlib.contextmanager
 def _held(path: Path, tries: int | None = None) -> Iterator[bool]:
     """Hold the lock of a path if it can be had; without `tries` wait for it."""
-    lock = _locks.setdefault(path, _Lock(path))
+    lock = _lock_of(path)
     held = lock.take(tries)
     try:
         yield held
@@ -476,22 +479,30 @@ class _Lock:
         return tries != 1
 
     def _lock(self, file, tries: int | None) -> bool:
-        for attempt in range(tries or 0):
+        for attempt in itertools.count() if tries is None else range(tries):
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
-            time.sleep(0.02 if attempt + 1 < tries else 0)
-        if tries is None:
-            fcntl.lockf(file, fcntl.LOCK_EX)
-            return True
+            time.sleep(0.02 if tries is None or attempt + 1 < tries else 0)
         file.seek(0)
         self.holder = file.read().decode(errors="replace") or "another process"
         return False
 
 
 _locks: dict[Path, _Lock] = {}
+_writing: set[str] = (
+    set()
+)  # folders that this process is filling: no leftovers, although it can take their lock
+
+
+def _lock_of(path: Path) -> _Lock:
+    """The one lock of a path in this process, however the path is spelled."""
+    path = path.parent.resolve() / path.name
+    return _locks.setdefault(path, _Lock(path))
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_locks.clear)

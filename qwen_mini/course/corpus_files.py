@@ -261,11 +261,7 @@ def recipe(config, sources: list[Source], left_out: Iterable[str], seed: int) ->
 
 def is_current(folder: Path, inputs: dict) -> bool:
     """Whether `folder` holds a stage made from exactly these inputs."""
-    manifest = folder / "manifest.json"
-    return (
-        manifest.is_file()
-        and json.loads(manifest.read_text(encoding="utf-8")).get("inputs") == inputs
-    )
+    return artifacts.read_manifest(folder).get("inputs") == inputs
 
 
 class CorpusWriter:
@@ -351,16 +347,14 @@ class Corpus:
     def weights(self, domain: str, split: str = "train") -> np.ndarray | None:
         """Loss weights in tenths, one per token, or None where every token counts the same."""
         path = self.folder / split / f"{domain}.weights.bin"
-        return np.memmap(path, dtype=np.uint8, mode="r") if path.exists() else None
+        if not path.exists():
+            return None
+        empty = not path.stat().st_size  # which cannot be mapped
+        return np.empty(0, np.uint8) if empty else np.memmap(path, dtype=np.uint8, mode="r")
 
     def heldout_bytes(self, domain: str) -> bytes:
         """The held-out text, UTF-8, a NUL after every document: the denominator of bits per byte."""
         return (self.folder / "heldout" / f"{domain}.txt").read_bytes()
-
-
-def open_corpus(folder: str | os.PathLike) -> Corpus:
-    """Open what `prepare_corpus` has written."""
-    return Corpus(folder)
 
 
 def prepared_folders(config, seed: int | None = None) -> list[Path]:

@@ -64,6 +64,8 @@ def die_with_parent(parent: int | None = None) -> None:
         while os.getppid() == parent:
             time.sleep(seconds)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -168,7 +170,7 @@ def _compute(call: Callable[[], object], sender, parent: int, generator: tuple) 
             result = call()
         sender.send((result, None))
     except CourseError as error:  # of its own class: all of them are made of one sentence
-        sender.send((None, type(error)(*error.args)))
+        sender.send((None, error))
     except Exception:
         sender.send((None, RuntimeError(f"in a run beside this one:\n{traceback.format_exc()}")))
     finally:

@@ -4,7 +4,7 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, FunctionCtx
+from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
 
 @functools.lru_cache(maxsize=256)
@@ -13,8 +13,10 @@ def causal_bias(group: int, start: int, end: int, dtype: torch.dtype) -> Tensor:
 
     Returns ((end − start) · group, end). The tensor is shared between calls: don't write into it.
     """
-    allowed = torch.arange(start, end)[:, None] >= torch.arange(end)
-    bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))
+    allowed = torch.arange(start, end, device="cpu")[:, None] >= torch.arange(end, device="cpu")
+    bias = torch.zeros(allowed.shape, dtype=dtype, device="cpu").masked_fill_(
+        ~allowed, float("-inf")
+    )
     return bias.repeat_interleave(group, 0)
 
 
@@ -60,6 +62,7 @@ class TiledAttention(Function):
         return out.view(ctx.shape).transpose(2, 3).flatten(1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """grad: ∂L/∂output, the shape of q. Returns the gradients of q, k and v."""
         rows, keys, values, *tiles = ctx.saved_tensors

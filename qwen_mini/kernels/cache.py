@@ -25,12 +25,7 @@ class LayerCache:
 
         ValueError if they don't fit. The parent's `length` stays: the model advances it after the last layer.
         """
-        start, end = self.parent.length, self.parent.length + k.shape[2]
-        if end > self.parent.capacity:
-            raise ValueError(
-                f"the KV cache holds {self.parent.capacity} tokens, but {end} are needed: "
-                "make it with a larger capacity or shorten the prompt"
-            )
+        start, end = self.parent.length, self.parent.end_after(k.shape[2])
         self.keys[..., start:end] = k.transpose(-1, -2)
         self.values[:, :, start:end] = v
         return self.keys[..., :end].transpose(-1, -2), self.values[:, :, :end]
@@ -70,6 +65,16 @@ class KVCache:
         """Rows held."""
         return self.layers[0].keys.shape[0]
 
+    def end_after(self, length: int) -> int:
+        """`length` after so many more tokens; ValueError if they don't fit."""
+        end = self.length + length
+        if end > self.capacity:
+            raise ValueError(
+                f"the KV cache holds {self.capacity} tokens, but {end} are needed: "
+                "make it with a larger capacity or shorten the prompt"
+            )
+        return end
+
     def remember(self, document_ids: Tensor | None, length: int) -> None:
         """Store the document ids, (batch, length) or None, of the `length` tokens that are about to be appended."""
         if document_ids is None and self.document_ids is None:
@@ -77,7 +82,7 @@ class KVCache:
         if self.document_ids is None:
             shape, device = (self.batch_size, self.capacity), self.layers[0].keys.device
             self.document_ids = torch.zeros(shape, dtype=torch.long, device=device)
-        self.document_ids[:, self.length : self.length + length] = (
+        self.document_ids[:, self.length : self.end_after(length)] = (
             0 if document_ids is None else document_ids
         )
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import Function, FunctionCtx
+from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
 
 class LinearCrossEntropy(Function):
@@ -44,6 +44,7 @@ class LinearCrossEntropy(Function):
         return losses.sum() / total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, total = ctx.saved_tensors
         scale = grad / total

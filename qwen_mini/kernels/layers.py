@@ -6,7 +6,7 @@ Each function makes one operation of what autograd would split into many small o
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import Function, FunctionCtx
+from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
 
 class FusedRMSNorm(Function):
@@ -28,6 +28,7 @@ class FusedRMSNorm(Function):
         return normed * weight
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """grad: ∂L/∂y, the shape of x. Returns the gradients of x and weight."""
         normed, scale, weight = ctx.saved_tensors
@@ -69,6 +70,7 @@ class Rotate(Function):
         return turned(x, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         """grad: ∂L/∂y, the shape of x. Returns the gradient of x; the tables get none."""
         cos, sin = ctx.saved_tensors
@@ -89,6 +91,7 @@ class FusedSwiGLU(Function):
         return (gate * sigmoid).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         """grad: ∂L/∂y, the shape of gate. Returns the gradients of gate and up."""
         gate, up, sigmoid = ctx.saved_tensors

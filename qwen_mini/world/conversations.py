@@ -11,7 +11,6 @@ SYSTEM_PROMPTS = (
     None,  # none given: the template puts its default there
 )
 # domain -> (weight, [(question, answer)]); {0} is the key of a record, {1} its explanation
-# domain -> (weight, [(question, answer)]); {0} is the key of a record, {1} its explanation
 CHAT_FORMS: dict[str, tuple[float, list[tuple[str, str]]]] = {
     "glosses": (
         0.2,
