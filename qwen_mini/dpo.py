@@ -43,7 +43,14 @@ from .course.ranks import world
 from .course.stages import Stage
 from .model import Qwen
 from .long_context import extended_checkpoint
-from .reward_model import Pair, adamw_settings, load_answers, pair_plan, write_answers
+from qwen_mini.reward_model import (
+    Pair,
+    adamw_settings,
+    frozen,
+    load_answers,
+    pair_plan,
+    write_answers,
+)
 from qwen_mini.sft import (
     Answer,
     Row,
@@ -138,8 +145,7 @@ def preferred_stage(config, seed: int = 0) -> Stage:
 
     def fill(folder):
         source, dtype = stages.folder_of(start), hardware.pick_dtype(config.run.dtype)
-        policy = Qwen.from_pretrained(source, dtype).to(hardware.device()).eval()
-        policy.requires_grad_(False)
+        policy = frozen(source, dtype)
         tokenizer, asked = Tokenizer.from_pretrained(source), preferred_problems(sampled[0], seed)
         write_answers(folder, evaluate_tasks(policy, tokenizer, asked, 1.0, *sampled[1:], seed))
 
@@ -384,8 +390,7 @@ def pairs_stage(
 
     def fill(folder):
         source, dtype = stages.folder_of(start), hardware.pick_dtype(config.run.dtype)
-        policy = Qwen.from_pretrained(source, dtype).to(hardware.device()).eval()
-        policy.requires_grad_(False)
+        policy = frozen(source, dtype)
         pairs = fresh_pairs(policy, Tokenizer.from_pretrained(source), settings, seed)
         lines = [json.dumps(dataclasses.asdict(pair)) + "\n" for pair in pairs]
         (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -67,7 +67,7 @@ from .kernels.shared_prompt import shared_prompt_attention, shared_prompt_bias
 from .layers import apply_rope
 from .model import Qwen
 from .training import Trainer
-from .reward_model import adamw_settings, pad_right
+from .reward_model import adamw_settings, frozen, pad_right
 from .sft import Answer, evaluate_tasks
 from .tasks import TASKS, Example
 from .tokenizer import Tokenizer
@@ -152,6 +152,7 @@ def batch_loss(
     return losses.sum() / (total or weights.sum())
 
 
+# %% ../notebooks/19_grpo.ipynb #6b3ff056
 def grpo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -382,8 +383,7 @@ def probe_stage(config: ScaleConfig, seed: int = 0, settings: Grpo | None = None
 
     def fill(folder):
         source, dtype = stages.folder_of(start), hardware.pick_dtype(config.run.dtype)
-        policy = Qwen.from_pretrained(source, dtype).to(hardware.device()).eval()
-        policy.requires_grad_(False)
+        policy = frozen(source, dtype)
         kinds, groups = probe_groups(policy, Tokenizer.from_pretrained(source), settings, seed)
         weights = query_weights(kinds, [g.rewards for g in groups])
         tokens = sum(len(g.prompt) + sum(map(len, g.responses)) for g in groups)
@@ -647,8 +647,7 @@ def grpo_stage(
     def begin(dtype):
         folder = stages.folder_of(start)
         tokenizer = Tokenizer.from_pretrained(folder)
-        policy = Qwen.from_pretrained(folder, dtype).to(hardware.device()).eval()
-        policy.requires_grad_(False)
+        policy = frozen(folder, dtype)
         weights, _ = read_probe(asked.folder())
         trainer = new_trainer(config, folder, settings, dtype)
         options = {"reference": policy} if settings.beta else {}

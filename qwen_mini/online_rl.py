@@ -47,7 +47,7 @@ from qwen_mini.grpo import (
 from .long_context import open_long_corpus
 from .model import Qwen
 from .training import Trainer
-from .reward_model import RewardModel, adamw_settings, score_rows
+from .reward_model import RewardModel, adamw_settings, frozen, score_rows
 from qwen_mini.sft import (
     Row,
     RowSampler,
@@ -171,8 +171,7 @@ def right_answers_stage(
 
     def fill(folder):
         source, dtype = stages.folder_of(policy), hardware.pick_dtype(config.run.dtype)
-        model = Qwen.from_pretrained(source, dtype).to(hardware.device()).eval()
-        model.requires_grad_(False)
+        model = frozen(source, dtype)
         tokenizer, (weights, _) = Tokenizer.from_pretrained(source), read_probe(probed.folder())
         asked = fresh_queries(count, weights, f"{seed}/imitate", number)
         right = rejection_sample(

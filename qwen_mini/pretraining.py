@@ -202,6 +202,7 @@ def heldout_nll(
     return result
 
 
+# %% ../notebooks/09_pretraining.ipynb #02c42d88
 def token_sizes(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of text that each id stands for; control tokens count as 1."""
     control = set(tokenizer.control_tokens.values())
@@ -322,9 +323,7 @@ def _find(sorted_values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 # %% ../notebooks/09_pretraining.ipynb #e3ba7cce
 def describe(record: dict, total_steps: int) -> str:
-    """One line on a step: loss, bits per byte averaged over the real domains, needle
-    accuracies.
-    """
+    """One line on a step: loss, bits per byte averaged over the domains of text, needle accuracies."""
     heldout = record["heldout"]
     text = [value for name, value in heldout.items() if name.endswith("bits per byte")]
     needles = [

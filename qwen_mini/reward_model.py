@@ -32,6 +32,7 @@ __all__ = [
     "style_problems",
     "write_answers",
     "load_answers",
+    "frozen",
     "answers_stage",
     "read_answers",
     "longer",
@@ -419,6 +420,11 @@ def load_answers(folder: Path, asked: Sequence[Example]) -> list[list[Answer]]:
     ]
 
 
+def frozen(folder: str | Path, dtype: torch.dtype) -> Qwen:
+    """A checkpoint's model in `dtype` on this machine's device, to sample from: it takes no gradients."""
+    return Qwen.from_pretrained(folder, dtype).to(hardware.device()).eval().requires_grad_(False)
+
+
 def answers_stage(
     config, seed: int = 0, split: str = "train", problems: int = 0, samples: int = 0
 ) -> Stage:
@@ -434,8 +440,7 @@ def answers_stage(
 
     def fill(folder):
         source, dtype = careless.folder(), hardware.pick_dtype(config.run.dtype)
-        policy = Qwen.from_pretrained(source, dtype).to(hardware.device()).eval()
-        policy.requires_grad_(False)
+        policy = frozen(source, dtype)
         tokenizer, asked = Tokenizer.from_pretrained(source), style_problems(problems, split, seed)
         answers = evaluate_tasks(policy, tokenizer, asked, 1.0, samples, ANSWER_TOKENS, seed)
         write_answers(folder, answers)
