@@ -310,9 +310,10 @@ Weights = dict[Kind, float]
 class NoVariance(CourseError):
     """All answers of every group earned the same."""
 
-    def __init__(self):
+    def __init__(self, sentence: str = ""):
         super().__init__(
-            "no group has any variance in its rewards, so the policy gradient is zero: choose problems that are "
+            sentence
+            or "no group has any variance in its rewards, so the policy gradient is zero: choose problems that are "
             "sometimes solved, or more answers a group"
         )
 
@@ -537,6 +538,10 @@ def optimize_policy(
 
     def attempt(number: int, again: int) -> dict[str, float]:
         rank, processes = world()
+        if settings.queries < processes:
+            raise CourseError(
+                f"[grpo] queries = {settings.queries} leave some of {processes} processes without a problem: raise it"
+            )
         key = f"{seed}/{again}" if again else seed
         mine = fresh_queries(settings.queries, weights, key, number)[rank::processes]
         noise = 1_000 * seed + number + 1_000_003 * again + 7_919 * rank

@@ -236,7 +236,8 @@ def curriculum_stage(
 ) -> Stage:
     """GRPO on the problems of a pool, each visited once, `size` a step in the order given, as a stage.
 
-    The rate is constant, so that each batch weighs the same; a batch without variance is passed over.
+    The rate is constant, so that each batch weighs the same; a batch without variance is passed over. Problems at the
+    end of the order that fill no step are left out.
     """
     settings, start = config.grpo, dpo_checkpoint(config, config.grpo, seed)
     numbers = dataclasses.replace(

@@ -383,6 +383,16 @@ def test_a_flat_batch_is_drawn_again_and_then_an_error(config, tokenizer, monkey
     assert len(seeds) == 3 and trainer.step_count == 1
 
 
+def test_fewer_queries_than_processes_are_refused(config, tokenizer, monkeypatch):
+    from qwen_mini import grpo
+
+    monkeypatch.setattr(grpo, "world", lambda: (0, config.grpo.queries + 1))
+    trainer = new_trainer(config, FOLDER, config.grpo)
+    step = optimize_policy(trainer, tokenizer, config.grpo, {("story", 1, "asked"): 1.0})
+    with pytest.raises(CourseError, match="leave some of .* processes without a problem"):
+        step(0)
+
+
 def test_a_second_inner_step_is_off_policy_and_a_kl_term_is_seen(config):
     settings = dataclasses.replace(config.grpo, learning_rate=3e-3, warmup_steps=0, beta=0.1)
     trainer = new_trainer(config, FOLDER, settings)
