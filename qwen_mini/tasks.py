@@ -979,8 +979,8 @@ def one_step_mutants(steps: Sequence[Step]) -> list[Mutant]:
 def hidden_tests(kind: str, steps: Sequence[Step]) -> dict[str, list]:
     """Inputs and expected results that every one-step mutant fails which fails on any of the wide inputs.
 
-    Returns {"inputs": one list of arguments each, "expected"}; the same steps and numbers always get the same tests. Bounded: no
-    mutant looks at more than all wide inputs.
+    Returns {"inputs": one list of arguments each, "expected"}; the same steps and numbers always get the same tests.
+    Bounded: no mutant looks at more than all wide inputs.
     """
     wide = random.Random(str(steps)).sample(WIDE_INPUTS[kind], len(WIDE_INPUTS[kind]))
     traces: list[list] = []
