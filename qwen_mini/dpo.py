@@ -340,6 +340,7 @@ def preference_steps(
     return plan.total_steps, step
 
 
+# %% ../notebooks/18_dpo.ipynb #d4e27da9
 def make_trainer(
     config,
     start: Path,
@@ -371,6 +372,7 @@ def prefer(*arguments, **options) -> tuple[Trainer, list[dict]]:
     return trainer, [step(number) for number in range(trainer.total_steps)]
 
 
+# %% ../notebooks/18_dpo.ipynb #a599ece0
 def pairs_stage(
     config,
     seed: int = 0,
@@ -404,6 +406,7 @@ def read_pairs(folder: Path) -> list[Pair]:
     return [Pair(**json.loads(line)) for line in lines]
 
 
+# %% ../notebooks/18_dpo.ipynb #d15f7942
 def dpo_stage(
     config,
     seed: int = 0,

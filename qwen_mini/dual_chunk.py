@@ -81,6 +81,7 @@ def yarn_temperature(factor: float) -> float:
     return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
 
 
+# %% ../notebooks/13_yarn_and_dual_chunk.ipynb #b6167124
 def yarn_attention(
     q,
     k,
@@ -254,6 +255,7 @@ def check_chunks(
         )
 
 
+# %% ../notebooks/13_yarn_and_dual_chunk.ipynb #f9476daf
 def dual_chunk_attention(
     q,
     k,
@@ -311,6 +313,7 @@ def dual_chunk_attention(
     return out
 
 
+# %% ../notebooks/13_yarn_and_dual_chunk.ipynb #c33c6ae2
 def decode_dual_chunk(q, k, v, turn, stride: int, chunk_size: int) -> torch.Tensor:
     """One new query per row against all cached keys: three slices of one row of scores, then a softmax over all."""
     batch, heads, _, head_dim = q.shape

@@ -317,6 +317,7 @@ def id_list(ids: int | Sequence[int] | torch.Tensor) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids)
 
 
+# %% ../notebooks/05_generation.ipynb #ef1f6d8d
 def check_request(
     model: Qwen,
     prompts: Sequence[Sequence[int]] | torch.Tensor,

@@ -557,6 +557,7 @@ def optimize_policy(
     return step
 
 
+# %% ../notebooks/19_grpo.ipynb #11fff83c
 def new_trainer(
     config: ScaleConfig,
     start: Path,

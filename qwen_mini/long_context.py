@@ -164,6 +164,7 @@ def starting_point(config, seed: int = 0) -> Path | Stage:
     return ready or pretraining_stage(config, seed)
 
 
+# %% ../notebooks/12_long_context.ipynb #7fcf19c2
 class LongCorpus:
     """The scale's corpus in the ids of `tokenizer`, and domains of needle rows in memory.
 
@@ -218,6 +219,7 @@ class LongCorpus:
         self.domains[domain] = {"row_tokens": ids.shape[1], "kind": "procedural"}
 
 
+# %% ../notebooks/12_long_context.ipynb #83c54f7d
 def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
     """Whether two tokenizers give every id the same bytes."""
     return a.vocab_size == b.vocab_size and all(
@@ -309,6 +311,7 @@ def multi_key(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random
     return one_of(4, length, filler, pieces, rng)
 
 
+# %% ../notebooks/12_long_context.ipynb #76be0b78
 def only_needles(
     length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
 ) -> Example:
@@ -385,6 +388,7 @@ def multi_query(
     return Example(hidden(length, stated, asked, answer, filler, rng), answer, values)
 
 
+# %% ../notebooks/12_long_context.ipynb #cbb56388
 def variable_tracking(
     length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
 ) -> Example:
@@ -619,6 +623,7 @@ def needle_batch(
     return ids, weights
 
 
+# %% ../notebooks/12_long_context.ipynb #548193e7
 def add_needles(corpus: LongCorpus, lengths, count: int, seed: int) -> None:
     """Add the domain needles_<length> for every length: `count` rows over train text, a few over held-out text.
 
@@ -747,6 +752,7 @@ def make_extension(
     return ExtensionTrainer(model, numbers, sampler, lengths[-1], dtype)
 
 
+# %% ../notebooks/12_long_context.ipynb #82f21c14
 def extension_stage(config, seed: int = 0, stage: str = "long_context", settings=None) -> Stage:
     """The pre-trained checkpoint trained to a longer context, stage by stage, as a stage of the course.
 

@@ -245,6 +245,7 @@ def gold_reward(example: Example, text: str) -> float:
     return sum(criteria(example, text).values()) / len(CRITERIA)
 
 
+# %% ../notebooks/17_reward_model.ipynb #b1c2d2f2
 def gold_rewards(answers: Sequence[Sequence[Answer]]) -> np.ndarray:
     """`gold_reward` of every answer, (problems, samples); one that was not finished counts as none."""
     return np.array(
@@ -425,6 +426,7 @@ def frozen(folder: str | Path, dtype: torch.dtype) -> Qwen:
     return Qwen.from_pretrained(folder, dtype).to(hardware.device()).eval().requires_grad_(False)
 
 
+# %% ../notebooks/17_reward_model.ipynb #d2b14bef
 def answers_stage(
     config, seed: int = 0, split: str = "train", problems: int = 0, samples: int = 0
 ) -> Stage:
@@ -466,6 +468,7 @@ def safety(example: Example, text: str) -> float:
     return float(holds["harmless"] + holds["debiased"])
 
 
+# %% ../notebooks/17_reward_model.ipynb #d15c6829
 JUDGES = ("full", "few", "noisy", "longer", "safety", "shallow")
 
 

@@ -306,6 +306,7 @@ def length_batches(lengths: Sequence[int], size: int) -> Iterable[list[int]]:
     return (order[i : i + size] for i in range(0, len(order), size))
 
 
+# %% ../notebooks/16_sft.ipynb #15c47579
 def evaluate_tasks(
     model,
     tokenizer: Tokenizer,
@@ -405,6 +406,7 @@ def by_problem(answers: Answers) -> np.ndarray:
     return np.array([np.mean(group) for group in verdicts(answers)["correct"]])
 
 
+# %% ../notebooks/16_sft.ipynb #c6ea4315
 def standard_error(answers: Answers) -> float:
     """Of the accuracy, over problems: samples of one problem are not independent."""
     means = by_problem(answers)
@@ -561,6 +563,7 @@ def training_rows(config, settings, corpus, tokenizer: Tokenizer, seed: int = 0)
     return rows + replay_rows(config, corpus, count, settings.replay_weight, seed)
 
 
+# %% ../notebooks/16_sft.ipynb #a1a7220c
 def sft_stage(config, seed: int = 0, stage: str = "sft", settings=None) -> Stage:
     """The long-context checkpoint fine-tuned on demonstrations of all tasks, as a stage.
 

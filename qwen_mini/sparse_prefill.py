@@ -68,6 +68,7 @@ def top_with_forced(scores: torch.Tensor, count: int, forced: int) -> torch.Tens
     return scores.topk(min(count, len(scores))).indices.sort().values
 
 
+# %% ../notebooks/14_sparse_prefill.ipynb #63be676c
 def vertical_slash(
     q,
     k,
@@ -158,6 +159,7 @@ class Budget:
             )
 
 
+# %% ../notebooks/14_sparse_prefill.ipynb #ce4557fb
 class SparseAttention:
     """Sparse attention at dual chunk positions, in the signature of `causal_attention`; one prompt, into a cache.
 
@@ -445,6 +447,7 @@ def sparse_prefill(
     return model.lm_head(hidden).float(), cache
 
 
+# %% ../notebooks/14_sparse_prefill.ipynb #d8508b03
 def check_prompt(
     config,
     input_ids,
@@ -516,6 +519,7 @@ def choose_budgets(model, input_ids: torch.Tensor, candidates=CANDIDATES) -> lis
     ]
 
 
+# %% ../notebooks/14_sparse_prefill.ipynb #6fddb302
 def refine_budgets(
     model,
     input_ids: torch.Tensor,

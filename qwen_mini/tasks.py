@@ -190,6 +190,7 @@ class Draw:
     pretrained: bool = False
 
 
+# %% ../notebooks/15_tasks.ipynb #83612e1c
 @dataclass(frozen=True)
 class Task:
     """One family of problems. `check` returns what is wrong, or "" if all is well; shown, asked, unseen: `WORDINGS`."""
@@ -268,6 +269,7 @@ class Task:
         return Verdict(not problem, True, problem)
 
 
+# %% ../notebooks/15_tasks.ipynb #c4fd7438
 class VerifierError(RuntimeError):
     """A verifier that raised: the rewards of a run would be worthless, so the run must stop."""
 
@@ -403,6 +405,7 @@ def canonical_expression(terms: Sequence[str], operators: Sequence[str]) -> str:
     return min(forms)
 
 
+# %% ../notebooks/15_tasks.ipynb #6efbf647
 def truth_table(rng: random.Random, level: int) -> Draw:
     """An expression of a and b for all four of their values; level + 1 operators, read from the left.
 
@@ -442,6 +445,8 @@ add_task(
     ["What is the end of the chain that begins with {start}? {rules}", "{rules} We have {start}. What comes last?"],
     ["Given: {rules} Follow the rules from {start} to the last word."],
 )  # fmt: skip
+
+
 add_task(
     "truth_table",
     "logic",
@@ -495,6 +500,7 @@ def is_json(text: str) -> bool:
     return True
 
 
+# %% ../notebooks/15_tasks.ipynb #91e5e494
 def is_object(example: Example, found: str) -> str:
     """Whether the response is JSON and holds exactly the pairs asked for; numbers as numbers, no key twice."""
     try:
@@ -518,6 +524,8 @@ add_task(
     ["What is the total of team {wanted}?\n{table}", "{table}\nTake the rows of {wanted} and add up their points."],
     ["{table}\nTeam {wanted}: total points?"],
 )  # fmt: skip
+
+
 add_task(
     "to_json",
     "structured data",
@@ -607,6 +615,7 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+", text)
 
 
+# %% ../notebooks/15_tasks.ipynb #bf777704
 CONSTRAINTS = {
     "words": Constraint(
         "exactly {0} words", (3, 4, 5, 6, 7, 8), lambda t, n: len(words_of(t)) == n, "length_constraints:number_words"
@@ -655,6 +664,7 @@ def compatible(names: Iterable[str]) -> bool:
     return all(len(names & group) < 2 for group in EXCLUDE)
 
 
+# %% ../notebooks/15_tasks.ipynb #2b39bba3
 def fulfil(wanted: dict[str, Any], rng: random.Random) -> tuple[list[str], str]:
     """(words, text): words in the order of the list, so that none comes twice, and the text that they become.
 
@@ -701,6 +711,7 @@ def instructions(rng: random.Random, level: int, pool: Iterable[str] = ()) -> Dr
     return Draw(key, slots, countdown(words), text, {"wanted": wanted})
 
 
+# %% ../notebooks/15_tasks.ipynb #65c3f93c
 def bare_words(text: str, wanted: Iterable[str]) -> list[str] | None:
     """The words of a text, lower case, without the title, quotes, stars and commas that are wanted.
 
@@ -797,6 +808,7 @@ def translate_reverse(rng: random.Random, level: int) -> Draw:
     return Draw(f"{language} {words}", slots, steps, answer, facts)
 
 
+# %% ../notebooks/15_tasks.ipynb #21b04f73
 def means(example: Example, found: str) -> str:
     """Translate the answer back, word by word, and compare in English; an accent may be a sign of its own (NFD)."""
     found = unicodedata.normalize("NFC", found)
@@ -828,6 +840,7 @@ def system_rule(rng: random.Random, level: int) -> Draw:
     return Draw(key, slots, steps, SYSTEM_RULES[rule](" ".join(result)), system=rule)
 
 
+# %% ../notebooks/15_tasks.ipynb #b0f71981
 def first_error(rng: random.Random, level: int) -> Draw:
     """A chain of level + 2 sums, one of them wrong or none: which?
 
@@ -854,6 +867,7 @@ def first_error(rng: random.Random, level: int) -> Draw:
     return Draw(key, {"lines": "\n".join(lines)}, "\n".join(right), str(wrong))
 
 
+# %% ../notebooks/15_tasks.ipynb #419aa697
 add_task(
     "reverse_in",
     "cross-lingual transfer",
@@ -886,6 +900,8 @@ add_task(
     ["{verb} the list: {words}", "{verb}, please, all of this: {words}"],
     ["Please {verb} what follows: {words}"],
 )
+
+
 add_task(
     "first_error",
     "response filtering",
@@ -918,8 +934,6 @@ LIST_STEPS = {
     "add {0} to every item of x": "x = [i + {0} for i in x]",
     "keep the items of x above {0}": "x = [i for i in x if i > {0}]",
 }
-
-
 Step = tuple[str, int]  # a key of NUMBER_STEPS or LIST_STEPS, and its number
 
 
@@ -953,6 +967,7 @@ def step_function(kind: str, step: Step) -> Callable:
     return eval("lambda x: " + step_code(kind, step).removeprefix("x = "))
 
 
+# %% ../notebooks/15_tasks.ipynb #40224524
 def run_steps(kind: str, steps: Sequence[Step], x: Any) -> Any:
     """What a program of these steps returns."""
     for step in steps:
@@ -976,6 +991,7 @@ def one_step_mutants(steps: Sequence[Step]) -> list[Mutant]:
     return left_out + swapped + off
 
 
+# %% ../notebooks/15_tasks.ipynb #4f4ddde1
 def hidden_tests(kind: str, steps: Sequence[Step]) -> dict[str, list]:
     """Inputs and expected results that every one-step mutant fails which fails on any of the wide inputs.
 
@@ -1028,6 +1044,7 @@ def function(rng: random.Random, level: int) -> Draw:
     return Draw(key, {"kind": kind, "told": told}, "", code, facts)
 
 
+# %% ../notebooks/15_tasks.ipynb #fa81665f
 def compiles(text: str) -> bool:
     """Whether the text is a Python program."""
     try:
@@ -1054,6 +1071,7 @@ def judge(example: Example, outcome: Outcome) -> str:
     return "" if all(right) else f"{right.count(False)} of {len(right)} tests fail"
 
 
+# %% ../notebooks/15_tasks.ipynb #7142bc5f
 add_task(
     "function",
     "coding",

@@ -290,6 +290,7 @@ def chat_segments(
     return segments
 
 
+# %% ../notebooks/01_tokenizer.ipynb #efccb310
 def _checked_call(call: Mapping, i: int) -> tuple[str, str]:
     """Name and arguments, as JSON text, of a tool call of message `i`; text that is JSON already stays as it is."""
     call = call.get("function", call) if isinstance(call, Mapping) else call
@@ -457,6 +458,7 @@ class TokenizerError(CourseError):
     """A folder that holds no tokenizer of this kind; one sentence says why."""
 
 
+# %% ../notebooks/01_tokenizer.ipynb #eb9128e9
 class Tokenizer:
     """Byte-level BPE with Qwen2.5's pattern, control tokens and chat format.
 
