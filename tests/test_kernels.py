@@ -311,3 +311,23 @@ def test_a_padded_prompt_that_does_not_fit_says_so():
     cache = KVCache(1, 2, 2, 8, capacity=5)
     with pytest.raises(ValueError, match="holds 5 tokens, but 9 are needed"):
         cache.remember(torch.zeros(2, 9, dtype=torch.long), 9)
+
+
+@pytest.mark.parametrize("kernel", ["tiles", "swiglu"])
+def test_kernels_in_bfloat16_are_as_exact_as_the_plain_form(kernel):
+    if kernel == "tiles":
+        inputs = heads(2, 4, 2, 100)
+        plain, fast = masked_attention, TiledAttention.apply
+        extra = (visible(100, 100),)
+    else:
+        inputs, extra = (torch.randn(50, 64), torch.randn(50, 64)), ()
+        plain, fast = (lambda gate, up: F.silu(gate) * up), FusedSwiGLU.apply
+    exact = plain(*inputs, *extra)
+    narrow = [x.bfloat16() for x in inputs]
+    error = (fast(*narrow).float() - exact).abs().max()
+    assert error <= 1.5 * (plain(*narrow, *extra).float() - exact).abs().max()
+
+
+def test_an_empty_prompt_has_an_empty_answer():
+    q, k, v = heads(2, 4, 2, 0)
+    assert TiledAttention.apply(q, k, v).shape == q.shape

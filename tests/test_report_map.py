@@ -55,7 +55,7 @@ def test_wrong_rows_are_named(project, row, words):
     assert words in problem
 
 
-def test_a_test_must_use_the_code(project):
+def test_the_file_of_a_test_must_use_the_code(project):
     (project / "tests" / "test_layers.py").write_text("def test_norm():\n    assert True\n")
     write(project)
     (problem,) = report_map.map_is_current(project)

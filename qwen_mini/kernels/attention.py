@@ -41,13 +41,11 @@ class TiledAttention(Function):
         batch, heads, length, head_dim = q.shape
         kv_heads, group = k.shape[1], heads // k.shape[1]
         scale = head_dim**-0.5
-        rows = (
-            q.unflatten(1, (kv_heads, group)).transpose(2, 3).reshape(-1, length * group, head_dim)
-        )
-        keys = k.transpose(2, 3).reshape(
-            -1, head_dim, length
-        )  # (batch · kv_heads, head_dim, length)
-        values = v.reshape(-1, length, head_dim)
+        matrices = batch * kv_heads  # not -1: a prompt may be empty
+        rows = q.unflatten(1, (kv_heads, group)).transpose(2, 3)
+        rows = rows.reshape(matrices, length * group, head_dim)
+        keys = k.transpose(2, 3).reshape(matrices, head_dim, length)
+        values = v.reshape(matrices, length, head_dim)
         out, tiles = torch.empty_like(rows), []
         for start in range(0, length, TiledAttention.TILE):
             end = min(start + TiledAttention.TILE, length)

@@ -11,13 +11,13 @@ class LayerCache:
     """Keys and values of one layer.
 
     Keys lie transposed, (batch, kv_heads, head_dim, capacity): a decode step multiplies by the transpose, and reading
-    it row by row is up to twice as fast in bfloat16 on a CPU. Values: (batch, kv_heads, capacity, head_dim).
+    it row by row is up to twice as fast in bfloat16 on a CPU. Values: (batch, kv_heads, capacity, head_dim). Whoever
+    uses a layer keeps its `KVCache`: the layer does not.
     """
 
     def __init__(self, parent: "KVCache", keys: Tensor, values: Tensor):
-        self.parent = weakref.proxy(
-            parent
-        )  # a circle would keep the memory until the garbage collector comes
+        # a strong circle would keep the memory until the garbage collector comes
+        self.parent = weakref.proxy(parent)
         self.keys, self.values = keys, values
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,5 +69,6 @@ def linear_cross_entropy(
 
     hidden: (tokens, hidden_size); weight: (vocab_size, hidden_size), the output head; targets: (tokens,); weights:
     (tokens,) ≥ 0, default all 1. Needs memory for one chunk of logits and for the gradients.
+    A token is left out by the weight 0, not by the target −100.
     """
     return LinearCrossEntropy.apply(hidden, weight, targets, weights)
