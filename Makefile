@@ -24,10 +24,11 @@ $(READY): pyproject.toml constraints.txt
 course: $(READY)
 	$(BIN)/qwen-mini run --scale $(or $(SCALE),quick)
 
-# what fits beside each other, a worker for each core; then the course at quick, which fills the cores itself
+# the course at quick, which fills the cores itself; then what fits beside each other, a worker for each core
 test: $(READY)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m 'not notebooks and not render'
-	$(BIN)/python -m pytest -m notebooks
+	failed=0; $(BIN)/python -m pytest -m notebooks || failed=1; \
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m 'not notebooks and not render' || failed=1; \
+	exit $$failed
 
 check: $(READY)
 	$(BIN)/python -m authoring.checks
