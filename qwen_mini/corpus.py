@@ -65,6 +65,7 @@ from .world.problems import FAMILIES, Problem, render_problem
 
 # later chapters take these from here
 from .course.corpus_files import corpus_inputs  # noqa: F401
+from .course.scales import ScaleConfig
 from .world.words import LANGUAGES, LEXICON, TASK_NAMES, TASK_WORDS  # noqa: F401
 
 
@@ -128,7 +129,7 @@ def read_corpus(
     return corpus
 
 
-def load_corpus(config, seed: int = 0) -> dict[str, list[Document]]:
+def load_corpus(config: ScaleConfig, seed: int = 0) -> dict[str, list[Document]]:
     """domain -> documents of the scale's sources; prints one line if a source had to be left out."""
     return read_corpus(available_sources(config)[0], config.corpus.max_bytes_per_source, seed)
 
@@ -187,7 +188,9 @@ def task_documents(count: int, seed: int, heldout: bool) -> list[Document]:
 
 
 # %% ../notebooks/07_corpus.ipynb #438724e9
-def split_corpus(documents: dict[str, list[Document]], config, seed: int = 0) -> tuple[dict, dict]:
+def split_corpus(
+    documents: dict[str, list[Document]], config: ScaleConfig, seed: int = 0
+) -> tuple[dict, dict]:
     """(train, held-out), each domain -> documents: every real domain split by hash, then the domain "tasks".
 
     The held-out side of a domain stops at `max_heldout_bytes`; what it does not take is trained on by nobody.
@@ -221,7 +224,9 @@ def training_sample(texts: dict[str, list[str]], budget: int) -> list[str]:
 
 
 # %% ../notebooks/07_corpus.ipynb #b7a0eeef
-def prepare_tokenizer(config, train: dict[str, list[Document]], inputs: dict) -> Tokenizer:
+def prepare_tokenizer(
+    config: ScaleConfig, train: dict[str, list[Document]], inputs: dict
+) -> Tokenizer:
     """Train the tokenizer on a balanced sample of `train` and write the stage "tokenizer", or load it as it is."""
     folder = course.artifacts.stage_dir(config.name, "tokenizer")
     if not is_current(folder, inputs):
@@ -326,7 +331,11 @@ def add_packed(
 
 
 def write_rest(
-    writer: CorpusWriter, source: Source, config, written: Iterable[Document], block: int = 10_000
+    writer: CorpusWriter,
+    source: Source,
+    config: ScaleConfig,
+    written: Iterable[Document],
+    block: int = 10_000,
 ) -> None:
     """Stream what `read_corpus` did not hold in memory of a Hugging Face source, block by block, into train."""
     seen = {document_key(document.text) for document in written}
@@ -343,7 +352,9 @@ def write_rest(
 
 
 # %% ../notebooks/07_corpus.ipynb #aa81ba71
-def write_chat(writer: CorpusWriter, config, train: dict, heldout: dict, seed: int) -> None:
+def write_chat(
+    writer: CorpusWriter, config: ScaleConfig, train: dict, heldout: dict, seed: int
+) -> None:
     """The domain "chat": conversations about train documents for train, about held-out documents for held-out."""
     settings, tokenizer = config.corpus, writer.tokenizer
     some = max(16, int(settings.chat_documents * settings.heldout_fraction))
@@ -365,7 +376,7 @@ def write_chat(writer: CorpusWriter, config, train: dict, heldout: dict, seed: i
 
 
 def write_needles(
-    writer: CorpusWriter, config, filler: dict[str, list[np.ndarray]], seed: int
+    writer: CorpusWriter, config: ScaleConfig, filler: dict[str, list[np.ndarray]], seed: int
 ) -> None:
     """The domains "needles_<length>": train rows over train text, held-out rows over held-out text."""
     pieces = needle_pieces(writer.tokenizer)
@@ -383,7 +394,7 @@ def write_needles(
 
 
 # %% ../notebooks/07_corpus.ipynb #017d6002
-def prepare_corpus(config, seed: int = 0) -> Path:
+def prepare_corpus(config: ScaleConfig, seed: int = 0) -> Path:
     """Make the stages "tokenizer" and "corpus" of a scale; returns the corpus folder.
 
     Nothing is redone when the recipe (sources, settings, seed) is that of the existing stages.
@@ -398,7 +409,9 @@ def prepare_corpus(config, seed: int = 0) -> Path:
     return folder
 
 
-def write_corpus(config, sources: list[Source], left_out: dict, seed: int, inputs: dict) -> None:
+def write_corpus(
+    config: ScaleConfig, sources: list[Source], left_out: dict, seed: int, inputs: dict
+) -> None:
     """Read, split, train the tokenizer and write the stage "corpus"."""
     documents = read_corpus(sources, config.corpus.max_bytes_per_source, seed)
     train, heldout = split_corpus(documents, config, seed)
@@ -424,7 +437,7 @@ def open_corpus(folder: str | Path) -> Corpus:
     return Corpus(folder)
 
 
-def open_prepared(config, seed: int | None = None) -> tuple[Corpus, Tokenizer]:
+def open_prepared(config: ScaleConfig, seed: int | None = None) -> tuple[Corpus, Tokenizer]:
     """The scale's corpus and the tokenizer that wrote it, checked as `prepared_folders` says."""
     corpus, tokenizer = prepared_folders(config, seed)
     return open_corpus(corpus), Tokenizer.from_pretrained(tokenizer)

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from .course import hardware, stages
 from .course.ranks import world
 from .course.stages import Stage
+from .course.scales import ScaleConfig
 from .model import Qwen
 from .long_context import extended_checkpoint
 from qwen_mini.reward_model import (
@@ -66,10 +67,10 @@ from .training import Batch, Trainer
 
 # %% ../notebooks/18_dpo.ipynb #7e9b2b86
 def dpo_loss(
-    chosen,
-    rejected,
-    reference_chosen,
-    reference_rejected,
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    reference_chosen: torch.Tensor,
+    reference_rejected: torch.Tensor,
     beta: float = 0.1,
     kind: str = "sigmoid",
     label_smoothing: float = 0.0,
@@ -136,14 +137,14 @@ def preferred_problems(count: int, seed: int = 0) -> list[Example]:
     return draw_examples(count, f"{seed}/look", wordings=WORDINGS_ASKED, tasks=PREFERRED)
 
 
-def preferred_stage(config, seed: int = 0) -> Stage:
+def preferred_stage(config: ScaleConfig, seed: int = 0) -> Stage:
     """Answers of the SFT checkpoint to problems of the report's areas, as the stage `preferred`."""
     settings = config.dpo
     start = start_checkpoint(config, "sft", settings.start, seed)
     sampled = [settings.problems, settings.samples, settings.max_new_tokens]
     inputs = {"sampled": sampled, "start": stages.origin(start)}
 
-    def fill(folder):
+    def fill(folder: Path):
         source, dtype = stages.folder_of(start), hardware.pick_dtype(config.run.dtype)
         policy = frozen(source, dtype)
         tokenizer, asked = Tokenizer.from_pretrained(source), preferred_problems(sampled[0], seed)
@@ -158,7 +159,13 @@ def read_preferred(made: Stage) -> list[list[Answer]]:
 
 
 # %% ../notebooks/18_dpo.ipynb #d57aeeb3
-def target_logprobs(model: Qwen, hidden, targets, mask, temperature: float = 1.0) -> torch.Tensor:
+def target_logprobs(
+    model: Qwen,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor,
+    temperature: float = 1.0,
+) -> torch.Tensor:
     """log p of `targets` (rows, length) from final hidden states (rows, length, hidden_size); 0 outside of `mask`.
 
     The head runs on the masked positions only, and in float32: a sum over an answer adds its roundings up.
@@ -342,12 +349,12 @@ def preference_steps(
 
 # %% ../notebooks/18_dpo.ipynb #d4e27da9
 def make_trainer(
-    config,
+    config: ScaleConfig,
     start: Path,
     pairs: Sequence[Pair],
     settings,
     seed: int = 0,
-    dtype=torch.float32,
+    dtype: torch.dtype = torch.float32,
     base: Path | None = None,
     **merging,
 ):
@@ -374,7 +381,7 @@ def prefer(*arguments, **options) -> tuple[Trainer, list[dict]]:
 
 # %% ../notebooks/18_dpo.ipynb #a599ece0
 def pairs_stage(
-    config,
+    config: ScaleConfig,
     seed: int = 0,
     settings=None,
     stage: str = "pairs",
@@ -390,7 +397,7 @@ def pairs_stage(
     sampled = ("problems", "samples", "pairs_per_problem", "max_new_tokens")
     inputs = {name: getattr(settings, name) for name in sampled} | {"start": stages.origin(start)}
 
-    def fill(folder):
+    def fill(folder: Path):
         source, dtype = stages.folder_of(start), hardware.pick_dtype(config.run.dtype)
         policy = frozen(source, dtype)
         pairs = fresh_pairs(policy, Tokenizer.from_pretrained(source), settings, seed)
@@ -408,7 +415,7 @@ def read_pairs(folder: Path) -> list[Pair]:
 
 # %% ../notebooks/18_dpo.ipynb #d15f7942
 def dpo_stage(
-    config,
+    config: ScaleConfig,
     seed: int = 0,
     stage: str = "dpo",
     settings=None,
@@ -435,7 +442,7 @@ def dpo_stage(
         "chat": True,
     }
 
-    def begin(dtype):
+    def begin(dtype: torch.dtype):
         folder, pairs = stages.folder_of(start), read_pairs(sampled.folder())
         merging = {"alpha": settings.alpha, "keep": settings.keep}
         origin = stages.folder_of(base)
@@ -448,7 +455,11 @@ def dpo_stage(
 
 
 def optimize_preferences(
-    config, seed: int = 0, stage: str = "dpo", settings=None, stop_after: int | None = None
+    config: ScaleConfig,
+    seed: int = 0,
+    stage: str = "dpo",
+    settings=None,
+    stop_after: int | None = None,
 ) -> Path:
     """The folder of `dpo_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
     made = dpo_stage(config, seed, stage, settings)

@@ -83,14 +83,14 @@ def yarn_temperature(factor: float) -> float:
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #b6167124
 def yarn_attention(
-    q,
-    k,
-    v,
-    position_ids=None,
-    document_ids=None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
     cache=None,
     *,
-    frequencies,
+    frequencies: torch.Tensor,
     temperature=1.0,
 ):
     """`causal_attention` at YaRN's frequencies, its logits multiplied by `temperature`²; same arguments and shapes."""
@@ -135,7 +135,15 @@ def dual_chunk_positions(length: int, stride: int, chunk_size: int) -> torch.Ten
 
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #19e0cb16
-def naive_dual_chunk_attention(q, k, v, *, frequencies, stride, chunk_size):
+def naive_dual_chunk_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    frequencies: torch.Tensor,
+    stride: int,
+    chunk_size: int,
+):
     """DCA written out, the reference: shapes as in `causal_attention`."""
     positions = torch.arange(q.shape[2])
     behind = positions[:, None] // stride - positions // stride
@@ -156,7 +164,7 @@ def naive_dual_chunk_attention(q, k, v, *, frequencies, stride, chunk_size):
 
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #9bed4b22
-def attention_and_lse(q, k, v, causal=False):
+def attention_and_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False):
     """Attention and the log-sum-exp of each query's scores.
 
     q: (batch, heads, n, head_dim); k, v: (batch, kv_heads, m, head_dim). Returns (batch, heads, n, head_dim) and
@@ -178,7 +186,9 @@ def attention_and_lse(q, k, v, causal=False):
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
-def attention_by_rows(q, k, v, causal=False, rows=1_024):
+def attention_by_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, rows: int = 1_024
+):
     """`attention_and_lse` written out for equal heads of q, k and v, `rows` queries at a time."""
     outs, sums = [], []
     for start in range(0, q.shape[2], rows):
@@ -226,8 +236,8 @@ def chunk_runs(first: int, stride: int) -> tuple[int, int]:
 def check_chunks(
     chunk_size: int,
     local_size: int,
-    position_ids,
-    document_ids,
+    position_ids: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
     start: int,
     length: int,
 ) -> None:
@@ -257,16 +267,16 @@ def check_chunks(
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #f9476daf
 def dual_chunk_attention(
-    q,
-    k,
-    v,
-    position_ids=None,
-    document_ids=None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
     cache=None,
     *,
-    frequencies,
-    chunk_size,
-    local_size,
+    frequencies: torch.Tensor,
+    chunk_size: int,
+    local_size: int,
     original_length=None,
     length=None,
 ):
@@ -314,7 +324,9 @@ def dual_chunk_attention(
 
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #c33c6ae2
-def decode_dual_chunk(q, k, v, turn, stride: int, chunk_size: int) -> torch.Tensor:
+def decode_dual_chunk(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turn, stride: int, chunk_size: int
+) -> torch.Tensor:
     """One new query per row against all cached keys: three slices of one row of scores, then a softmax over all."""
     batch, heads, _, head_dim = q.shape
     kv_heads, last = k.shape[1], k.shape[2] - 1

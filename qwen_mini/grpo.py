@@ -382,7 +382,7 @@ def probe_stage(config: ScaleConfig, seed: int = 0, settings: Grpo | None = None
     asked = ("group_size", "levels", "probe", "max_new_tokens")
     inputs = {name: getattr(settings, name) for name in asked} | {"start": stages.origin(start)}
 
-    def fill(folder):
+    def fill(folder: Path):
         source, dtype = stages.folder_of(start), hardware.pick_dtype(config.run.dtype)
         policy = frozen(source, dtype)
         kinds, groups = probe_groups(policy, Tokenizer.from_pretrained(source), settings, seed)
@@ -650,7 +650,7 @@ def grpo_stage(
         "chat": True,
     }
 
-    def begin(dtype):
+    def begin(dtype: torch.dtype):
         folder = stages.folder_of(start)
         tokenizer = Tokenizer.from_pretrained(folder)
         policy = frozen(folder, dtype)

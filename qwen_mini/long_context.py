@@ -95,6 +95,7 @@ from .course.corpus_files import clean
 from .course import CourseError, hardware, stages
 from .course.scales import Phase
 from .course.stages import Stage
+from .course.scales import ScaleConfig
 from .generation import generate
 from .kernels.cache import KVCache
 from .layers import rope_frequencies
@@ -158,7 +159,7 @@ def position_losses(model: Qwen, rows: torch.Tensor) -> torch.Tensor:
 
 
 # %% ../notebooks/12_long_context.ipynb #924b8935
-def starting_point(config, seed: int = 0) -> Path | Stage:
+def starting_point(config: ScaleConfig, seed: int = 0) -> Path | Stage:
     """The checkpoint to extend: the scale's own pre-training, or the one that ships with the course."""
     ready = stages.shipped("pretraining") if config.long_context.start == "shipped" else None
     return ready or pretraining_stage(config, seed)
@@ -245,7 +246,9 @@ def recode(tokens: np.ndarray, old: Tokenizer, new: Tokenizer) -> np.ndarray:
     return pack(ids, new.endoftext_id, "<u2" if new.vocab_size <= 65_536 else "<u4")
 
 
-def open_long_corpus(config, folder: Path, seed: int | None = None) -> tuple[LongCorpus, Tokenizer]:
+def open_long_corpus(
+    config: ScaleConfig, folder: Path, seed: int | None = None
+) -> tuple[LongCorpus, Tokenizer]:
     """The corpus for extending or measuring the checkpoint in `folder`, and the checkpoint's tokenizer.
 
     seed: the corpus must be of; CorpusError if it is of another one.
@@ -255,14 +258,14 @@ def open_long_corpus(config, folder: Path, seed: int | None = None) -> tuple[Lon
     return LongCorpus(corpus, tokenizer, own), tokenizer
 
 
-def frozen_model(checkpoint: Path | Stage, config) -> Qwen:
+def frozen_model(checkpoint: Path | Stage, config: ScaleConfig) -> Qwen:
     """A checkpoint to measure: in the scale's precision, on this machine's device, without gradients."""
     dtype = hardware.pick_dtype(config.run.dtype)
     model = Qwen.from_pretrained(stages.folder_of(checkpoint), dtype)
     return model.eval().requires_grad_(False).to(hardware.device())
 
 
-def open_hay(checkpoint: Path | Stage, config, seed: int = 0):
+def open_hay(checkpoint: Path | Stage, config: ScaleConfig, seed: int = 0):
     """What a needle measurement needs beside a model: the pieces that needles are made of, and held-out text.
 
     The corpus is prepared if it is not there; `config` needs the sections "corpus" and "tokenizer".
@@ -548,7 +551,7 @@ def haystack(
 
 
 @torch.inference_mode()
-def ask(model, cache: KVCache, question: list[int], new_tokens: int, attention) -> list[int]:
+def ask(model: Qwen, cache: KVCache, question: list[int], new_tokens: int, attention) -> list[int]:
     """Greedy answer to a question about what a cache holds; the cache is left as it was, for the next question."""
     length, own, model.attention = cache.length, model.attention, attention
     answer, ids = [], question
@@ -564,7 +567,7 @@ def ask(model, cache: KVCache, question: list[int], new_tokens: int, attention) 
 
 
 def ask_all(
-    model,
+    model: Qwen,
     cache: KVCache,
     planted,
     pieces: NeedlePieces,
@@ -715,7 +718,9 @@ def set_base(model: Qwen, base: float, length: int) -> None:
 class ExtensionTrainer(Trainer):
     """`Trainer` that gives the model the base of each step's stage first."""
 
-    def __init__(self, model, settings, sampler: StageSampler, length: int, dtype=torch.float32):
+    def __init__(
+        self, model: Qwen, settings, sampler: StageSampler, length: int, dtype=torch.float32
+    ):
         super().__init__(model, settings, sampler.total_steps, dtype)
         self.sampler, self.length = sampler, length
 
@@ -724,7 +729,7 @@ class ExtensionTrainer(Trainer):
         super().forward_backward(batch)
 
 
-def extension_optimizer(config, settings):
+def extension_optimizer(config: ScaleConfig, settings):
     """Chapter 08's optimiser at the extension's rates: warm-up, then linear to a twentieth."""
     return dataclasses.replace(
         config.pretraining,
@@ -739,7 +744,7 @@ def extension_optimizer(config, settings):
 
 
 def make_extension(
-    config, folder: Path, corpus: LongCorpus, seed: int, dtype, settings=None
+    config: ScaleConfig, folder: Path, corpus: LongCorpus, seed: int, dtype, settings=None
 ) -> ExtensionTrainer:
     """Trainer and sampler (`.sampler`) for extending the checkpoint in `folder`; `corpus` gains the needle rows."""
     settings = settings or config.long_context
@@ -753,7 +758,9 @@ def make_extension(
 
 
 # %% ../notebooks/12_long_context.ipynb #82f21c14
-def extension_stage(config, seed: int = 0, stage: str = "long_context", settings=None) -> Stage:
+def extension_stage(
+    config: ScaleConfig, seed: int = 0, stage: str = "long_context", settings=None
+) -> Stage:
     """The pre-trained checkpoint trained to a longer context, stage by stage, as a stage of the course.
 
     `settings` replaces `config.long_context`. Source: report §3.3; ABF is arXiv 2309.16039.
@@ -780,14 +787,18 @@ def extension_stage(config, seed: int = 0, stage: str = "long_context", settings
 
 
 def extend_context(
-    config, seed: int = 0, stage: str = "long_context", settings=None, stop_after: int | None = None
+    config: ScaleConfig,
+    seed: int = 0,
+    stage: str = "long_context",
+    settings=None,
+    stop_after: int | None = None,
 ) -> Path:
     """The folder of `extension_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
     made = extension_stage(config, seed, stage, settings)
     return made.make(stop_after) if stop_after else made.folder()
 
 
-def extended_checkpoint(config, seed: int = 0) -> Path | Stage:
+def extended_checkpoint(config: ScaleConfig, seed: int = 0) -> Path | Stage:
     """What later chapters start from: the scale's long-context stage, or the shipped one at `start = "shipped"`."""
     ready = stages.shipped("long_context") if config.long_context.start == "shipped" else None
     return ready or extension_stage(config, seed)

@@ -25,6 +25,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from .course import hardware, stages
 from .course.ranks import world
 from .course.scales import Grpo, ScaleConfig, Sft
@@ -122,7 +124,7 @@ def more_sft_stage(config: ScaleConfig, seed: int = 0) -> Stage:
         "chat": True,
     }
 
-    def begin(dtype):
+    def begin(dtype: torch.dtype):
         passes = token_passes(run.folder(), probed.folder(), settings, seed)
         folder = stages.folder_of(start)
         rows = demonstrated_rows(config, folder, seed)
@@ -131,7 +133,7 @@ def more_sft_stage(config: ScaleConfig, seed: int = 0) -> Stage:
         trainer = Trainer(Qwen.from_pretrained(folder).to(hardware.device()), numbers, steps, dtype)
         an_epoch = len(rows) / gentle.batch_rows
 
-        def step(number):
+        def step(number: int):
             batch = sampler.batch(number % sampler.total_steps, *world())
             return trainer.step(batch) | {"epochs": (number + 1) / an_epoch}
 
@@ -169,7 +171,7 @@ def right_answers_stage(
     sampled = [count, number, settings.group_size, settings.max_new_tokens]
     inputs = {"policy": stages.origin(policy), "probe": probed.key, "sampled": sampled}
 
-    def fill(folder):
+    def fill(folder: Path):
         source, dtype = stages.folder_of(policy), hardware.pick_dtype(config.run.dtype)
         model = frozen(source, dtype)
         tokenizer, (weights, _) = Tokenizer.from_pretrained(source), read_probe(probed.folder())
@@ -215,7 +217,7 @@ def imitation_round(
     settings = dataclasses.replace(gentle_settings(config), epochs=epochs)
     inputs = demonstrated_inputs(config, seed) | {"answers": [part.key for part in answers]}
 
-    def rows(folder):
+    def rows(folder: Path):
         shown = demonstrated_rows(config, folder, seed)
         files = [part.folder() / "rows.jsonl" for part in answers]
         lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
@@ -252,12 +254,12 @@ def curriculum_stage(
         "chat": True,
     }
 
-    def begin(dtype):
+    def begin(dtype: torch.dtype):
         folder, pool = stages.folder_of(start), pool_of(settings, len(order), seed)
         tokenizer, model = Tokenizer.from_pretrained(folder), Qwen.from_pretrained(folder)
         trainer = Trainer(model.to(hardware.device()), numbers, len(order) // size, dtype)
 
-        def step(number):
+        def step(number: int):
             part = [pool[i] for i in order[number * size : (number + 1) * size]]
             _, groups = roll_out(model.eval(), tokenizer, part, settings, seed + number)
             try:

@@ -36,6 +36,7 @@ from .course import CourseError, hardware, stages
 from .course.progress import Progress
 from .course.ranks import is_first, world
 from .course.stages import Stage
+from .course.scales import ScaleConfig
 from .model import ModelConfig, Qwen
 from .tokenizer import Tokenizer
 from .training import Batch, Trainer
@@ -341,7 +342,7 @@ def describe(record: dict, total_steps: int) -> str:
     )
 
 
-def evaluating(config, trainer, step, sampler, corpus, tokenizer: Tokenizer):
+def evaluating(config: ScaleConfig, trainer, step, sampler, corpus, tokenizer: Tokenizer):
     """`step`, and after every `config.measure.eval_every` steps and the last one what `evaluate` says."""
     progress, measure = Progress(), config.measure
     length = max(phase.length for phase in sampler.phases)
@@ -361,7 +362,9 @@ def evaluating(config, trainer, step, sampler, corpus, tokenizer: Tokenizer):
 
 
 # %% ../notebooks/09_pretraining.ipynb #158515c1
-def pretraining_stage(config, seed: int = 0, stage: str = "pretraining", settings=None) -> Stage:
+def pretraining_stage(
+    config: ScaleConfig, seed: int = 0, stage: str = "pretraining", settings=None
+) -> Stage:
     """The scale's model trained on its corpus, phase by phase, as a stage: found or made by `.folder()`.
 
     Under torchrun every process takes its share of each batch. `settings` replaces `config.pretraining`. Source:
@@ -374,7 +377,7 @@ def pretraining_stage(config, seed: int = 0, stage: str = "pretraining", setting
         "corpus": corpus_inputs(config, seed),
     }
 
-    def begin(dtype):
+    def begin(dtype: torch.dtype):
         corpus, tokenizer = open_prepared(config, seed)
         phases = available_phases(settings.phases, corpus)
         _check_shares(phases, settings)
@@ -399,7 +402,11 @@ def _check_shares(phases, settings) -> None:
 
 
 def pretrain(
-    config, seed: int = 0, stage: str = "pretraining", settings=None, stop_after: int | None = None
+    config: ScaleConfig,
+    seed: int = 0,
+    stage: str = "pretraining",
+    settings=None,
+    stop_after: int | None = None,
 ) -> Path:
     """The folder of `pretraining_stage`, trained now if it is not there.
 

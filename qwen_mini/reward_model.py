@@ -62,6 +62,7 @@ from torch import nn
 from .course import CourseError, artifacts, hardware, stages
 from .course.ranks import world
 from .course.stages import Stage
+from .course.scales import ScaleConfig
 from .model import Qwen
 from qwen_mini.sft import (
     Answer,
@@ -82,7 +83,9 @@ from .training import Trainer
 
 
 # %% ../notebooks/17_reward_model.ipynb #f3e4e3a2
-def bradley_terry_loss(chosen, rejected, margin=0.0, center: float = 0.0) -> torch.Tensor:
+def bradley_terry_loss(
+    chosen: torch.Tensor, rejected: torch.Tensor, margin=0.0, center: float = 0.0
+) -> torch.Tensor:
     """Mean of −log σ(r⁺ − r⁻ − margin) over pairs, plus `center` times the mean of (r⁺ + r⁻)².
 
     chosen, rejected: (pairs,) rewards of the better and of the worse response. The difference alone matters to the
@@ -100,7 +103,7 @@ class RewardModel(Qwen):
     `Qwen2ForSequenceClassification`, which reads the checkpoints of this class.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ScaleConfig):
         super().__init__(config)
         if not config.tie_word_embeddings:
             del self.lm_head  # a tied head is the embedding table
@@ -134,7 +137,9 @@ class RewardModel(Qwen):
         # in float32: in 16 bits many rewards would be equal
         return F.linear(last.float(), self.score.weight.float())[:, 0]
 
-    def save_pretrained(self, folder, dtype=None, generation_config=None) -> None:
+    def save_pretrained(
+        self, folder, dtype: torch.dtype | None = None, generation_config=None
+    ) -> None:
         """As `Qwen.save_pretrained`; the config says that there is one label. It does not generate.
 
         generation_config: only its `pad_token_id` is kept, by which transformers finds the last token of a padded row.
@@ -286,7 +291,7 @@ def label_pairs(
 
 
 # %% ../notebooks/17_reward_model.ipynb #9f093bbf
-def adamw_settings(config, settings):
+def adamw_settings(config: ScaleConfig, settings):
     """Chapter 16's schedule at a stage's own rate, to a tenth of it, with AdamW alone and without weight decay."""
     return dataclasses.replace(
         optimizer_settings(config, config.sft),
@@ -321,12 +326,12 @@ def reward_steps(trainer: Trainer, pairs: Sequence[Pair], settings, seed: int = 
 
 
 def train_reward_model(
-    config,
+    config: ScaleConfig,
     start: Path,
     pairs: Sequence[Pair],
     settings,
     seed: int = 0,
-    dtype=torch.float32,
+    dtype: torch.dtype = torch.float32,
     layers: int | None = None,
 ):
     """(trainer, step) for a reward model on the body of `start`, or on its first `layers` layers."""
@@ -337,7 +342,7 @@ def train_reward_model(
 
 
 # %% ../notebooks/17_reward_model.ipynb #58eadb3a
-def careless_stage(config, seed: int = 0) -> Stage:
+def careless_stage(config: ScaleConfig, seed: int = 0) -> Stage:
     """The SFT checkpoint after a short fine-tuning on careless responses, as the stage `careless`."""
     settings = config.reward_model
     start = start_checkpoint(config, "sft", settings.start, seed)
@@ -354,14 +359,14 @@ def careless_stage(config, seed: int = 0) -> Stage:
     return rows_stage(config, "careless", ("reward_model",), seed, start, gentle, inputs, rows)
 
 
-def careless_policy(config, seed: int = 0, stop_after: int | None = None) -> Path:
+def careless_policy(config: ScaleConfig, seed: int = 0, stop_after: int | None = None) -> Path:
     """The folder of `careless_stage`, trained now if it is not there."""
     made = careless_stage(config, seed)
     return made.make(stop_after) if stop_after else made.folder()
 
 
 def reward_stage(
-    config,
+    config: ScaleConfig,
     pairs: Callable[[], Sequence[Pair]],
     recipe,
     seed: int = 0,
@@ -384,7 +389,7 @@ def reward_stage(
         "chat": True,
     }
 
-    def begin(dtype):
+    def begin(dtype: torch.dtype):
         folder = stages.folder_of(start)
         trainer, step = train_reward_model(config, folder, pairs(), settings, seed, dtype, layers)
         return trainer, step, Tokenizer.from_pretrained(folder)
@@ -428,7 +433,7 @@ def frozen(folder: str | Path, dtype: torch.dtype) -> Qwen:
 
 # %% ../notebooks/17_reward_model.ipynb #d2b14bef
 def answers_stage(
-    config, seed: int = 0, split: str = "train", problems: int = 0, samples: int = 0
+    config: ScaleConfig, seed: int = 0, split: str = "train", problems: int = 0, samples: int = 0
 ) -> Stage:
     """Answers of the careless policy to style problems, as the stage `answers` (`answers.jsonl`).
 
@@ -485,7 +490,7 @@ def judge_pairs(
     return pairs
 
 
-def judge_stages(config, seed: int = 0) -> dict[str, Stage]:
+def judge_stages(config: ScaleConfig, seed: int = 0) -> dict[str, Stage]:
     """The six reward models by name, as stages: `reward_model` for `full`, `reward_model_<name>` for the others."""
     answers = answers_stage(config, seed)
 

@@ -62,6 +62,7 @@ from .course.ranks import world
 from .world.needles import needle_pieces
 from .course import CourseError, hardware, stages
 from .course.stages import Stage
+from .course.scales import ScaleConfig
 from .generation import generate
 from qwen_mini.long_context import (
     extended_checkpoint,
@@ -308,7 +309,7 @@ def length_batches(lengths: Sequence[int], size: int) -> Iterable[list[int]]:
 
 # %% ../notebooks/16_sft.ipynb #15c47579
 def evaluate_tasks(
-    model,
+    model: Qwen,
     tokenizer: Tokenizer,
     examples: Sequence[Example],
     temperature: float = 0.0,
@@ -426,14 +427,14 @@ def mean_gain(differences: np.ndarray, other_runs: int = 0) -> tuple[float, floa
 
 
 # %% ../notebooks/16_sft.ipynb #f87ded51
-def start_checkpoint(config, stage: str, start: str, seed: int = 0) -> Path | Stage:
+def start_checkpoint(config: ScaleConfig, stage: str, start: str, seed: int = 0) -> Path | Stage:
     """Where a later stage begins: what ships with the course, or the scale's own stage `sft`."""
     ready = stages.shipped(stage) if start == "shipped" else None
     return ready or sft_stage(config, seed)
 
 
 # %% ../notebooks/16_sft.ipynb #47d3fc67
-def optimizer_settings(config, settings):
+def optimizer_settings(config: ScaleConfig, settings):
     """Chapter 08's settings with a post-training stage's rates: warm-up, then linear to `min_lr_ratio`."""
     return dataclasses.replace(
         config.pretraining,
@@ -458,12 +459,12 @@ def slower(settings, share: float = 1 / 8, **changes):
 
 
 def train_rows(
-    config,
+    config: ScaleConfig,
     start: Path | Qwen,
     rows: Sequence[Row],
     settings,
     seed: int = 0,
-    dtype=torch.float32,
+    dtype: torch.dtype = torch.float32,
 ) -> Trainer:
     """A model trained on rows, in memory: for ablations and for the controls of later chapters."""
     torch.manual_seed(seed)
@@ -478,7 +479,7 @@ def train_rows(
 
 # %% ../notebooks/16_sft.ipynb #4cd23df1
 def rows_stage(
-    config,
+    config: ScaleConfig,
     name: str,
     modules: tuple[str, ...],
     seed: int,
@@ -498,7 +499,7 @@ def rows_stage(
         "chat": True,
     }
 
-    def begin(dtype):
+    def begin(dtype: torch.dtype):
         folder = stages.folder_of(start)
         sampler = RowSampler(rows(folder), settings.batch_rows, settings.epochs, seed)
         model = Qwen.from_pretrained(folder).to(hardware.device())
@@ -510,7 +511,7 @@ def rows_stage(
 
 
 def replay_rows(
-    config, corpus, count: int, weight: float, seed: int = 0, length: int = 128
+    config: ScaleConfig, corpus, count: int, weight: float, seed: int = 0, length: int = 128
 ) -> list[Row]:
     """`count` windows of pre-training text in the shares of its last phase, each token of weight `weight`."""
     mixture = {
@@ -555,7 +556,9 @@ def demonstrations(count: int, seed: int = 0) -> list[tuple[Example, str]]:
     return [(e, e.response) for e in draw_examples(count, f"{seed}/demonstrations")]
 
 
-def training_rows(config, settings, corpus, tokenizer: Tokenizer, seed: int = 0) -> list[Row]:
+def training_rows(
+    config: ScaleConfig, settings, corpus, tokenizer: Tokenizer, seed: int = 0
+) -> list[Row]:
     """What `finetune` trains on: the demonstrations under many system prompts, and replayed text."""
     pairs = demonstrations(settings.demonstrations, seed)
     rows = make_rows(tokenizer, pairs, system=TRAIN_SYSTEM, seed=seed)
@@ -564,7 +567,7 @@ def training_rows(config, settings, corpus, tokenizer: Tokenizer, seed: int = 0)
 
 
 # %% ../notebooks/16_sft.ipynb #a1a7220c
-def sft_stage(config, seed: int = 0, stage: str = "sft", settings=None) -> Stage:
+def sft_stage(config: ScaleConfig, seed: int = 0, stage: str = "sft", settings=None) -> Stage:
     """The long-context checkpoint fine-tuned on demonstrations of all tasks, as a stage.
 
     Source: report §4.1; what is not published is named in the notebook.
@@ -585,7 +588,11 @@ def sft_stage(config, seed: int = 0, stage: str = "sft", settings=None) -> Stage
 
 
 def finetune(
-    config, seed: int = 0, stage: str = "sft", settings=None, stop_after: int | None = None
+    config: ScaleConfig,
+    seed: int = 0,
+    stage: str = "sft",
+    settings=None,
+    stop_after: int | None = None,
 ) -> Path:
     """The folder of `sft_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
     made = sft_stage(config, seed, stage, settings)
@@ -608,7 +615,7 @@ def long_instructions(
     return made
 
 
-def score_long(model, tokenizer: Tokenizer, asked: Sequence[tuple[list[dict], str]]) -> float:
+def score_long(model: Qwen, tokenizer: Tokenizer, asked: Sequence[tuple[list[dict], str]]) -> float:
     """Share of long instructions whose number stands in the answer, and no other number."""
     prompts = [tokenizer.encode_chat(messages, add_generation_prompt=True) for messages, _ in asked]
     stops, right = [tokenizer.im_end_id, tokenizer.endoftext_id], 0
@@ -630,7 +637,7 @@ def score_long(model, tokenizer: Tokenizer, asked: Sequence[tuple[list[dict], st
 
 # %% ../notebooks/16_sft.ipynb #9465cb0c
 def rejection_sample(
-    model,
+    model: Qwen,
     tokenizer: Tokenizer,
     examples: Sequence[Example],
     samples: int = 4,

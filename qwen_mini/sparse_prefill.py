@@ -40,7 +40,7 @@ from qwen_mini.dual_chunk import (
 )
 from .kernels.cache import KVCache
 from .layers import rope_frequencies, rope_tables, rotate
-from .model import kv_cache_bytes_per_token
+from .model import Qwen, kv_cache_bytes_per_token
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #804d7efc
@@ -50,7 +50,7 @@ def a_shape(length: int, init: int, window: int) -> torch.Tensor:
     return (distance >= 0) & ((distance < window) | (torch.arange(length) < init))
 
 
-def last_weights(q, k, last_q: int) -> torch.Tensor:
+def last_weights(q: torch.Tensor, k: torch.Tensor, last_q: int) -> torch.Tensor:
     """Causal weights of the last `last_q` queries, float32 or wider, (last_q, length); q, k: (length, head_dim)."""
     last_q = min(last_q, len(q))
     scores = (q[-last_q:] @ k.T) * q.shape[-1] ** -0.5
@@ -70,8 +70,8 @@ def top_with_forced(scores: torch.Tensor, count: int, forced: int) -> torch.Tens
 
 # %% ../notebooks/14_sparse_prefill.ipynb #63be676c
 def vertical_slash(
-    q,
-    k,
+    q: torch.Tensor,
+    k: torch.Tensor,
     vertical: int,
     slash: int,
     last_q: int = 64,
@@ -102,7 +102,9 @@ def vertical_slash(
     return (distance >= 0) & (kept | on_slash[distance.clamp(min=0)]), columns, slashes
 
 
-def block_sparse(q, k, blocks: int, block_size: int = 64) -> torch.Tensor:
+def block_sparse(
+    q: torch.Tensor, k: torch.Tensor, blocks: int, block_size: int = 64
+) -> torch.Tensor:
     """Mask (length, length): per block of queries the `blocks` best blocks of keys, by the mean query and mean key.
 
     The block of the queries themselves is always in. q, k: (length, head_dim), rotated; length in whole blocks.
@@ -122,7 +124,7 @@ def block_sparse(q, k, blocks: int, block_size: int = 64) -> torch.Tensor:
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #71bb33cd
-def recall(q, k, mask: torch.Tensor) -> torch.Tensor:
+def recall(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Share of each query's attention that `mask` keeps, (length,); q, k: (length, head_dim), rotated."""
     scores = (q @ k.T) * q.shape[-1] ** -0.5
     full = scores.masked_fill(~visible(len(q), len(k))[0, 0], -math.inf).logsumexp(-1)
@@ -212,7 +214,15 @@ class SparseAttention:
         cos, sin = self.tables[place]
         return rotate(x, cos[positions], sin[positions])
 
-    def __call__(self, q, k, v, position_ids=None, document_ids=None, cache=None):
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        position_ids=None,
+        document_ids=None,
+        cache=None,
+    ):
         if cache is None or q.shape[0] != 1 or document_ids is not None or position_ids is not None:
             raise ValueError(
                 "sparse attention reads one prompt into a KV cache: no batch, padding, packing or positions"
@@ -232,7 +242,15 @@ class SparseAttention:
             self.attend(rows[head], keys, values, start, out[head], (layer, head))
         return out.transpose(1, 2).flatten(0, 1)[None]
 
-    def attend(self, q, keys, values, start: int, out, place: tuple[int, int]) -> None:
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        start: int,
+        out: torch.Tensor,
+        place: tuple[int, int],
+    ) -> None:
         """One kv head: q (new, group, head_dim), already scaled; writes `out` of the same shape."""
         end, budget = start + len(q), self.budget(*place)
         sparse_from = min(max(start, self.stride), end)  # the first chunk is small: all of it
@@ -278,7 +296,7 @@ class SparseAttention:
         cuts = sorted(cuts)
         return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
 
-    def roles(self, q, first: int, continuous: bool = False):
+    def roles(self, q: torch.Tensor, first: int, continuous: bool = False):
         """The (intra, succ, inter) queries of rows from `first` on that lie in one dual chunk; q (rows, group, d)."""
         positions = torch.arange(first, first + len(q), device=q.device)
         if continuous:
@@ -288,7 +306,9 @@ class SparseAttention:
             roles = query_positions(positions, self.stride, self.chunk_size)
         return [self.turn(q, p[:, None]) for p in roles]
 
-    def score_tiles(self, q, keys, first: int, continuous: bool = False):
+    def score_tiles(
+        self, q: torch.Tensor, keys: torch.Tensor, first: int, continuous: bool = False
+    ):
         """Yields (i, j, scores): rows of one dual chunk against the keys i … j − 1, float32, (rows · group, j − i).
 
         Tile by tile, because a row of scores over a million keys fits into no cache.
@@ -308,13 +328,15 @@ class SparseAttention:
         own_scores.masked_fill_(later[:, None], -math.inf)
         yield first, first + len(q), own_scores.flatten(0, 1)
 
-    def scores(self, q, keys, first: int) -> torch.Tensor:
+    def scores(self, q: torch.Tensor, keys: torch.Tensor, first: int) -> torch.Tensor:
         """The tiles of `score_tiles` as one matrix, (rows, group, keys): for few keys, and to look at."""
         return torch.cat([s for _, _, s in self.score_tiles(q, keys, first)], -1).unflatten(
             0, q.shape[:2]
         )
 
-    def dense(self, q, keys, values, first: int) -> torch.Tensor:
+    def dense(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int
+    ) -> torch.Tensor:
         """Exact attention of a few rows of one dual chunk, its tiles merged by their log-sum-exps."""
         parts = []
         for i, j, scores in self.score_tiles(q, keys, first):
@@ -322,7 +344,7 @@ class SparseAttention:
             parts.append(((scores - lse[:, None]).exp().to(q.dtype) @ values[i:j], lse))
         return merge(parts).view(q.shape)
 
-    def columns(self, q, keys, budget: Budget) -> torch.Tensor:
+    def columns(self, q: torch.Tensor, keys: torch.Tensor, budget: Budget) -> torch.Tensor:
         """Which keys every later query may see: by the attention of the last queries, or the first ones; ascending."""
         end = keys.shape[1]
         if not budget.estimate:
@@ -339,7 +361,15 @@ class SparseAttention:
         return top_with_forced(total, budget.vertical, SINK)
 
     def segment(
-        self, q, keys, values, first: int, block: int, columns, chosen, window: int
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        first: int,
+        block: int,
+        columns,
+        chosen,
+        window: int,
     ) -> torch.Tensor:
         """Sparse attention of whole blocks of one dual chunk: q (rows, group, head_dim), rows a multiple of `block`."""
         (rows, group, head_dim), blocks = q.shape, len(q) // block
@@ -387,7 +417,15 @@ class SparseAttention:
         return out.view(rows, group, head_dim)
 
     def sampled_recall(
-        self, q, keys, start, first, last, columns, budget, samples: int = 24
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        start,
+        first,
+        last,
+        columns,
+        budget,
+        samples: int = 24,
     ) -> float:
         """Mean share of attention kept, over evenly spaced sparse rows: exp(lse_sparse − lse_full)."""
         shares = []
@@ -408,7 +446,7 @@ class SparseAttention:
 # %% ../notebooks/14_sparse_prefill.ipynb #76cb3390
 @torch.inference_mode()
 def sparse_prefill(
-    model,
+    model: Qwen,
     input_ids: torch.Tensor,
     attention=None,
     chunk_tokens: int = 49_152,
@@ -450,7 +488,7 @@ def sparse_prefill(
 # %% ../notebooks/14_sparse_prefill.ipynb #d8508b03
 def check_prompt(
     config,
-    input_ids,
+    input_ids: torch.Tensor,
     chunk_tokens: int,
     extra: int,
     max_cache_bytes: int,
@@ -490,7 +528,7 @@ CANDIDATES = (
 
 
 def measure_recalls(
-    model, input_ids: torch.Tensor, budgets, continuous: bool = True
+    model: Qwen, input_ids: torch.Tensor, budgets, continuous: bool = True
 ) -> dict[tuple[int, int], float]:
     """(layer, kv head) → recall of sampled queries while one prompt, (1, length), is read with these budgets."""
     stride = stride_of(model.config.max_position_embeddings)
@@ -505,7 +543,9 @@ def measure_recalls(
     return attention.recalls
 
 
-def choose_budgets(model, input_ids: torch.Tensor, candidates=CANDIDATES) -> list[list[Budget]]:
+def choose_budgets(
+    model: Qwen, input_ids: torch.Tensor, candidates=CANDIDATES
+) -> list[list[Budget]]:
     """Per layer and kv head, the candidate with the highest recall on a sample: pattern and split of equal cost."""
     stride = stride_of(model.config.max_position_embeddings)
     candidates = [c for c in candidates if c.window <= stride]
@@ -521,7 +561,7 @@ def choose_budgets(model, input_ids: torch.Tensor, candidates=CANDIDATES) -> lis
 
 # %% ../notebooks/14_sparse_prefill.ipynb #6fddb302
 def refine_budgets(
-    model,
+    model: Qwen,
     input_ids: torch.Tensor,
     budgets: list[list[Budget]],
     threshold: float = 0.95,
