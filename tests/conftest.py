@@ -98,6 +98,19 @@ def small_policy_run():
     return dataclasses.replace(config, run=run, grpo=grpo)
 
 
+HEAD_DIM = 8  # of the attention that tests compute
+
+
+def heads(batch, query_heads, kv_heads, length, head_dim=HEAD_DIM, **options):
+    """Random q, k, v."""
+    import torch
+
+    return [
+        torch.randn(batch, n, length, head_dim, **options)
+        for n in (query_heads, kv_heads, kv_heads)
+    ]
+
+
 def some_pairs(count=6, seed=0):
     """Preference pairs of random ids, none of them a control token."""
     from qwen_mini.reward_model import Pair

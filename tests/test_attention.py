@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import HEAD_DIM, heads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,7 +20,6 @@ from qwen_mini.attention import (
 from qwen_mini.kernels.cache import KVCache
 from qwen_mini.layers import RMSNorm, SwiGLU, rope_frequencies
 
-HEAD_DIM = 8
 ATTENTION = functools.partial(causal_attention, frequencies=rope_frequencies(HEAD_DIM, 1_000.0))
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -27,14 +27,6 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def heads(batch, query_heads, kv_heads, length, head_dim=HEAD_DIM, **options):
-    """Random q, k, v."""
-    return [
-        torch.randn(batch, n, length, head_dim, **options)
-        for n in (query_heads, kv_heads, kv_heads)
-    ]
 
 
 def one_by_one(q, k, v, mask):

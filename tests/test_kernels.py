@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import HEAD_DIM, heads
 from torch import nn
 
 from qwen_mini.attention import causal_attention, masked_attention, visible
@@ -24,21 +25,12 @@ from qwen_mini.layers import RMSNorm, SwiGLU, rms_norm, rope_frequencies, rope_t
 from qwen_mini.model import ModelConfig, Qwen
 
 EPS = 1e-6
-HEAD_DIM = 8
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def heads(batch, query_heads, kv_heads, length, head_dim=HEAD_DIM, **options):
-    """Random q, k, v."""
-    return [
-        torch.randn(batch, n, length, head_dim, **options)
-        for n in (query_heads, kv_heads, kv_heads)
-    ]
 
 
 def with_gradients(function, inputs, upstream):
