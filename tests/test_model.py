@@ -177,12 +177,8 @@ def test_packed_documents_equal_transformers_alone(pair):
     assert relative(leaking, alone) > 1e-3
 
 
-def test_loss_and_gradients_equal_transformers(pair):
-    model, theirs = pair
-    ids = token_ids()
-    loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    reference = theirs(ids, labels=ids).loss
-    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+def same_gradients(loss, reference, model, theirs):
+    """Both losses have the same gradient in every parameter; none is left behind."""
     loss.backward()
     reference.backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
@@ -190,6 +186,15 @@ def test_loss_and_gradients_equal_transformers(pair):
         assert relative(p.grad, gradients[name]) < 1e-4, name
     model.zero_grad()
     theirs.zero_grad()
+
+
+def test_loss_and_gradients_equal_transformers(pair):
+    model, theirs = pair
+    ids = token_ids()
+    loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    reference = theirs(ids, labels=ids).loss
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    same_gradients(loss, reference, model, theirs)
 
 
 def test_the_loss_in_the_forward_pass_equals_that_of_transformers(pair):
@@ -201,13 +206,7 @@ def test_the_loss_in_the_forward_pass_equals_that_of_transformers(pair):
         reference = theirs(ids, labels=asked).loss
         loss = model(ids[:, :-1], targets=ids[:, 1:], weights=weights)
         assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
-        loss.backward()
-        reference.backward()
-        gradients = {name: p.grad for name, p in theirs.named_parameters()}
-        for name, p in model.named_parameters():
-            assert relative(p.grad, gradients[name]) < 1e-4, name
-        model.zero_grad()
-        theirs.zero_grad()
+        same_gradients(loss, reference, model, theirs)
 
 
 def test_a_layer_may_hold_other_modules():
