@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 
 import pytest
@@ -28,6 +29,8 @@ from qwen_mini.model import Qwen
 from qwen_mini.tokenizer import Tokenizer
 from qwen_mini.training import Trainer, load_training_state, save_training_state
 
+# Of each document. `QWEN_MINI_FUZZ=2000 pytest tests/test_fuzz.py` tries more than ten thousand inputs in all.
+MOST = int(os.environ.get("QWEN_MINI_FUZZ", "150"))
 OTHERS = ["text", "", "../..", [], {}, None, True, -1, 0, 1e400, 10**30, [[[]]]]
 READABLE = (CourseError, ValueError, FileNotFoundError)
 
@@ -58,7 +61,7 @@ def swapped(document, most, seed=0):
         yield changed[""], place, other
 
 
-def accepts(read, document, most=150):
+def accepts(read, document, most=MOST):
     """`read` each swapped document; whatever it raises must be a sentence for a reader."""
     for changed, place, other in swapped(document, most):
         try:
@@ -71,18 +74,45 @@ def accepts(read, document, most=150):
             pytest.fail(f"{place} = {other!r:.30}: {error!r}")
 
 
+def survives(read, path, good, most=MOST // 3):
+    """`read()` the file at `path` with bytes of it cut off, overwritten, repeated or left out."""
+    rng = random.Random(0)
+    for _ in range(most):
+        start, end = sorted(rng.choices(range(len(good) + 1), k=2))
+        noise = rng.randbytes(rng.randrange(1, 9))
+        damaged = rng.choice(
+            [
+                good[:start],
+                good[:start] + good[end:],
+                good[:start] + noise + good[start + len(noise) :],
+                good[:start] + good[start:end] * 2 + good[end:],
+            ]
+        )
+        path.write_bytes(damaged)
+        try:
+            read()
+        except READABLE as error:
+            assert str(error) and "\n" not in str(error).strip(), (damaged[:80], error)
+        except Exception as error:
+            pytest.fail(f"bytes {start} to {end} of {path.name}: {error!r}")
+
+
 def test_manifests(runs_folder):
     shipped = artifacts.shipped_dir("sft") / "manifest.json"
     path = runs_folder / "quick" / "sft" / "manifest.json"
     path.parent.mkdir(parents=True)
 
-    def read(document):
-        path.write_text(json.dumps(document))
+    def find():
         artifacts.settle("quick", "sft")
         artifacts.find_by_key("quick", "sft", "0" * 16)
         artifacts.find("quick", "sft", load_scale("quick").digest)
 
+    def read(document):
+        path.write_text(json.dumps(document))
+        find()
+
     accepts(read, json.loads(shipped.read_text(encoding="utf-8")))
+    survives(find, path, shipped.read_bytes())
 
 
 def test_records(tmp_path):
@@ -95,6 +125,7 @@ def test_records(tmp_path):
         records.read(path)
 
     accepts(read, good)
+    survives(lambda: records.read(path), path, json.dumps(good).encode())
 
 
 def test_claims_and_times(runs_folder):
@@ -108,6 +139,9 @@ def test_claims_and_times(runs_folder):
         claims.read_claims("quick", "01_toy")
 
     accepts(read, good)
+    survives(
+        lambda: claims.read_claims("quick", "01_toy"), path, (json.dumps(good) + "\n").encode()
+    )
     state = runs_folder / "quick" / "run_state.json"
 
     def read_times(document):
@@ -122,12 +156,16 @@ def test_notebooks(tmp_path):
     good = json.loads((home() / "notebooks" / path.name).read_text(encoding="utf-8"))
     good["cells"] = good["cells"][:6]
 
-    def read(document):
-        path.write_text(json.dumps(document))
+    def load():
         book = nb.Notebook(path)
         _ = book.module, book.code, book.parameters(), book.code_digest
 
+    def read(document):
+        path.write_text(json.dumps(document))
+        load()
+
     accepts(read, good)
+    survives(load, path, json.dumps(good).encode())
 
 
 def test_tokenizers(tmp_path, tokenizer):
@@ -139,12 +177,32 @@ def test_tokenizers(tmp_path, tokenizer):
     good["model"]["vocab"] = kept
     good["added_tokens"] = [token | {"id": 260 + i} for i, token in enumerate(good["added_tokens"])]
 
-    def read(document):
-        path.write_text(json.dumps(document))
+    def load():
         Tokenizer.from_pretrained(tmp_path).encode("some words")
 
+    def read(document):
+        path.write_text(json.dumps(document))
+        load()
+
     read(good)
-    accepts(read, good, most=600)
+    accepts(read, good, most=4 * MOST)
+    survives(load, path, json.dumps(good).encode())
+
+
+def test_models(tmp_path):
+    Qwen(small_config()).save_pretrained(tmp_path)
+    path, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    good = json.loads(path.read_text(encoding="utf-8"))
+
+    def read(document):
+        path.write_text(json.dumps(document))
+        Qwen.from_pretrained(tmp_path)
+
+    read(good)
+    accepts(read, good)
+    survives(lambda: Qwen.from_pretrained(tmp_path), path, json.dumps(good).encode())
+    path.write_text(json.dumps(good))
+    survives(lambda: Qwen.from_pretrained(tmp_path), weights, weights.read_bytes())
 
 
 def test_training_states(tmp_path):
@@ -163,6 +221,8 @@ def test_training_states(tmp_path):
     read(header)
     accepts(read, header)
     accepts(lambda text: read(header | {"metrics": json.dumps(text)}), [{"loss": 1.0}])
+    save_training_state(path, trainer, [{"loss": 1.0}])
+    survives(lambda: load_training_state(path, trainer), path, path.read_bytes())
     for name in list(tensors)[:5]:
         for other in (tensors[name].flatten()[:1], torch.zeros(0)):
             save_file(tensors | {name: other}, path, metadata=header)
@@ -187,6 +247,7 @@ def test_scales(tmp_path):
                 assert "own.toml" in str(error) and "\n" not in str(error).strip()
             else:
                 assert config.name == "own"
+    survives(lambda: load_scale(path), path, "\n".join(lines).encode())
 
 
 WORDS = [
@@ -229,18 +290,20 @@ def test_commands(command, runs_folder, tmp_path, capsys, monkeypatch):
     options = {"plan": ["--gpus", "--scale"], "train": ["", "--scale", "--seed"], "export": ["--scale"],
                "chat": ["--stage", "--max-tokens", "--temperature", "--seed"], "verify": [""],
                "run": ["", "--timeout", "--seed", "--scale"]}[command]  # fmt: skip
-    for option in options:
-        for word in WORDS:
-            words = [
-                command,
-                *([option] if option else []),
-                word,
-                *(["sft", "x"] if command == "export" else []),
-            ]
-            try:
-                code = cli.main(words)
-            except SystemExit as end:  # argparse's own sentence
-                code = end.code
-            said = capsys.readouterr()
-            assert code in (0, 1, 2) and "Traceback" not in said.err, words
-            assert code == 0 or said.err.strip() or said.out.strip(), words
+    lines = [[option, word] for option in options for word in WORDS]
+    rng = random.Random(0)
+    for _ in range(MOST // 5):  # several at once, and words of any letters
+        lines.append([])
+        for option in rng.choices(options, k=rng.randrange(1, 4)):
+            letters = "".join(map(chr, rng.choices([*range(1, 0x250), 0x1F600, 0xDC80], k=4)))
+            lines[-1] += [option, rng.choice([*WORDS, letters])]
+    for line in lines:
+        words = [command, *line] if line[0] else [command, *line[1:]]
+        words += ["sft", "x"] if command == "export" else []
+        try:
+            code = cli.main(words)
+        except SystemExit as end:  # argparse's own sentence
+            code = end.code
+        said = capsys.readouterr()
+        assert code in (0, 1, 2) and "Traceback" not in said.err, words
+        assert code == 0 or said.err.strip() or said.out.strip(), words

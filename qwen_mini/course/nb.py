@@ -19,10 +19,14 @@ IPYTHON_LINE = re.compile(r"^(\s*)([%!].*)", re.MULTILINE)
 EXPORTED = re.compile(r"^#\|\s*export", re.MULTILINE)
 
 
+class _CellMetadata(BaseModel):
+    tags: list[StrictStr] = []
+
+
 class _Cell(BaseModel):
     cell_type: StrictStr
     source: StrictStr | list[StrictStr]
-    metadata: dict
+    metadata: _CellMetadata
 
 
 class _Shape(BaseModel):
@@ -88,15 +92,19 @@ class Notebook:
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
     def parameter_cells(self) -> list[dict]:
-        return [cell for cell in self.cells if "parameters" in (cell["metadata"].get("tags") or [])]
+        return [cell for cell in self.cells if "parameters" in cell["metadata"].get("tags", [])]
 
     def parameters(self) -> dict:
         """Names and values of the one `parameters` cell; ValueError says what is wrong with it."""
         cells = self.parameter_cells()
         if len(cells) != 1:
             raise ValueError(f"needs exactly one cell tagged `parameters`, has {len(cells)}")
+        try:
+            tree = ast.parse(source(cells[0]))
+        except SyntaxError as error:
+            raise ValueError(f"has a parameters cell that is not Python: {error.msg}") from None
         values = {}
-        for node in ast.parse(source(cells[0])).body:
+        for node in tree.body:
             if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
                 raise ValueError(
                     f"has a parameters cell with more than assignments: `{ast.unparse(node)}`"

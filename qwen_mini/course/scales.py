@@ -33,7 +33,7 @@ STRICT = ConfigDict(strict=True, extra="forbid")
 MOST_LAYERS = 1_000  # no public model has as many; a wrong number would build for hours
 
 Count = Annotated[int, Field(gt=0)]
-Size = Annotated[int, Field(gt=0, lt=2**31)]
+Size = Annotated[int, Field(gt=0, lt=2**24)]  # two of them, multiplied, are still a size of memory
 CountOrNone = Annotated[int, Field(ge=0)]  # 0 for none
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -85,7 +85,7 @@ class Model:
     num_hidden_layers: Annotated[int, Field(gt=0, le=MOST_LAYERS)]
     num_attention_heads: Size
     num_key_value_heads: Size
-    head_dim: Annotated[int, Field(gt=0, multiple_of=2)]  # channels are rotated in pairs
+    head_dim: Annotated[int, Field(gt=0, lt=2**12, multiple_of=2)]  # channels are rotated in pairs
     max_position_embeddings: Size
     rope_theta: Positive
     rms_norm_eps: Positive = 1e-6
