@@ -20,7 +20,7 @@ __all__ = [
     "Answer",
     "length_batches",
     "evaluate_tasks",
-    "judged",
+    "judge_answers",
     "verdicts",
     "part_of",
     "share",
@@ -299,13 +299,13 @@ def evaluate_tasks(
     for part in length_batches([len(prompt) for prompt in prompts], per):
         done = generate(model, [prompts[i] for i in part], max_new_tokens, **options)
         asked = [examples[i] for i in part for _ in range(samples)]
-        made = judged(tokenizer, asked, done)
+        made = judge_answers(tokenizer, asked, done)
         for n, i in enumerate(part):
             answers[i] = made[n * samples : (n + 1) * samples]
     return answers
 
 
-def judged(
+def judge_answers(
     tokenizer: Tokenizer, examples: Sequence[Example], completions: Sequence[Completion]
 ) -> list[Answer]:
     """What the model said, with verdicts; an unfinished answer is judged as if it were empty."""

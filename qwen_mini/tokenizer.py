@@ -39,10 +39,9 @@ from pathlib import Path
 
 import regex
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from .course import tokenizer_files
-from .course.tokenizer_files import TokenizerError
 
 # %% ../notebooks/01_tokenizer.ipynb #13f309b1
 PIECES = (

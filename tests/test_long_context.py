@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from tiny import needle_share as evaluate_task
 
 from qwen_mini import course
 from qwen_mini.attention import causal_attention
@@ -44,7 +45,6 @@ from qwen_mini.long_context import (
 from qwen_mini.model import Qwen, read_config
 from qwen_mini.tokenizer import Tokenizer
 from qwen_mini.world.needles import needle_pieces, needle_question, needle_statement
-from tiny import needle_share as evaluate_task
 
 SHIPPED = artifacts.shipped_dir("pretraining")
 

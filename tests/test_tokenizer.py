@@ -22,6 +22,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from qwen_mini import tokenizer as module
 from qwen_mini.course import CourseError, downloads
+from qwen_mini.course.tokenizer_files import TokenizerError
 from qwen_mini.tokenizer import (
     BYTE_CHARS,
     BYTE_ORDER,
@@ -29,7 +30,6 @@ from qwen_mini.tokenizer import (
     CONTROL_TOKENS,
     PATTERN,
     Tokenizer,
-    TokenizerError,
     byte_ids,
     count_pieces,
     merge_word,
