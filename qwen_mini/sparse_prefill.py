@@ -19,10 +19,12 @@ __all__ = [
     "Budget",
     "ChunkScores",
     "dense_rows",
+    "estimated_columns",
     "Head",
     "far_scores",
     "near_scores",
     "sparse_rows",
+    "fill_sparse_rows",
     "sampled_recall",
     "SparseAttention",
     "sparse_prefill",
@@ -219,6 +221,7 @@ class ChunkScores:
         return torch.cat(tiles, -1).unflatten(0, q.shape[:2])
 
 
+# %% ../notebooks/14_sparse_prefill.ipynb #2311d022
 def dense_rows(chunks: ChunkScores, q: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
     """Exact attention of a few rows of one dual chunk, its tiles merged by their log-sum-exps."""
     parts = []
@@ -226,6 +229,22 @@ def dense_rows(chunks: ChunkScores, q: Tensor, keys: Tensor, values: Tensor, fir
         lse = scores.logsumexp(-1)
         parts.append(((scores - lse[:, None]).exp().to(q.dtype) @ values[i:j], lse))
     return merge(parts).view(q.shape)
+
+
+def estimated_columns(
+    chunks: ChunkScores, q: Tensor, keys: Tensor, count: int, continuous: bool
+) -> Tensor:
+    """The `count` keys that q, the last rows of keys (head_dim, n), read most; ascending."""
+    end = keys.shape[1]
+    total = torch.zeros(end, device=q.device)
+    for a, b in chunks.pieces(end - len(q), end, LAST):
+        rows = q[a - end + len(q) : b - end + len(q)]
+        tiles = chunks.score_tiles(rows, keys, a, continuous)
+        lse = torch.stack([scores.logsumexp(-1) for _, _, scores in tiles]).logsumexp(0)
+        # once more, rather than keeping them
+        for i, j, scores in chunks.score_tiles(rows, keys, a, continuous):
+            total[i:j] += scores.sub_(lse[:, None]).exp_().sum(0)
+    return top_with_forced(total, count, SINK)
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #10f9bd60
@@ -282,6 +301,7 @@ def near_scores(
     return near
 
 
+# %% ../notebooks/14_sparse_prefill.ipynb #0a1d5fd2
 def sparse_rows(chunks: ChunkScores, q: Tensor, head: Head, first: int, block: int) -> Tensor:
     """Sparse attention of whole blocks of one dual chunk: q (rows, group, head_dim), rows a multiple of `block`."""
     rows, window = len(q), head.window
@@ -297,11 +317,25 @@ def sparse_rows(chunks: ChunkScores, q: Tensor, head: Head, first: int, block: i
     return out.view(q.shape)
 
 
+def fill_sparse_rows(
+    chunks: ChunkScores, q: Tensor, head: Head, first: int, last: int, out: Tensor
+) -> None:
+    """Writes the rows first … last − 1 of `out`, q's shape; q ends with the last of the keys."""
+    start = head.keys.shape[1] - len(q)
+    for a, b in chunks.pieces(first, last, chunks.stride):
+        whole = a + (b - a) // BLOCK * BLOCK
+        for i, j, block in ((a, whole, BLOCK), (whole, b, b - whole)):
+            if j > i:
+                rows = slice(i - start, j - start)
+                out[rows] = sparse_rows(chunks, q[rows], head, i, block)
+
+
 # %% ../notebooks/14_sparse_prefill.ipynb #bffb0646
 def sampled_recall(
-    chunks: ChunkScores, q: Tensor, head: Head, start: int, first: int, last: int, samples: int = 24
+    chunks: ChunkScores, q: Tensor, head: Head, first: int, last: int, samples: int = 24
 ) -> float:
-    """Mean share of attention kept, over evenly spaced sparse rows: exp(lse_sparse − lse_full); q begins at `start`."""
+    """Mean share of attention kept, over evenly spaced rows first … last − 1: exp(lse_sparse − lse_full)."""
+    start = head.keys.shape[1] - len(q)
     shares, columns = [], head.columns
     for row in torch.linspace(first, last - 1, samples).long().tolist():
         scores = chunks.scores(q[row - start : row - start + 1], head.keys, row)[
@@ -387,27 +421,14 @@ class SparseAttention(ChunkScores):
         chosen = keys[:, columns].contiguous(), values[columns]
         head = Head(keys, values, columns, chosen, budget.window)
         if self.recalls is not None:
-            self.recalls[place] = sampled_recall(self, q, head, start, sparse_from, sparse_to)
-        for a, b in self.pieces(sparse_from, sparse_to, self.stride):
-            whole = a + (b - a) // BLOCK * BLOCK
-            for first, last, block in ((a, whole, BLOCK), (whole, b, b - whole)):
-                if last > first:
-                    rows = slice(first - start, last - start)
-                    out[rows] = sparse_rows(self, q[rows], head, first, block)
+            self.recalls[place] = sampled_recall(self, q, head, sparse_from, sparse_to)
+        fill_sparse_rows(self, q, head, sparse_from, sparse_to, out)
 
     def columns(self, q: Tensor, keys: Tensor, budget: Budget) -> Tensor:
         """Which keys every later query may see: by the attention of the last queries, or the first ones; ascending."""
-        end = keys.shape[1]
-        if not budget.estimate:
-            return torch.arange(min(budget.vertical, end), device=q.device)
-        total = torch.zeros(end, device=q.device)
-        for a, b in self.pieces(end - len(q), end, LAST):
-            rows = q[a - end + len(q) : b - end + len(q)]
-            tiles = lambda rows=rows, a=a: self.score_tiles(rows, keys, a, self.continuous)
-            lse = torch.stack([scores.logsumexp(-1) for _, _, scores in tiles()]).logsumexp(0)
-            for i, j, scores in tiles():  # again, rather than keeping them
-                total[i:j] += scores.sub_(lse[:, None]).exp_().sum(0)
-        return top_with_forced(total, budget.vertical, SINK)
+        if budget.estimate:
+            return estimated_columns(self, q, keys, budget.vertical, self.continuous)
+        return torch.arange(min(budget.vertical, keys.shape[1]), device=q.device)
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #76cb3390

@@ -22,6 +22,7 @@ __all__ = [
     "split_control",
     "chat_segments",
     "merges_from_tiktoken",
+    "Vocabulary",
     "Tokenizer",
 ]
 
@@ -408,7 +409,81 @@ def _several(texts: Iterable[str]) -> Iterable[str]:
 
 
 # %% ../notebooks/01_tokenizer.ipynb #08acc992
-class Tokenizer:
+class Vocabulary:
+    """Ids of text and control tokens, and back. A subclass fills the attributes and says how plain text is encoded."""
+
+    _bytes: list[bytes]  # of every id
+    control_tokens: dict[str, int]
+    special_tokens: set[str]  # those that `skip_special_tokens` leaves out
+
+    def _normalized(self, text: str) -> str:
+        return checked(text)
+
+    def _encode_texts(self, texts: list[str]) -> dict[str, list[int]]:
+        raise NotImplementedError
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, control tokens included, without padded rows."""
+        return len(self._bytes)
+
+    @property
+    def endoftext_id(self) -> int:
+        return self.control_tokens["<|endoftext|>"]
+
+    @property
+    def im_start_id(self) -> int:
+        return self.control_tokens["<|im_start|>"]
+
+    @property
+    def im_end_id(self) -> int:
+        return self.control_tokens["<|im_end|>"]
+
+    def encode(self, text: str, allow_control: bool = False) -> list[int]:
+        """Ids of `text` in NFC; control tokens written in it stay text unless `allow_control`."""
+        return self.encode_batch([text], allow_control)[0]
+
+    def encode_batch(self, texts: Iterable[str], allow_control: bool = False) -> list[list[int]]:
+        """`encode` for many texts, in parallel on the fast path."""
+        known = tuple(self.control_tokens)
+        segments = lambda text: split_control(text, known) if allow_control else [_is_str(text)]
+        return self.encode_segments([segments(text) for text in _several(texts)])
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Text of ids; bytes that are no UTF-8 (a character cut in half) become U+FFFD."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        skipped = {self.control_tokens[t] for t in self.special_tokens if skip_special_tokens}
+        joined = b"".join(self.token_bytes(i) for i in ids if i not in skipped)
+        return joined.decode("utf-8", errors="replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that one id stands for."""
+        if not 0 <= id < self.vocab_size:
+            known = f"this vocabulary has the ids 0 to {self.vocab_size - 1}"
+            raise ValueError(f"id {id} belongs to no token: {known}")
+        return self._bytes[id]
+
+    def encode_segments(self, batch: list[list[str]]) -> list[list[int]]:
+        """Ids of every row of segments; neighbouring texts are joined first, since merges may cross the seam."""
+        rows = []
+        for segments in batch:
+            is_known = lambda part: isinstance(part, Control) and part in self.control_tokens
+            parts = [(known, [*run]) for known, run in groupby(segments, key=is_known)]
+            rows.append([
+                part
+                for known, run in parts
+                for part in (run if known else [self._normalized("".join(run))])
+            ])  # fmt: skip
+        texts = {part for row in rows for part in row if not isinstance(part, Control)}
+        ids = self._encode_texts(list(texts))
+        ids_of = lambda part: (
+            [self.control_tokens[part]] if isinstance(part, Control) else ids[part]
+        )
+        return [[i for part in row for i in ids_of(part)] for row in rows]
+
+
+# %% ../notebooks/01_tokenizer.ipynb #8675710e
+class Tokenizer(Vocabulary):
     """Byte-level BPE with Qwen2.5's pattern, control tokens and chat format.
 
     merges: (left id, right id) in the order learned; merge i makes token 256 + i, the control tokens follow.
@@ -466,36 +541,9 @@ class Tokenizer:
         tokenizer_files.write(folder, _backend(self.merges), special, settings)
 
     @property
-    def vocab_size(self) -> int:
-        """Number of ids, control tokens included, without padded rows."""
-        return len(self._bytes)
-
-    @property
-    def endoftext_id(self) -> int:
-        return self.control_tokens["<|endoftext|>"]
-
-    @property
-    def im_start_id(self) -> int:
-        return self.control_tokens["<|im_start|>"]
-
-    @property
-    def im_end_id(self) -> int:
-        return self.control_tokens["<|im_end|>"]
-
-    @property
     def pad_token(self) -> str:
         """What fills rows up: a token that no text holds and no model samples, where the vocabulary has one."""
         return "<|fim_pad|>" if "<|fim_pad|>" in self.control_tokens else "<|endoftext|>"
-
-    def encode(self, text: str, allow_control: bool = False) -> list[int]:
-        """Ids of `text` in NFC; control tokens written in it stay text unless `allow_control`."""
-        return self.encode_batch([text], allow_control)[0]
-
-    def encode_batch(self, texts: Iterable[str], allow_control: bool = False) -> list[list[int]]:
-        """`encode` for many texts, in parallel on the fast path."""
-        known = tuple(self.control_tokens)
-        segments = lambda text: split_control(text, known) if allow_control else [_is_str(text)]
-        return self.encode_segments([segments(text) for text in _several(texts)])
 
     def encode_chat(
         self, messages: _Dicts, tools: _Dicts | None = None, add_generation_prompt: bool = False
@@ -508,41 +556,6 @@ class Tokenizer:
     ) -> str:
         """The conversation as a ChatML string; for ids use `encode_chat`, which cannot be fooled by its contents."""
         return "".join(chat_segments(messages, tools, add_generation_prompt))
-
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of ids; bytes that are no UTF-8 (a character cut in half) become U+FFFD."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        skipped = {self.control_tokens[t] for t in self.special_tokens if skip_special_tokens}
-        joined = b"".join(self.token_bytes(i) for i in ids if i not in skipped)
-        return joined.decode("utf-8", errors="replace")
-
-    def token_bytes(self, id: int) -> bytes:
-        """The bytes that one id stands for."""
-        if not 0 <= id < self.vocab_size:
-            known = f"this vocabulary has the ids 0 to {self.vocab_size - 1}"
-            raise ValueError(f"id {id} belongs to no token: {known}")
-        return self._bytes[id]
-
-    def encode_segments(self, batch: list[list[str]]) -> list[list[int]]:
-        """Ids of every row of segments; neighbouring texts are joined first, since merges may cross the seam."""
-        rows = []
-        for segments in batch:
-            is_known = lambda part: isinstance(part, Control) and part in self.control_tokens
-            parts = [(known, [*run]) for known, run in groupby(segments, key=is_known)]
-            rows.append([
-                part
-                for known, run in parts
-                for part in (run if known else [self._normalized("".join(run))])
-            ])  # fmt: skip
-        texts = {part for row in rows for part in row if not isinstance(part, Control)}
-        ids = self._encode_texts(list(texts))
-        ids_of = lambda part: (
-            [self.control_tokens[part]] if isinstance(part, Control) else ids[part]
-        )
-        return [[i for part in row for i in ids_of(part)] for row in rows]
-
-    def _normalized(self, text: str) -> str:
-        return checked(text)
 
     def _encode_texts(self, texts: list[str]) -> dict[str, list[int]]:
         """Ids of every text: on the fast path, but for characters whose class may differ there."""

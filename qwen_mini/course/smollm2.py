@@ -218,9 +218,9 @@ def read_tokenizer(reader):
 @functools.cache
 def tokenizer_class() -> type:
     """`SmolTokenizer`, made when it is needed: what it inherits from is a chapter's."""
-    from ..tokenizer import Tokenizer, checked
+    from ..tokenizer import Vocabulary, checked
 
-    class SmolTokenizer(Tokenizer):
+    class SmolTokenizer(Vocabulary):
         """Byte-level BPE with SmolLM's rules: every digit is a piece of its own, the rest is cut by GPT-2's pattern.
 
         tokens: all tokens, in GPT-2's byte characters, by id; merges: (left, right) in the order learned;
