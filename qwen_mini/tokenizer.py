@@ -482,7 +482,7 @@ class Vocabulary:
         return [[i for part in row for i in ids_of(part)] for row in rows]
 
 
-# %% ../notebooks/01_tokenizer.ipynb #8675710e
+# %% ../notebooks/01_tokenizer.ipynb #eb9128e9
 class Tokenizer(Vocabulary):
     """Byte-level BPE with Qwen2.5's pattern, control tokens and chat format.
 
