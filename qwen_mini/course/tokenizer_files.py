@@ -91,6 +91,7 @@ def read(
         same = (
             ids == {token: len(names) + i for i, token in enumerate(control)}
             and set(control) >= REQUIRED
+            and all(isinstance(token, str) for token in control)
             and {name: i for i, name in enumerate(names)}
             == {name: i for name, i in vocabulary.items() if name not in ids}
             and {"Regex": pattern} in [step.get("pattern") for step in steps]
