@@ -19,11 +19,11 @@ from pydoc_data.topics import topics
 from qwen_mini.tokenizer import (
     Tokenizer,
     _train_fast,
-    _train_plain,
     byte_ids,
     count_pieces,
     merge_word,
     split_pieces,
+    train_bpe,
 )
 
 VOCABULARY = 4_096
@@ -106,7 +106,7 @@ def main() -> None:
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     name = f"BPE training, {VOCABULARY:,} ids, {megabytes:.1f} MB"
     num_merges = VOCABULARY - 278
-    ours = cpu_seconds(lambda: _train_plain(texts, num_merges))
+    ours = cpu_seconds(lambda: train_bpe(count_pieces(texts), num_merges))
     rust = cpu_seconds(lambda: _train_fast(texts, num_merges))
     tokenizer = Tokenizer.train(texts, VOCABULARY, fast=False)
 

@@ -239,7 +239,7 @@ def prepare_tokenizer(
 
 
 # %% ../notebooks/07_corpus.ipynb #80c9d6b2
-def pack(documents: list[list[int]], endoftext_id: int, dtype="<u2") -> np.ndarray:
+def pack(documents: list[list[int]], endoftext_id: int, dtype: str = "<u2") -> np.ndarray:
     """One stream of tokens: every document followed by `endoftext_id`, nothing else, nothing lost."""
     lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
     ends = np.cumsum(lengths + 1) - 1

@@ -17,6 +17,9 @@ __all__ = [
     "pair_batch",
     "pair_logprobs",
     "reference_logprobs",
+    "at_random",
+    "largest",
+    "merge_update",
     "OnlineMergingAdamW",
     "fresh_pairs",
     "preference_steps",
@@ -32,7 +35,7 @@ __all__ = [
 import dataclasses
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -40,12 +43,13 @@ import torch.nn.functional as F
 
 from .course import hardware, stages
 from .course.ranks import world
+from .course.scales import Dpo, ScaleConfig
 from .course.stages import Stage
-from .course.scales import ScaleConfig
-from .model import Qwen
 from .long_context import extended_checkpoint
+from .model import Qwen
 from qwen_mini.reward_model import (
     Pair,
+    Step,
     adamw_settings,
     frozen,
     load_answers,
@@ -210,6 +214,36 @@ def reference_logprobs(model: Qwen, batches: Sequence[Sequence[Pair]]) -> list[t
 
 
 # %% ../notebooks/18_dpo.ipynb #6e8c88ce
+def at_random(x: torch.Tensor, keep: float, key: int, rescale: bool = True) -> torch.Tensor:
+    """A share `keep` of the entries, drawn by `key` and divided by `keep` if `rescale`; the others 0."""
+    if keep == 1:
+        return x.clone()
+    noise = torch.Generator().manual_seed(key % 2**63)
+    kept = torch.rand(x.shape, generator=noise).to(x.device) < keep
+    return x * kept / (keep if rescale else 1.0)
+
+
+def largest(x: torch.Tensor, keep: float) -> torch.Tensor:
+    """The share `keep` of the entries that are largest, the others 0."""
+    count = int(keep * x.numel())
+    if count < 1 or count == x.numel():
+        return x.clone()
+    top = x.abs().flatten().topk(count).indices
+    return torch.zeros_like(x).flatten().index_copy_(0, top, x.flatten()[top]).view_as(x)
+
+
+def merge_update(
+    change: torch.Tensor, delta: torch.Tensor, alpha: float, vote: str | bool = False
+) -> torch.Tensor:
+    """(1 − α) Δ + α τ. vote: a part is left out whose sign loses, "weighted" with α or "plain"."""
+    ours, theirs = (1 - alpha) * change, alpha * delta
+    if not vote:
+        return ours + theirs
+    positive = (ours + theirs if vote == "weighted" else change + delta) >= 0
+    return ours * ((ours > 0) == positive) + theirs * ((theirs > 0) == positive)
+
+
+# %% ../notebooks/18_dpo.ipynb #5bedd861
 class OnlineMergingAdamW(torch.optim.Optimizer):
     """AdamW whose every update is merged with a little of what fine-tuning had changed (arXiv 2405.17931).
 
@@ -224,10 +258,10 @@ class OnlineMergingAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
+        params: Iterable,
         bases: Sequence[torch.Tensor],
         lr: float = 1e-4,
-        betas=(0.9, 0.999),
+        betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         alpha: float = 1e-6,
@@ -254,56 +288,35 @@ class OnlineMergingAdamW(torch.optim.Optimizer):
         }
 
     def _thin(self, x: torch.Tensor, p: torch.Tensor, step: int) -> torch.Tensor:
-        """F: a share `keep` of the entries, the others 0.
-
-        The mask depends on seed, parameter and step alone: nothing to save, and a resumed run draws the same.
-        """
-        if self.method == "dare":
-            if self.keep == 1:
-                return x.clone()
-            key = (self.seed * 1_000_003 + step) * 10_007 + self.numbers[p]
-            noise = torch.Generator().manual_seed(key % 2**63)
-            kept = torch.rand(x.shape, generator=noise).to(x.device) < self.keep
-            return x * kept / (self.keep if self.rescale else 1.0)
-        count = int(self.keep * x.numel())
-        if count < 1 or count == x.numel():
-            return x.clone()
-        top = x.abs().flatten().topk(count).indices
-        return torch.zeros_like(x).flatten().index_copy_(0, top, x.flatten()[top]).view_as(x)
-
-    def _merge(self, change: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """(1 − α) Δ + α τ; with "ties" a part whose sign loses the vote of the two is left out."""
-        ours, theirs = (1 - self.alpha) * change, self.alpha * delta
-        if self.method == "dare":
-            return ours + theirs
-        votes = ours + theirs if self.weighted else change + delta
-        positive = votes >= 0
-        return ours * ((ours > 0) == positive) + theirs * ((theirs > 0) == positive)
+        """F. What is kept depends on seed, parameter and step alone: a resumed run draws the same."""
+        if self.method == "ties":
+            return largest(x, self.keep)
+        key = (self.seed * 1_000_003 + step) * 10_007 + self.numbers[p]
+        return at_random(x, self.keep, key, self.rescale)
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
+        vote = self.method == "ties" and ("weighted" if self.weighted else "plain")
         for group in self.param_groups:
             (beta1, beta2), lr = group["betas"], group["lr"]
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
-                    state.update(
-                        step=0,
-                        exp_avg=torch.zeros_like(p),
-                        exp_avg_sq=torch.zeros_like(p),
-                    )
+                    moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+                    state.update(step=0, **moments)
                 state["step"] += 1
                 t = int(state["step"])
                 m = state["exp_avg"].lerp_(p.grad, 1 - beta1)
                 v = state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
                 size = lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
                 change = -size * m / (v.sqrt() + group["eps"])
-                p.add_(self._merge(self._thin(change, p, t), self.deltas[p]))
+                kept = self._thin(change, p, t)
+                p.add_(merge_update(kept, self.deltas[p], self.alpha, vote))
                 p.mul_(1 - lr * group["weight_decay"])
 
 
 # %% ../notebooks/18_dpo.ipynb #f3abfba9
-def fresh_pairs(model: Qwen, tokenizer: Tokenizer, settings, seed: int = 0) -> list[Pair]:
+def fresh_pairs(model: Qwen, tokenizer: Tokenizer, settings: Dpo, seed: int = 0) -> list[Pair]:
     """Pairs from `settings.problems` new problems a task, `settings.samples` answers each at temperature 1.
 
     Two problems of three are in wordings without demonstrations.
@@ -315,11 +328,8 @@ def fresh_pairs(model: Qwen, tokenizer: Tokenizer, settings, seed: int = 0) -> l
 
 
 def preference_steps(
-    trainer: Trainer,
-    pairs: Sequence[Pair],
-    settings,
-    seed: int = 0,
-):
+    trainer: Trainer, pairs: Sequence[Pair], settings: Dpo, seed: int = 0
+) -> tuple[int, Step]:
     """(number of steps, step): step(number) → record is one DPO step on `settings.batch_pairs` pairs.
 
     The reference is the trainer's model as it comes. The record holds the loss, the share of pairs whose implicit
@@ -352,12 +362,12 @@ def make_trainer(
     config: ScaleConfig,
     start: Path,
     pairs: Sequence[Pair],
-    settings,
+    settings: Dpo,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     base: Path | None = None,
     **merging,
-):
+) -> tuple[Trainer, Step]:
     """(trainer, step) of a DPO run from `start`, which is the reference, too.
 
     base: the pre-trained checkpoint, for the Online Merging Optimizer with the options `merging`; None: AdamW.
@@ -383,7 +393,7 @@ def prefer(*arguments, **options) -> tuple[Trainer, list[dict]]:
 def pairs_stage(
     config: ScaleConfig,
     seed: int = 0,
-    settings=None,
+    settings: Dpo | None = None,
     stage: str = "pairs",
     start_seed: int | None = None,
 ) -> Stage:
@@ -418,7 +428,7 @@ def dpo_stage(
     config: ScaleConfig,
     seed: int = 0,
     stage: str = "dpo",
-    settings=None,
+    settings: Dpo | None = None,
     start_seed: int | None = None,
 ) -> Stage:
     """DPO on fresh pairs of the SFT checkpoint with the Online Merging Optimizer, as a stage.
@@ -446,9 +456,8 @@ def dpo_stage(
         folder, pairs = stages.folder_of(start), read_pairs(sampled.folder())
         merging = {"alpha": settings.alpha, "keep": settings.keep}
         origin = stages.folder_of(base)
-        trainer, step = make_trainer(
-            config, folder, pairs, settings, seed, dtype, origin, **merging
-        )
+        rest = (settings, seed, dtype, origin)
+        trainer, step = make_trainer(config, folder, pairs, *rest, **merging)
         return trainer, step, Tokenizer.from_pretrained(folder)
 
     return stages.stage(config, stage, ("dpo",), seed, inputs, begin)
@@ -458,9 +467,8 @@ def optimize_preferences(
     config: ScaleConfig,
     seed: int = 0,
     stage: str = "dpo",
-    settings=None,
+    settings: Dpo | None = None,
     stop_after: int | None = None,
 ) -> Path:
     """The folder of `dpo_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
-    made = dpo_stage(config, seed, stage, settings)
-    return made.make(stop_after) if stop_after else made.folder()
+    return dpo_stage(config, seed, stage, settings).run(stop_after)

@@ -26,10 +26,13 @@ __all__ = [
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #53766aad
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 
 from .attention import causal_attention, visible
+from .course.scales import Model
+from .kernels.cache import LayerCache
 from .layers import rope_frequencies, rope_tables, rotate
 
 
@@ -88,21 +91,14 @@ def yarn_attention(
     v: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
-    cache=None,
+    cache: LayerCache | None = None,
     *,
     frequencies: torch.Tensor,
-    temperature=1.0,
-):
+    temperature: float = 1.0,
+) -> torch.Tensor:
     """`causal_attention` at YaRN's frequencies, its logits multiplied by `temperature`²; same arguments and shapes."""
-    return causal_attention(
-        q * temperature**2,
-        k,
-        v,
-        position_ids,
-        document_ids,
-        cache,
-        frequencies=frequencies,
-    )
+    rest = (k, v, position_ids, document_ids, cache)
+    return causal_attention(q * temperature**2, *rest, frequencies=frequencies)
 
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #ad390770
@@ -143,7 +139,7 @@ def naive_dual_chunk_attention(
     frequencies: torch.Tensor,
     stride: int,
     chunk_size: int,
-):
+) -> torch.Tensor:
     """DCA written out, the reference: shapes as in `causal_attention`."""
     positions = torch.arange(q.shape[2])
     behind = positions[:, None] // stride - positions // stride
@@ -164,7 +160,9 @@ def naive_dual_chunk_attention(
 
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #9bed4b22
-def attention_and_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False):
+def attention_and_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and the log-sum-exp of each query's scores.
 
     q: (batch, heads, n, head_dim); k, v: (batch, kv_heads, m, head_dim). Returns (batch, heads, n, head_dim) and
@@ -188,7 +186,7 @@ def attention_and_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal:
 
 def attention_by_rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, rows: int = 1_024
-):
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention_and_lse` written out for equal heads of q, k and v, `rows` queries at a time."""
     outs, sums = [], []
     for start in range(0, q.shape[2], rows):
@@ -272,14 +270,14 @@ def dual_chunk_attention(
     v: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
-    cache=None,
+    cache: LayerCache | None = None,
     *,
     frequencies: torch.Tensor,
     chunk_size: int,
     local_size: int,
-    original_length=None,
-    length=None,
-):
+    original_length: int | None = None,
+    length: int | None = None,
+) -> torch.Tensor:
     """Attention whose relative positions never exceed `chunk_size`: for inputs longer than training, without training.
 
     q: (batch, heads, new, head_dim); k, v: (batch, kv_heads, new, head_dim), before rotation; cache: a `LayerCache`, in
@@ -325,7 +323,12 @@ def dual_chunk_attention(
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #c33c6ae2
 def decode_dual_chunk(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turn, stride: int, chunk_size: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    turn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    stride: int,
+    chunk_size: int,
 ) -> torch.Tensor:
     """One new query per row against all cached keys: three slices of one row of scores, then a softmax over all."""
     batch, heads, _, head_dim = q.shape
@@ -344,7 +347,9 @@ def decode_dual_chunk(
 
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #804a5dec
-def position_scheme(config, mode: str, length: int, original_length: int | None = None):
+def position_scheme(
+    config: Model, mode: str, length: int, original_length: int | None = None
+) -> Callable[..., torch.Tensor]:
     """An attention function for `model.attention`: how to read `length` tokens beyond the `original_length`.
 
     config: the model's. mode: "rope", "yarn", "dca", "dca+temperature" (as Qwen) or "dca+yarn" (chunks, temperature and

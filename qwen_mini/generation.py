@@ -120,19 +120,13 @@ class Sampling:
     forbidden_ids: Sequence[int] = ()
 
     def __post_init__(self):
+        warm = self.temperature == 0 or 1e-15 <= self.temperature < math.inf
+        bounded = 1e-15 <= self.repetition_penalty <= 1e15
         rules = [
-            (
-                "temperature",
-                "0 (greedy) or at least 1e-15 (float32 overflows below)",
-                self.temperature == 0 or 1e-15 <= self.temperature < math.inf,
-            ),
+            ("temperature", "0 (greedy) or at least 1e-15 (float32 overflows below)", warm),
             ("top_k", "0 (off) or a positive number of ids", self.top_k >= 0),
             ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
-            (
-                "repetition_penalty",
-                "positive (1 is off), from 1e-15 to 1e15",
-                1e-15 <= self.repetition_penalty <= 1e15,
-            ),
+            ("repetition_penalty", "positive (1 is off), from 1e-15 to 1e15", bounded),
             ("vocab_size", "at least 1", self.vocab_size is None or self.vocab_size >= 1),
             ("forbidden_ids", "ids from 0 on", all(i >= 0 for i in self.forbidden_ids)),
         ]
@@ -150,10 +144,8 @@ class Sampling:
             columns = columns[columns < logits.shape[1]]  # others never come out
             logits = logits.index_fill(1, columns, -math.inf)
             if len(columns) >= logits.shape[1] and not bool((logits > -math.inf).any()):
-                raise ValueError(
-                    "forbidden_ids must leave at least one id, but they are "
-                    f"all of the {logits.shape[1]} that may be chosen"
-                )
+                all_of = f"all of the {logits.shape[1]} that may be chosen"
+                raise ValueError(f"forbidden_ids must leave at least one id, but they are {all_of}")
         return logits / self.temperature if self.temperature not in (0, 1) else logits
 
     def choose(

@@ -22,24 +22,15 @@ __all__ = [
     "NoVariance",
     "order_by_reward_variance",
     "query_weights",
-    "of_kinds",
     "fresh_queries",
     "probe_groups",
     "probe",
     "probe_stage",
     "read_probe",
-    "summed",
-    "token_count",
-    "micro_batches",
-    "part_losses",
     "policy_update",
-    "token_means",
-    "answer_means",
     "optimize_policy",
     "new_trainer",
     "eight_answers",
-    "most_varied",
-    "viewing",
     "grpo_stage",
     "optimize",
 ]
@@ -47,6 +38,7 @@ __all__ = [
 # %% ../notebooks/19_grpo.ipynb #9e0e322e
 import contextlib
 import functools
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -54,17 +46,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .course import CourseError, hardware, stages
-from .course.ranks import world
+from .course.ranks import summed, world
 from .course.scales import Grpo, ScaleConfig
 from .course.stages import Stage
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .dpo import WORDINGS_ASKED, dpo_stage, target_logprobs
 from .kernels.shared_prompt import shared_prompt_attention, shared_prompt_bias
-from .layers import apply_rope
+from .layers import rope_tables, rotate_heads
 from .model import Qwen
 from .training import Trainer
 from .reward_model import adamw_settings, frozen, pad_right
@@ -84,15 +75,12 @@ def group_advantages(
     """
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise CourseError(
-            f"rewards must be (groups, answers), two answers or more, got {tuple(rewards.shape)}"
-        )
+        shape = tuple(rewards.shape)
+        raise CourseError(f"rewards must be (groups, answers), two answers or more, got {shape}")
     if not rewards.isfinite().all():
         group, answer = (~rewards.isfinite()).nonzero()[0].tolist()
-        raise CourseError(
-            f"the reward of answer {answer} of group {group} is {rewards[group, answer]}: mend the reward function; "
-            "nothing was updated"
-        )
+        wrong = f"the reward of answer {answer} of group {group} is {rewards[group, answer]}"
+        raise CourseError(f"{wrong}: mend the reward function; nothing was updated")
     centred = rewards - rewards.mean(1, keepdim=True)
     # the mean of equal numbers is rounded: what it leaves is no difference
     centred = centred * (rewards != rewards[:, :1]).any(1, keepdim=True)
@@ -145,9 +133,8 @@ def batch_loss(
         return per_row.sum() / (total or len(losses))
     if kind == "dr_grpo":
         if max_length is None:
-            raise ValueError(
-                "dr_grpo divides by a fixed length: give max_length, the longest response allowed"
-            )
+            wanted = "give max_length, the longest response allowed"
+            raise ValueError(f"dr_grpo divides by a fixed length: {wanted}")
         return losses.sum() / ((total or len(losses)) * max_length)
     return losses.sum() / (total or weights.sum())
 
@@ -191,21 +178,13 @@ def grpo_loss(
 
 # %% ../notebooks/19_grpo.ipynb #c821a5f4
 def group_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position_ids=None,
-    document_ids=None,
-    cache=None,
-    *,
-    frequencies,
-    **shape,
+    q: Tensor, k: Tensor, v: Tensor, *_, tables: tuple[Tensor, Tensor], **shape
 ) -> Tensor:
     """`shared_prompt_attention` of what RoPE has turned; shape: its `bias`, `prompt_length` and `responses`.
 
-    document_ids and cache are there for the signature, that of `causal_attention`, and are not used.
+    tables: `rope_tables` of the positions. The other arguments of `causal_attention` are not used.
     """
-    q, k = (apply_rope(x, position_ids, frequencies) for x in (q, k))
+    q, k = rotate_heads(q, tables), rotate_heads(k, tables)
     return shared_prompt_attention(q, k, v, **shape)
 
 
@@ -214,20 +193,19 @@ def group_states(
 ) -> Tensor:
     """Final hidden states of rows (batch, prompt_length + responses · width): a prompt, and responses behind it.
 
-    real: (batch, prompt_length), False where a prompt is padding.
+    real: (batch, prompt_length), False where a prompt is padding. Tables and mask are made once for all layers.
     """
     c, length, weight = model.config, real.shape[1], model.model.embed_tokens.weight
     width, heads = (
         (ids.shape[1] - length) // responses,
         (c.num_attention_heads, c.num_key_value_heads),
     )
-    shape = {"prompt_length": length, "responses": responses}
-    shape["bias"] = shared_prompt_bias(
-        real.to(weight.device), width, responses, *heads, weight.dtype
-    )
+    bias = shared_prompt_bias(real.to(weight.device), width, responses, *heads, weight.dtype)
+    shape = {"bias": bias, "prompt_length": length, "responses": responses}
     usual = model.attention
     try:
-        model.attention = functools.partial(group_attention, **usual.keywords, **shape)
+        tables = rope_tables(position_ids, usual.keywords["frequencies"], weight.dtype)
+        model.attention = functools.partial(group_attention, tables=tables, **shape)
         return model.hidden_states(ids, position_ids)
     finally:
         model.attention = usual
@@ -253,10 +231,7 @@ def group_logprobs(
     device, count = model.model.embed_tokens.weight.device, len(groups[0].responses)
     prompts, lengths = pad_right([g.prompt for g in groups])
     responses, sizes = pad_right([r for g in groups for r in g.responses], 8)
-    longest, width = (
-        prompts.shape[1],
-        responses.shape[1] - 1,
-    )  # the last token is predicted, not read
+    longest, width = prompts.shape[1], responses.shape[1] - 1  # the last is predicted, not read
     ids = torch.cat([prompts, responses[:, :-1].reshape(len(groups), -1)], 1).to(device)
     within = torch.arange(width).repeat(count) + lengths[:, None]
     places = torch.cat([torch.arange(longest).expand(len(groups), -1), within], 1).to(device)
@@ -289,17 +264,14 @@ def roll_out(
     size, new = settings.group_size, settings.max_new_tokens
     answers = evaluate_tasks(model, tokenizer, examples, 1.0, size, new, seed)
     prompts = [tokenizer.encode_chat(e.messages, add_generation_prompt=True) for e in examples]
-    scored = zip(prompts, answers, reward(answers), strict=True)
-    groups = [
-        Group(prompt, [a.tokens for a in group], list(rewards)) for prompt, group, rewards in scored
-    ]
-    return answers, groups
+    tokens = [[a.tokens for a in group] for group in answers]
+    scored = zip(prompts, tokens, reward(answers), strict=True)
+    return answers, [Group(prompt, said, list(rewards)) for prompt, said, rewards in scored]
 
 
 def dpo_checkpoint(config: ScaleConfig, settings: Grpo, seed: int = 0) -> Path | Stage:
     """Where GRPO begins: the DPO checkpoint that ships with the course, or the scale's own."""
-    ready = stages.shipped("dpo") if settings.start == "shipped" else None
-    return ready or dpo_stage(config, seed)
+    return stages.shipped("dpo", settings.start) or dpo_stage(config, seed)
 
 
 # %% ../notebooks/19_grpo.ipynb #5fe0770f
@@ -341,15 +313,15 @@ def query_weights(kinds: Sequence[Kind], rewards: Sequence[Sequence[float]]) -> 
     return {kind: mean / total for kind, mean in means.items()}
 
 
-def of_kinds(kinds: Sequence[Kind], rng: random.Random) -> list[Example]:
+def _of_kinds(kinds: Sequence[Kind], rng: random.Random) -> list[Example]:
     """A new problem of the training side for each kind."""
     return [TASKS[task].generate(rng, level, "train", how) for task, level, how in kinds]
 
 
-def fresh_queries(count: int, weights: Weights, seed, step: int) -> list[Example]:
+def fresh_queries(count: int, weights: Weights, seed: int | str, step: int) -> list[Example]:
     """`count` new problems of the training side, kinds drawn by `weights`; they depend on (seed, step) alone."""
     rng = random.Random(f"{seed}/{step}/queries")
-    return of_kinds(rng.choices(list(weights), list(weights.values()), k=count), rng)
+    return _of_kinds(rng.choices(list(weights), list(weights.values()), k=count), rng)
 
 
 # %% ../notebooks/19_grpo.ipynb #3050d441
@@ -358,14 +330,9 @@ def probe_groups(
 ) -> tuple[list[Kind], list[Group]]:
     """`settings.probe` problems of every kind, answered, with the verifiers' rewards."""
     rng = random.Random(f"{seed}/probe")
-    kinds = [
-        (name, level, wording)
-        for name in TASKS
-        for level in settings.levels
-        for wording in WORDINGS_ASKED
-        for _ in range(settings.probe)
-    ]
-    _, groups = roll_out(model, tokenizer, of_kinds(kinds, rng), settings, seed)
+    kinds = list(itertools.product(TASKS, settings.levels, WORDINGS_ASKED))
+    kinds = [kind for kind in kinds for _ in range(settings.probe)]
+    _, groups = roll_out(model, tokenizer, _of_kinds(kinds, rng), settings, seed)
     return kinds, groups
 
 
@@ -401,26 +368,18 @@ def read_probe(folder: Path) -> tuple[Weights, int]:
 
 
 # %% ../notebooks/19_grpo.ipynb #65705538
-def summed(*values: float) -> list[float]:
-    """The values, each summed over all processes."""
-    totals = torch.tensor(values, dtype=torch.float64)
-    if world()[1] > 1:
-        dist.all_reduce(totals)
-    return totals.tolist()
-
-
-def token_count(groups: Sequence[Group]) -> int:
+def _token_count(groups: Sequence[Group]) -> int:
     """Tokens of all responses."""
     return sum(len(r) for group in groups for r in group.responses)
 
 
-def micro_batches(groups: Sequence[Group], kept: Sequence[int], size: int) -> list[list[int]]:
+def _micro_batches(groups: Sequence[Group], kept: Sequence[int], size: int) -> list[list[int]]:
     """The indices `kept`, `size` at a time, groups of similar length together."""
     kept = sorted(kept, key=lambda i: max(map(len, groups[i].responses)))
     return [kept[i : i + size] for i in range(0, len(kept), size)]
 
 
-def part_losses(
+def _part_losses(
     trainer: Trainer,
     parts: Sequence[tuple[list[Group], Tensor]],
     old: list[Tensor],
@@ -468,40 +427,33 @@ def policy_update(
     """
     advantages = group_advantages([g.rewards for g in groups], scale=kind != "dr_grpo")
     varied = [max(g.rewards) > min(g.rewards) for g in groups]
-    rewards, own_tokens = (
-        [reward for group in groups for reward in group.rewards],
-        token_count(groups),
-    )
-    tokens, answers, earned, different, count = summed(
-        own_tokens, len(rewards), sum(rewards), sum(varied), len(groups)
-    )
+    rewards, own_tokens = [reward for g in groups for reward in g.rewards], _token_count(groups)
+    own = (own_tokens, len(rewards), sum(rewards), sum(varied), len(groups))
+    tokens, answers, earned, different, count = summed(*own)
     if not different and reference is None:
         raise NoVariance
     total = {"bnpo": own_tokens * world()[1], "dapo": tokens, "cispo": tokens}.get(kind, answers)
     kept = [i for i, varies in enumerate(varied) if varies or reference is not None]
     parts = [
         ([groups[i] for i in part], advantages[part].flatten())
-        for part in micro_batches(groups, kept, settings.micro_groups)
+        for part in _micro_batches(groups, kept, settings.micro_groups)
     ]
     record, old = {"groups": different / count, "reward": earned / answers}, []
     names = ["clipped", "sampled_nll"] + ["kl"] * (reference is not None)
     for _ in range(inner_steps):
         seen: list[dict] = []
-        record |= trainer.step(
-            part_losses(trainer, parts, old, seen, settings, kind, reference, total)
-        )
-        record |= token_means(names, seen, [token_count(part) for part, _ in parts])
+        losses = _part_losses(trainer, parts, old, seen, settings, kind, reference, total)
+        record |= trainer.step(losses)
+        record |= _token_means(names, seen, [_token_count(part) for part, _ in parts])
     return record
 
 
-def token_means(
+def _token_means(
     names: Sequence[str], seen: Sequence[dict], tokens: Sequence[int]
 ) -> dict[str, float]:
     """What `grpo_loss` saw of each part, as means over the tokens of all processes."""
-    sums = [
-        sum(facts[name] * count for facts, count in zip(seen, tokens, strict=True))
-        for name in names
-    ]
+    weighed = list(zip(seen, tokens, strict=True))
+    sums = [sum(facts[name] * count for facts, count in weighed) for name in names]
     *sums, computed = summed(*sums, sum(tokens))
     return {name: x / computed for name, x in zip(names, sums, strict=True)}
 
@@ -510,15 +462,11 @@ def token_means(
 ATTEMPTS = 3  # batches that are drawn before a step without any variance is an error
 
 
-def answer_means(answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
+def _answer_means(answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
     """Means over the answers of all processes: shares `correct` and `formatted`, `length` in tokens."""
     flat = [a for group in answers for a in group]
-    right, formed, tokens, count = summed(
-        sum(a.verdict.correct for a in flat),
-        sum(a.verdict.formatted for a in flat),
-        sum(len(a.tokens) for a in flat),
-        len(flat),
-    )
+    facts = [(a.verdict.correct, a.verdict.formatted, len(a.tokens), 1) for a in flat]
+    right, formed, tokens, count = summed(*map(sum, zip(*facts, strict=True)))
     return {"correct": right / count, "formatted": formed / count, "length": tokens / count}
 
 
@@ -539,14 +487,13 @@ def optimize_policy(
     def attempt(number: int, again: int) -> dict[str, float]:
         rank, processes = world()
         if settings.queries < processes:
-            raise CourseError(
-                f"[grpo] queries = {settings.queries} leave some of {processes} processes without a problem: raise it"
-            )
+            without = f"leave some of {processes} processes without a problem"
+            raise CourseError(f"[grpo] queries = {settings.queries} {without}: raise it")
         key = f"{seed}/{again}" if again else seed
         mine = fresh_queries(settings.queries, weights, key, number)[rank::processes]
         noise = 1_000 * seed + number + 1_000_003 * again + 7_919 * rank
         answers, groups = roll_out(trainer.model.eval(), tokenizer, mine, settings, noise, reward)
-        return policy_update(trainer, groups, settings, **options) | answer_means(answers)
+        return policy_update(trainer, groups, settings, **options) | _answer_means(answers)
 
     def step(number: int) -> dict[str, float]:
         for again in range(ATTEMPTS - 1):
@@ -583,7 +530,7 @@ def eight_answers(
     ]
 
 
-def most_varied(
+def _most_varied(
     model: Qwen, tokenizer: Tokenizer, settings: Grpo, weights: Weights, seed: int
 ) -> Example:
     """Of eight fresh problems the one whose answers vary most."""
@@ -592,7 +539,7 @@ def most_varied(
     return candidates[order_by_reward_variance([g.rewards for g in tried])[0]]
 
 
-def viewing(
+def _viewing(
     step: Callable[[int], dict],
     trainer: Trainer,
     tokenizer: Tokenizer,
@@ -604,11 +551,8 @@ def viewing(
 
     def view() -> dict:
         answers = eight_answers(trainer.model.eval(), tokenizer, example, settings)
-        return {
-            "problem": example.messages[-1]["content"],
-            "gold": example.response,
-            "answers": answers,
-        }
+        facts = {"problem": example.messages[-1]["content"], "gold": example.response}
+        return facts | {"answers": answers}
 
     def step_and_look(number: int) -> dict:
         seen = {"view": view()} if number in views else {}
@@ -637,10 +581,8 @@ def grpo_stage(
     """
     settings = settings or config.grpo
     probe_seed = seed if probe_seed is None else probe_seed
-    start, asked = (
-        dpo_checkpoint(config, settings, probe_seed),
-        probe_stage(config, probe_seed, settings),
-    )
+    start = dpo_checkpoint(config, settings, probe_seed)
+    asked = probe_stage(config, probe_seed, settings)
     sampled = "steps queries group_size micro_groups levels probe max_new_tokens epsilon epsilon_high beta".split()
     inputs = {
         "settings": {name: getattr(settings, name) for name in sampled},
@@ -658,8 +600,8 @@ def grpo_stage(
         trainer = new_trainer(config, folder, settings, dtype)
         options = {"reference": policy} if settings.beta else {}
         update_policy = optimize_policy(trainer, tokenizer, settings, weights, seed, **options)
-        example = most_varied(policy, tokenizer, settings, weights, seed)
-        return trainer, viewing(update_policy, trainer, tokenizer, example, settings), tokenizer
+        example = _most_varied(policy, tokenizer, settings, weights, seed)
+        return trainer, _viewing(update_policy, trainer, tokenizer, example, settings), tokenizer
 
     return stages.stage(config, stage, ("grpo",), seed, inputs, begin)
 
@@ -673,5 +615,4 @@ def optimize(
     probe_seed: int | None = None,
 ) -> Path:
     """The folder of `grpo_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
-    made = grpo_stage(config, seed, stage, settings, probe_seed)
-    return made.make(stop_after) if stop_after else made.folder()
+    return grpo_stage(config, seed, stage, settings, probe_seed).run(stop_after)

@@ -3,22 +3,16 @@
 # %% auto #0
 __all__ = [
     "RULER",
-    "LONG_RECALL_SHARE",
     "TASK_SHARE",
-    "TASK_WEIGHTS",
-    "long_documents",
     "long_rows",
     "position_losses",
     "starting_point",
     "LongCorpus",
-    "same_ids",
-    "recode",
     "open_long_corpus",
     "frozen_model",
     "open_hay",
     "Example",
     "passkey",
-    "one_of",
     "single",
     "multi_key",
     "only_needles",
@@ -26,17 +20,13 @@ __all__ = [
     "multi_value",
     "multi_query",
     "variable_tracking",
-    "word_list",
     "common_words",
     "frequent_words",
     "score",
-    "wilson_interval",
     "task_scores",
-    "evaluate_task",
     "haystack",
     "ask",
     "ask_all",
-    "task_row",
     "needle_batch",
     "add_needles",
     "interleave",
@@ -55,85 +45,36 @@ __all__ = [
 import dataclasses
 import functools
 import itertools
-import math
-import random
-import sysconfig
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .attention import causal_attention
-from .course.ranks import world
-from qwen_mini.corpus import (
-    corpus_inputs,
-    open_prepared,
-    pack,
-    prepare_corpus,
-    unpack,
-)
-from qwen_mini.world.needles import (
-    WEIGHT_ANSWER,
-    WEIGHT_FILLER,
-    WEIGHT_TEMPLATE,
-    NeedlePieces,
-    draw_keys,
-    draw_value,
-    filler_slice,
-    hide_needles,
-    needle_pieces,
-    needle_prompt,
-    needle_question,
-    needle_row,
-    needle_statement,
-    passkey_prompt,
-    recall_row,
-)
-from .course.corpus_files import clean
+from .corpus import corpus_inputs, open_prepared, prepare_corpus
 from .course import CourseError, hardware, stages
-from .course.scales import Phase
+from .course.corpus_files import Corpus, long_documents, recode, same_ids
+from .course.ranks import world
+from .course.scales import LongContext, Phase, Pretraining, ScaleConfig
 from .course.stages import Stage
-from .course.scales import ScaleConfig
 from .generation import generate
 from .kernels.cache import KVCache
 from .layers import rope_frequencies
 from .model import Qwen
-from qwen_mini.pretraining import (
-    MixtureSampler,
-    available_phases,
-    evaluating,
-    pretraining_stage,
-)
-from .tokenizer import Control, Tokenizer
-from .training import Trainer
+from .pretraining import MixtureSampler, available_phases, evaluating, pretraining_stage
+from .tokenizer import Tokenizer
+from .training import Batch, Trainer
+from .world.needles import WEIGHT_ANSWER, WEIGHT_FILLER, WEIGHT_TEMPLATE, NeedlePieces, Row
+from .world.needles import draw_keys, draw_value, filler_slice, hide_needles
+from .world.needles import needle_pieces, needle_prompt, needle_question, needle_row
+from .world.needles import needle_statement, passkey_prompt, recall_row
 
 
 # %% ../notebooks/12_long_context.ipynb #ce977765
-def long_documents(characters: int, skip: int = 8_000, limit: int = 8) -> list[str]:
-    """Unseen long texts: files of the standard library, without the first `skip` characters of each.
-
-    `corpus.python_documents` never reads past 8,000 characters. At most `limit` texts of `characters` characters, in
-    the order of the files' names: one file a text, or, where no file is so long, what follows file after file.
-    CourseError if this Python comes without so much of its library's source.
-    """
-    library = Path(sysconfig.get_paths()["stdlib"])
-    files = [p for p in sorted(library.glob("*.py")) if p.stat().st_size > skip]
-    tails = [clean(p.read_text(encoding="utf-8", errors="ignore"))[skip:] for p in files]
-    texts = [tail[:characters] for tail in tails if len(tail) >= characters]
-    if not texts:
-        joined = "\n".join(tails)
-        whole = len(joined) // characters
-        texts = [joined[i * characters : (i + 1) * characters] for i in range(whole)]
-    if not texts:
-        raise CourseError(
-            f"the standard library has no {characters:,} unseen characters: "
-            "ask for shorter documents, or use a Python that carries its source"
-        )
-    return texts[:limit]
-
-
 def long_rows(tokenizer: Tokenizer, length: int, limit: int = 8) -> torch.Tensor:
     """(rows, length + 1) token ids of unseen long text, one document a row."""
     documents = long_documents(4 * (length + 1), limit=limit)
@@ -161,7 +102,7 @@ def position_losses(model: Qwen, rows: torch.Tensor) -> torch.Tensor:
 # %% ../notebooks/12_long_context.ipynb #924b8935
 def starting_point(config: ScaleConfig, seed: int = 0) -> Path | Stage:
     """The checkpoint to extend: the scale's own pre-training, or the one that ships with the course."""
-    ready = stages.shipped("pretraining") if config.long_context.start == "shipped" else None
+    ready = stages.shipped("pretraining", config.long_context.start)
     return ready or pretraining_stage(config, seed)
 
 
@@ -175,15 +116,13 @@ class LongCorpus:
 
     def __init__(
         self,
-        corpus,
+        corpus: Corpus,
         tokenizer: Tokenizer,
         corpus_tokenizer: Tokenizer | None = None,
         recode_tokens: int = 200_000,
     ):
         self.corpus, self.tokenizer, self.made = corpus, tokenizer, {}
-        self.domains = {
-            name: facts for name, facts in corpus.domains.items() if not facts.get("row_tokens")
-        }
+        self.domains = {n: x for n, x in corpus.domains.items() if not x.get("row_tokens")}
         self.manifest = {**corpus.manifest, "domains": self.domains}
         self.recode_tokens = recode_tokens
         known = corpus_tokenizer is None or same_ids(tokenizer, corpus_tokenizer)
@@ -221,29 +160,8 @@ class LongCorpus:
 
 
 # %% ../notebooks/12_long_context.ipynb #83c54f7d
-def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether two tokenizers give every id the same bytes."""
-    return a.vocab_size == b.vocab_size and all(
-        a.token_bytes(i) == b.token_bytes(i) for i in range(a.vocab_size)
-    )
-
-
-def recode(tokens: np.ndarray, old: Tokenizer, new: Tokenizer) -> np.ndarray:
-    """A stream of documents in the ids of another tokenizer.
-
-    Control tokens stay what they are, and text that only spells one stays text.
-    """
-    names = {id: token for token, id in old.control_tokens.items()}
-    rows = []  # of segments: control tokens, and the text between them
-    for document in unpack(np.asarray(tokens), old.endoftext_id):
-        runs = itertools.groupby(document.tolist(), key=lambda id: names.get(id))
-        rows.append([
-            segment
-            for name, run in runs
-            for segment in ([Control(name) for _ in run] if name else [old.decode(run)])
-        ])  # fmt: skip
-    ids = new.encode_segments(rows)
-    return pack(ids, new.endoftext_id, "<u2" if new.vocab_size <= 65_536 else "<u4")
+def _joined(lists: Iterable[Iterable]) -> list:
+    return list(itertools.chain.from_iterable(lists))
 
 
 def open_long_corpus(
@@ -265,7 +183,9 @@ def frozen_model(checkpoint: Path | Stage, config: ScaleConfig) -> Qwen:
     return model.eval().requires_grad_(False).to(hardware.device())
 
 
-def open_hay(checkpoint: Path | Stage, config: ScaleConfig, seed: int = 0):
+def open_hay(
+    checkpoint: Path | Stage, config: ScaleConfig, seed: int = 0
+) -> tuple[NeedlePieces, np.ndarray]:
     """What a needle measurement needs beside a model: the pieces that needles are made of, and held-out text.
 
     The corpus is prepared if it is not there; `config` needs the sections "corpus" and "tokenizer".
@@ -285,18 +205,17 @@ class Example:
     references: list[tuple[int, ...]]
 
 
-def passkey(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random) -> Example:
+_Task = Callable[[int, np.ndarray, NeedlePieces, Random], Example]  # length, filler, pieces, rng
+
+
+def passkey(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random) -> Example:
     """niah_single: " The pass key is 58301." somewhere, asked in prose."""
     prompt, value = passkey_prompt(length - 5, filler, pieces, rng)
     return Example(prompt, value, [tuple(value)])
 
 
-def one_of(
-    count: int,
-    length: int,
-    filler: np.ndarray,
-    pieces: NeedlePieces,
-    rng: random.Random,
+def _one_of(
+    count: int, length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random
 ) -> Example:
     """One of `count` named keys is asked for; compact or in prose."""
     style = rng.choice(("compact", "prose"))
@@ -304,192 +223,131 @@ def one_of(
     return Example(prompt, value, [tuple(value)])
 
 
-def single(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random) -> Example:
+def single(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random) -> Example:
     """niah_single with any key."""
-    return one_of(1, length, filler, pieces, rng)
+    return _one_of(1, length, filler, pieces, rng)
 
 
-def multi_key(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random) -> Example:
+def multi_key(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random) -> Example:
     """niah_multikey_1: four keys, one asked."""
-    return one_of(4, length, filler, pieces, rng)
+    return _one_of(4, length, filler, pieces, rng)
 
 
 # %% ../notebooks/12_long_context.ipynb #76be0b78
-def only_needles(
-    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
-) -> Example:
+def _statements(pieces: NeedlePieces, keys: list, values: list, style: str) -> list[list[int]]:
+    """The needle of every key and its value."""
+    return [needle_statement(pieces, k, v, style) for k, v in zip(keys, values, strict=True)]
+
+
+def only_needles(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random) -> Example:
     """niah_multikey_2: the haystack is made of needles, with keys of two words."""
     size, asked = 3 + 5 + len(pieces.stop), 3 + len(pieces.newline)
     count = (length - asked - 5) // size
     numbers = rng.sample(range(len(pieces.words) ** 2), count)
     keys = [tuple(pieces.words[i] for i in divmod(number, len(pieces.words))) for number in numbers]
     values = [draw_value(pieces, rng) for _ in keys]
-    stated = [
-        needle_statement(pieces, key, value, "compact")
-        for key, value in zip(keys, values, strict=True)
-    ]
+    stated = _joined(_statements(pieces, keys, values, "compact"))
     chosen = rng.randrange(count)
     rest = filler_slice(filler, length - asked - 5 - count * size, rng)
-    prompt = [
-        *rest,
-        *itertools.chain(*stated),
-        *pieces.newline,
-        *keys[chosen],
-        *pieces.equals,
-    ]
+    prompt = [*rest, *stated, *pieces.newline, *keys[chosen], *pieces.equals]
     return Example(prompt, list(values[chosen]), [values[chosen]])
 
 
 # %% ../notebooks/12_long_context.ipynb #8e76c4d0
 def hidden(
-    length: int,
-    needles: list,
-    asked: list,
-    answer: list,
-    filler: np.ndarray,
-    rng: random.Random,
+    length: int, needles: list, asked: list, answer: list, filler: np.ndarray, rng: Random
 ) -> list[int]:
     """A prompt of `length − len(answer)` ids: needles in this order at random depths of the filler, then `asked`."""
     room = length - len(answer) - len(asked) - sum(map(len, needles))
     if room < 0:
-        raise CourseError(
-            f"{len(needles)} needles, a question and an answer do not fit into {length} tokens"
-        )
+        parts = f"{len(needles)} needles, a question and an answer"
+        raise CourseError(f"{parts} do not fit into {length} tokens")
     depths = sorted(rng.random() for _ in needles)
     return hide_needles(needles, depths, filler_slice(filler, room, rng))[0] + asked
 
 
-def multi_value(
-    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
-) -> Example:
+def multi_value(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random) -> Example:
     """niah_multivalue: one key stated with four values; all are asked for, in the order of the text."""
     [key] = draw_keys(pieces, rng, 1)
     values = [draw_value(pieces, rng) for _ in range(4)]
-    stated = [needle_statement(pieces, key, value, "compact") for value in values]
+    stated = _statements(pieces, [key] * 4, values, "compact")
     asked = [*pieces.newline, *key, *pieces.equals]
-    answer = list(itertools.chain(*stated))[len(key) + len(pieces.equals) :]
+    answer = _joined(stated)[len(key) + len(pieces.equals) :]
     return Example(hidden(length, stated, asked, answer, filler, rng), answer, values)
 
 
-def multi_query(
-    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
-) -> Example:
+def multi_query(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random) -> Example:
     """niah_multiquery: four keys, all asked for at once, answered key by key in the order of the question."""
     keys = draw_keys(pieces, rng, 4)
     values = [draw_value(pieces, rng) for _ in keys]
-    stated = [
-        needle_statement(pieces, key, value, "compact")
-        for key, value in zip(keys, values, strict=True)
-    ]
+    stated = _statements(pieces, keys, values, "compact")
     order = rng.sample(range(4), 4)
-    asked = [
-        *pieces.newline,
-        *itertools.chain(*(keys[i] for i in order)),
-        *pieces.newline,
-    ]
-    answer = list(itertools.chain(*(stated[i] for i in order)))
+    asked = [*pieces.newline, *_joined(keys[i] for i in order), *pieces.newline]
+    answer = _joined(stated[i] for i in order)
     return Example(hidden(length, stated, asked, answer, filler, rng), answer, values)
 
 
 # %% ../notebooks/12_long_context.ipynb #cbb56388
 def variable_tracking(
-    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
+    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random
 ) -> Example:
     """vt: a value and four assignments, " lamp=58301." " river= lamp." …; asked for the last, the chain back is due."""
-    chain = [draw_value(pieces, rng), *draw_keys(pieces, rng, 5)]
-    stated = [
-        [*name, *pieces.equals, *source, *pieces.stop] for source, name in itertools.pairwise(chain)
-    ]
-    asked = [*pieces.newline, *chain[-1], *pieces.equals]
-    back = list(reversed(chain[:-1]))
-    answer = [
-        *itertools.chain(*([*name, *pieces.equals] for name in back[:-1])),
-        *back[-1],
-        *pieces.stop,
-    ]
+    value, *names = draw_value(pieces, rng), *draw_keys(pieces, rng, 5)
+    stated = _statements(pieces, names, [value, *names[:-1]], "compact")
+    asked = [*pieces.newline, *names[-1], *pieces.equals]
+    back = [*reversed(names[:-1]), value]
+    answer = [*_joined([*name, *pieces.equals] for name in back[:-1]), *value, *pieces.stop]
     return Example(hidden(length, stated, asked, answer, filler, rng), answer, back)
 
 
 # %% ../notebooks/12_long_context.ipynb #01aff749
-def word_list(
-    length: int,
-    counts: dict[int, int],
-    asked: list[int],
-    filler_word: int,
-    rng: random.Random,
+def _word_list(
+    length: int, counts: dict[int, int], asked: tuple[int, ...], filler_word: int, rng: Random
 ) -> list[int]:
     """`length` ids: every word as often as `counts` says, in random order, then `asked`; `filler_word` fills up."""
-    body = list(itertools.chain(*([word] * count for word, count in counts.items())))
+    body = _joined([word] * count for word, count in counts.items())
     room = length - len(asked)
     body = (body + [filler_word] * (room - len(body)))[:room]
     rng.shuffle(body)
-    return body + asked
+    return [*body, *asked]
 
 
-def common_words(
-    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
-) -> Example:
+def common_words(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random) -> Example:
     """cwe: five words stand ten times as often as all the others; name them, in any order."""
     words = rng.sample(pieces.words, min(len(pieces.words), 9 + length // 40))
     room = length - 5 - len(pieces.what_is)
     total = 10 * 5 + len(words) - 5
     counts = {word: room * (10 if i < 5 else 1) // total for i, word in enumerate(words)}
-    prompt = word_list(length - 5, counts, list(pieces.what_is), words[-1], rng)
+    prompt = _word_list(length - 5, counts, pieces.what_is, words[-1], rng)
     return Example(prompt, rng.sample(words[:5], 5), [(word,) for word in words[:5]])
 
 
-def frequent_words(
-    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
-) -> Example:
+def frequent_words(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random) -> Example:
     """fwe: frequencies fall as 1, 1/4, 1/9, … (Zipf, α = 2); name the three most frequent words."""
     words = rng.sample(pieces.words, min(len(pieces.words), 8 + length // 50))
     room, weights = length - 3 - len(pieces.the), np.arange(1, len(words) + 1) ** -2.0
-    counts = np.maximum(1, np.floor(room * weights / weights.sum())).astype(int).tolist()
-    prompt = word_list(
-        length - 3,
-        dict(zip(words, counts, strict=True)),
-        list(pieces.the),
-        words[0],
-        rng,
-    )
+    numbers = np.maximum(1, np.floor(room * weights / weights.sum())).astype(int).tolist()
+    counts = dict(zip(words, numbers, strict=True))
+    prompt = _word_list(length - 3, counts, pieces.the, words[0], rng)
     return Example(prompt, words[:3], [(word,) for word in words[:3]])
 
 
-RULER = {
-    task.__name__: task
-    for task in (
-        passkey,
-        single,
-        multi_key,
-        only_needles,
-        multi_value,
-        multi_query,
-        variable_tracking,
-        common_words,
-        frequent_words,
-    )
-}
+RULER = {task.__name__: task for task in (
+    passkey, single, multi_key, only_needles, multi_value, multi_query,
+    variable_tracking, common_words, frequent_words,
+)}  # fmt: skip
 
 
 # %% ../notebooks/12_long_context.ipynb #03674100
 def score(output: list[int], references: list[tuple[int, ...]]) -> float:
     """Share of the references that occur in the output as neighbouring ids."""
-    windows = {
-        len(r): {tuple(output[i : i + len(r)]) for i in range(len(output))} for r in references
-    }
-    return sum(tuple(r) in windows[len(r)] for r in references) / len(references)
-
-
-def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval for a rate of which `share` was seen in `n` trials (E. B. Wilson, 1927)."""
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    windows = lambda size: {tuple(output[i : i + size]) for i in range(len(output))}
+    return sum(tuple(r) in windows(len(r)) for r in references) / len(references)
 
 
 def task_scores(
     model: Qwen,
-    task,
+    task: _Task,
     length: int,
     tries: int,
     filler: np.ndarray,
@@ -501,7 +359,7 @@ def task_scores(
 
     `task`: a function of `RULER` or of its form. The model's attention function decides how far it reaches.
     """
-    rng = random.Random(f"{seed}/{getattr(task, '__name__', 'task')}/{length}")
+    rng = Random(f"{seed}/{getattr(task, '__name__', 'task')}/{length}")
     examples = [task(length, filler, pieces, rng) for _ in range(tries)]
     rows, scores = max(1, batch_tokens // length), []
     for group in (examples[i : i + rows] for i in range(0, tries, rows)):
@@ -511,29 +369,14 @@ def task_scores(
     return scores
 
 
-def evaluate_task(
-    model: Qwen,
-    task,
-    length: int,
-    tries: int,
-    filler: np.ndarray,
-    pieces: NeedlePieces,
-    seed: int = 0,
-    batch_tokens: int = 16_384,
-) -> float:
-    """Mean of `task_scores`."""
-    scores = task_scores(model, task, length, tries, filler, pieces, seed, batch_tokens)
-    return sum(scores) / tries
-
-
 # %% ../notebooks/12_long_context.ipynb #3ec6320f
 def haystack(
     length: int,
     count: int,
     filler: np.ndarray,
     pieces: NeedlePieces,
-    rng: random.Random,
-    depths=None,
+    rng: Random,
+    depths: list[float] | None = None,
     style: str = "prose",
 ) -> tuple[list[int], list[tuple]]:
     """`length` ids with `count` hidden keys, and (key, value, depth) of each: the pass key first, then named keys.
@@ -544,14 +387,16 @@ def haystack(
     values = [draw_value(pieces, rng) for _ in keys]
     if depths is None:
         depths = rng.sample([i / max(1, count - 1) for i in range(count)], count)
-    needles = [needle_statement(pieces, k, v, style) for k, v in zip(keys, values, strict=True)]
+    needles = _statements(pieces, keys, values, style)
     hay = filler_slice(filler, length - sum(map(len, needles)), rng)
     ids, _ = hide_needles(needles, depths, hay)
     return ids, list(zip(keys, values, depths, strict=True))
 
 
 @torch.inference_mode()
-def ask(model: Qwen, cache: KVCache, question: list[int], new_tokens: int, attention) -> list[int]:
+def ask(
+    model: Qwen, cache: KVCache, question: list[int], new_tokens: int, attention: Callable
+) -> list[int]:
     """Greedy answer to a question about what a cache holds; the cache is left as it was, for the next question."""
     length, own, model.attention = cache.length, model.attention, attention
     answer, ids = [], question
@@ -569,9 +414,9 @@ def ask(model: Qwen, cache: KVCache, question: list[int], new_tokens: int, atten
 def ask_all(
     model: Qwen,
     cache: KVCache,
-    planted,
+    planted: list[tuple],
     pieces: NeedlePieces,
-    attention,
+    attention: Callable,
     style: str = "prose",
 ) -> list[bool]:
     """Which of the keys that `haystack` hid are answered rightly from the cache."""
@@ -582,52 +427,35 @@ def ask_all(
 
 
 # %% ../notebooks/12_long_context.ipynb #fd105025
-LONG_RECALL_SHARE, TASK_SHARE = (
-    0.15,
-    0.4,
-)  # of needle rows: many short pairs; tasks of the mini-RULER; the rest as in 07
-TASK_WEIGHTS = {
-    multi_query: 7,
-    variable_tracking: 5,
-    only_needles: 6,
-    multi_value: 2,
-    common_words: 1,
-    frequent_words: 1,
-}
+_LONG_RECALL_SHARE, TASK_SHARE = 0.15, 0.4  # many short pairs; mini-RULER tasks; the rest as in 07
+_TASK_WEIGHTS = {multi_query: 7, variable_tracking: 5, only_needles: 6, multi_value: 2}
+_TASK_WEIGHTS |= {common_words: 1, frequent_words: 1}
 
 
-def task_row(
-    length: int, filler: np.ndarray, pieces: NeedlePieces, rng: random.Random
-) -> tuple[list[int], list[int]]:
+def _task_row(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random) -> Row:
     """`length + 1` ids of one mini-RULER example with its answer, and their loss weights in tenths."""
-    task = rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()))[0]
+    task = rng.choices(list(_TASK_WEIGHTS), list(_TASK_WEIGHTS.values()))[0]
     example = task(length + 1, filler, pieces, rng)
-    text = (
-        WEIGHT_TEMPLATE if task in (only_needles, common_words, frequent_words) else WEIGHT_FILLER
-    )
-    return example.prompt + example.answer, [text] * len(example.prompt) + [WEIGHT_ANSWER] * len(
-        example.answer
-    )
+    has_text = task not in (only_needles, common_words, frequent_words)
+    weights = [WEIGHT_FILLER if has_text else WEIGHT_TEMPLATE] * len(example.prompt)
+    return example.prompt + example.answer, weights + [WEIGHT_ANSWER] * len(example.answer)
 
 
 def needle_batch(
-    count: int, length: int, filler: np.ndarray, pieces: NeedlePieces, seed
+    count: int, length: int, filler: np.ndarray, pieces: NeedlePieces, seed: int | str
 ) -> tuple[np.ndarray, np.ndarray]:
     """`count` needle rows for training: ids and loss weights in tenths, both (count, length + 1)."""
-    rng = random.Random(str(seed))
-    ids = np.empty((count, length + 1), dtype=filler.dtype)
-    weights = np.empty((count, length + 1), dtype=np.uint8)
+    rng, shape = Random(str(seed)), (count, length + 1)
+    ids, weights = np.empty(shape, dtype=filler.dtype), np.empty(shape, dtype=np.uint8)
+    rows = (recall_row, _task_row, needle_row)
+    shares = (_LONG_RECALL_SHARE, TASK_SHARE, 1 - _LONG_RECALL_SHARE - TASK_SHARE)
     for i in range(count):
-        rows, shares = (
-            (recall_row, task_row, needle_row),
-            (LONG_RECALL_SHARE, TASK_SHARE, 1 - LONG_RECALL_SHARE - TASK_SHARE),
-        )
         ids[i], weights[i] = rng.choices(rows, shares)[0](length, filler, pieces, rng)
     return ids, weights
 
 
 # %% ../notebooks/12_long_context.ipynb #548193e7
-def add_needles(corpus: LongCorpus, lengths, count: int, seed: int) -> None:
+def add_needles(corpus: LongCorpus, lengths: Iterable[int], count: int, seed: int) -> None:
     """Add the domain needles_<length> for every length: `count` rows over train text, a few over held-out text.
 
     Lengths that the corpus has rows for already keep them.
@@ -656,28 +484,23 @@ def interleave(shares: dict[int, float], steps: int) -> list[int]:
 class StageSampler:
     """Batches of all stages in order: lengths by `interleave`, domains by `mixture`, needles of the batch's length."""
 
-    def __init__(self, corpus: LongCorpus, settings, mixture: dict[str, float], seed: int = 0):
-        self.plan, self.phases = (
-            [],
-            [],
-        )  # a step: (base, sampler, the sampler's own step)
+    def __init__(
+        self, corpus: LongCorpus, settings: LongContext, mixture: dict[str, float], seed: int = 0
+    ):
+        self.plan, self.phases = [], []  # a step: (base, sampler, the sampler's own step)
+        batch_tokens = settings.batch_tokens
         for number, stage in enumerate(settings.stages):
             shares = dict(zip(stage.lengths, stage.shares, strict=True))
-            order = interleave(shares, max(1, stage.tokens // settings.batch_tokens))
-            counts, samplers = dict.fromkeys(shares, 0), {}
+            order = interleave(shares, max(1, stage.tokens // batch_tokens))
+            samplers = {}
             for length in set(order):
-                phase = Phase(
-                    order.count(length) * settings.batch_tokens,
-                    length,
-                    with_needles(mixture, f"needles_{length}", settings.needle_share),
-                )
-                samplers[length] = MixtureSampler(
-                    corpus, [phase], settings.batch_tokens, seed + 1_000 * number
-                )
-                self.phases.append(phase)
-            for length in order:
-                self.plan.append((stage.rope_theta, samplers[length], counts[length]))
-                counts[length] += 1
+                tokens = order.count(length) * batch_tokens
+                own = with_needles(mixture, f"needles_{length}", settings.needle_share)
+                self.phases.append(Phase(tokens, length, own))
+                phases, own_seed = self.phases[-1:], seed + 1_000 * number
+                samplers[length] = MixtureSampler(corpus, phases, batch_tokens, own_seed)
+            steps = {length: itertools.count() for length in samplers}
+            self.plan += [(stage.rope_theta, samplers[n], next(steps[n])) for n in order]
 
     @property
     def total_steps(self) -> int:
@@ -687,7 +510,7 @@ class StageSampler:
         """The RoPE base that step `step` (from 0) trains with."""
         return self.plan[min(step, len(self.plan) - 1)][0]
 
-    def batch(self, step: int, rank: int = 0, world_size: int = 1):
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The batch of optimiser step `step`, as `MixtureSampler.batch`."""
         _, sampler, own_step = self.plan[step]
         return sampler.batch(own_step, rank, world_size)
@@ -697,54 +520,45 @@ def with_needles(mixture: dict[str, float], domain: str, share: float) -> dict[s
     """The mixture's text, scaled down to make room for needle rows; its own needles are replaced."""
     text = {name: weight for name, weight in mixture.items() if not name.startswith("needles_")}
     total = sum(text.values())
-    return {
-        **{name: weight / total * (1 - share) for name, weight in text.items()},
-        domain: share,
-    }
+    return {name: weight / total * (1 - share) for name, weight in text.items()} | {domain: share}
 
 
 # %% ../notebooks/12_long_context.ipynb #c9b338b8
 def set_base(model: Qwen, base: float, length: int) -> None:
     """Give the model another RoPE base, and note it and the trained length in its config; the weights stay."""
-    config = dataclasses.replace(
-        model.config, rope_theta=float(base), max_position_embeddings=length
-    )
-    model.config = config
-    model.attention = functools.partial(
-        causal_attention, frequencies=rope_frequencies(config.head_dim, base)
-    )
+    sizes = {"rope_theta": float(base), "max_position_embeddings": length}
+    model.config = dataclasses.replace(model.config, **sizes)
+    frequencies = rope_frequencies(model.config.head_dim, base)
+    model.attention = functools.partial(causal_attention, frequencies=frequencies)
 
 
 class ExtensionTrainer(Trainer):
     """`Trainer` that gives the model the base of each step's stage first."""
 
     def __init__(
-        self, model: Qwen, settings, sampler: StageSampler, length: int, dtype=torch.float32
+        self, model: Qwen, settings: Pretraining, sampler: StageSampler, length: int, **options
     ):
-        super().__init__(model, settings, sampler.total_steps, dtype)
+        super().__init__(model, settings, sampler.total_steps, **options)
         self.sampler, self.length = sampler, length
 
-    def forward_backward(self, batch) -> None:
+    def forward_backward(self, batch: Batch) -> None:
         set_base(self.model, self.sampler.base(self.step_count), self.length)
         super().forward_backward(batch)
 
 
-def extension_optimizer(config: ScaleConfig, settings):
+def extension_optimizer(config: ScaleConfig, settings: LongContext) -> Pretraining:
     """Chapter 08's optimiser at the extension's rates: warm-up, then linear to a twentieth."""
-    return dataclasses.replace(
-        config.pretraining,
-        batch_tokens=settings.batch_tokens,
-        learning_rate=settings.learning_rate,
-        matrix_learning_rate=settings.matrix_learning_rate,
-        warmup_steps=settings.warmup_steps,
-        schedule="wsd",
-        decay_fraction=1.0,
-        min_lr_ratio=0.05,
-    )
+    batch_tokens = settings.batch_tokens
+    return stages.decaying(config, settings, batch_tokens=batch_tokens, min_lr_ratio=0.05)
 
 
 def make_extension(
-    config: ScaleConfig, folder: Path, corpus: LongCorpus, seed: int, dtype, settings=None
+    config: ScaleConfig,
+    folder: Path,
+    corpus: LongCorpus,
+    seed: int,
+    dtype: torch.dtype,
+    settings: LongContext | None = None,
 ) -> ExtensionTrainer:
     """Trainer and sampler (`.sampler`) for extending the checkpoint in `folder`; `corpus` gains the needle rows."""
     settings = settings or config.long_context
@@ -754,12 +568,15 @@ def make_extension(
     sampler = StageSampler(corpus, settings, last.mixture, seed)
     model = Qwen.from_pretrained(folder).to(hardware.device())
     numbers = extension_optimizer(config, settings)
-    return ExtensionTrainer(model, numbers, sampler, lengths[-1], dtype)
+    return ExtensionTrainer(model, numbers, sampler, lengths[-1], dtype=dtype)
 
 
 # %% ../notebooks/12_long_context.ipynb #82f21c14
 def extension_stage(
-    config: ScaleConfig, seed: int = 0, stage: str = "long_context", settings=None
+    config: ScaleConfig,
+    seed: int = 0,
+    stage: str = "long_context",
+    settings: LongContext | None = None,
 ) -> Stage:
     """The pre-trained checkpoint trained to a longer context, stage by stage, as a stage of the course.
 
@@ -774,7 +591,7 @@ def extension_stage(
         "start": stages.origin(start),
     }
 
-    def begin(dtype):
+    def begin(dtype: torch.dtype):
         folder = stages.folder_of(start)
         prepare_corpus(config, seed)
         corpus, tokenizer = open_long_corpus(config, folder, seed)
@@ -790,15 +607,14 @@ def extend_context(
     config: ScaleConfig,
     seed: int = 0,
     stage: str = "long_context",
-    settings=None,
+    settings: LongContext | None = None,
     stop_after: int | None = None,
 ) -> Path:
     """The folder of `extension_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
-    made = extension_stage(config, seed, stage, settings)
-    return made.make(stop_after) if stop_after else made.folder()
+    return extension_stage(config, seed, stage, settings).run(stop_after)
 
 
 def extended_checkpoint(config: ScaleConfig, seed: int = 0) -> Path | Stage:
     """What later chapters start from: the scale's long-context stage, or the shipped one at `start = "shipped"`."""
-    ready = stages.shipped("long_context") if config.long_context.start == "shipped" else None
+    ready = stages.shipped("long_context", config.long_context.start)
     return ready or extension_stage(config, seed)

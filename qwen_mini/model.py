@@ -8,6 +8,8 @@ __all__ = [
     "dense_layer",
     "Decoder",
     "rope_frequencies_on_cpu",
+    "with_tables",
+    "embed",
     "Qwen",
     "count_parameters",
     "flops_per_token",
@@ -100,19 +102,8 @@ def _published(
     eps: float = 1e-6,
     positions: int = 32_768,
 ) -> ModelConfig:
-    return ModelConfig(
-        vocab,
-        hidden,
-        intermediate,
-        layers,
-        heads,
-        kv_heads,
-        head_dim,
-        positions,
-        1_000_000.0,
-        eps,
-        tied,
-    )
+    sizes = (vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, positions)
+    return ModelConfig(*sizes, 1_000_000.0, eps, tied)
 
 
 #: Table 1 of the report; widths, eps, positions from the published base configurations.
@@ -184,6 +175,33 @@ def rope_frequencies_on_cpu(head_dim: int, base: float) -> torch.Tensor:
         return rope_frequencies(head_dim, base)
 
 
+# %% ../notebooks/04_model.ipynb #3c95d035
+def with_tables(
+    attention: Callable[..., Tensor], x: Tensor, position_ids: Tensor | None, cache: KVCache | None
+) -> Callable[..., Tensor]:
+    """`causal_attention` with its RoPE tables for x, (batch, length, …), made once for all layers; else unchanged."""
+    if getattr(attention, "func", None) is not causal_attention:
+        return attention
+    if position_ids is None:
+        start = cache.length if cache is not None else 0
+        position_ids = torch.arange(start, start + x.shape[1], device=x.device)
+    tables = rope_tables(position_ids, attention.keywords["frequencies"], x.dtype)
+    return functools.partial(attention, tables=tables)
+
+
+def embed(table: nn.Embedding, input_ids: Tensor) -> Tensor:
+    """Rows of the table; ValueError for ids that are no (batch, length), or, on a CPU, outside the vocabulary."""
+    if input_ids.ndim != 2:
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"input_ids must have shape (batch, length), got {shape}")
+    try:
+        return table(input_ids)
+    except IndexError:
+        low, high = input_ids.min().item(), input_ids.max().item()
+        allowed = f"0 … {table.num_embeddings - 1} (vocab_size)"
+        raise ValueError(f"input_ids must lie in {allowed}, got {low} … {high}") from None
+
+
 # %% ../notebooks/04_model.ipynb #b6823d2e
 class Qwen(nn.Module):
     """The Qwen2.5 decoder: `model(input_ids)` returns logits, with `targets` the loss.
@@ -227,48 +245,16 @@ class Qwen(nn.Module):
         id (packing; left padding). cache: a `KVCache`, filled further. ValueError for
         ids of another rank or, on a CPU, outside the vocabulary.
         """
-        if input_ids.ndim != 2:
-            raise ValueError(
-                f"input_ids must have shape (batch, length), got {tuple(input_ids.shape)}"
-            )
-        x = self._embed(input_ids)  # (batch, length, hidden_size)
+        x = embed(self.model.embed_tokens, input_ids)  # (batch, length, hidden_size)
         if cache is not None:
             cache.remember(document_ids, input_ids.shape[1])
-        attention = self._attention_with_tables(x, position_ids, cache)
+        attention = with_tables(self.attention, x, position_ids, cache)
         for index, layer in enumerate(self.model.layers):
-            x = layer(
-                x,
-                attention,
-                position_ids,
-                document_ids,
-                cache.layers[index] if cache is not None else None,
-            )
+            own = cache.layers[index] if cache is not None else None
+            x = layer(x, attention, position_ids, document_ids, own)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return self.model.norm(x)
-
-    def _attention_with_tables(
-        self, x: Tensor, position_ids: Tensor | None, cache: KVCache | None
-    ) -> Callable[..., Tensor]:
-        """`attention`; the usual one with its rope tables, computed once for all layers."""
-        if getattr(self.attention, "func", None) is not causal_attention:
-            return self.attention
-        if position_ids is None:
-            start = cache.length if cache is not None else 0
-            position_ids = torch.arange(start, start + x.shape[1], device=x.device)
-        frequencies = self.attention.keywords["frequencies"]
-        tables = rope_tables(position_ids, frequencies, x.dtype)
-        return functools.partial(self.attention, tables=tables)
-
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        try:
-            return self.model.embed_tokens(input_ids)
-        except IndexError:
-            low, high = input_ids.min().item(), input_ids.max().item()
-            raise ValueError(
-                f"input_ids must lie in 0 … {self.config.vocab_size - 1} "
-                f"(vocab_size), got {low} … {high}"
-            ) from None
 
     def forward(
         self,
@@ -288,23 +274,14 @@ class Qwen(nn.Module):
         hidden = self.hidden_states(input_ids, position_ids, document_ids, cache)
         if targets is None:
             return self.lm_head(hidden)
-        weights = None if weights is None else weights.flatten()
-        return linear_cross_entropy(
-            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), weights
-        )
+        weights, rows = None if weights is None else weights.flatten(), hidden.flatten(0, 1)
+        return linear_cross_entropy(rows, self.lm_head.weight, targets.flatten(), weights)
 
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty `KVCache` that fits this model, in its dtype and on its device."""
         c, weight = self.config, self.model.embed_tokens.weight
-        return KVCache(
-            c.num_hidden_layers,
-            batch_size,
-            c.num_key_value_heads,
-            c.head_dim,
-            capacity,
-            weight.dtype,
-            weight.device,
-        )
+        sizes = (c.num_hidden_layers, batch_size, c.num_key_value_heads, c.head_dim, capacity)
+        return KVCache(*sizes, weight.dtype, weight.device)
 
     def save_pretrained(
         self,

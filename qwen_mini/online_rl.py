@@ -51,6 +51,7 @@ from .model import Qwen
 from .training import Trainer
 from .reward_model import RewardModel, adamw_settings, frozen, score_rows
 from qwen_mini.sft import (
+    Answer,
     Row,
     RowSampler,
     make_rows,
@@ -133,7 +134,7 @@ def more_sft_stage(config: ScaleConfig, seed: int = 0) -> Stage:
         trainer = Trainer(Qwen.from_pretrained(folder).to(hardware.device()), numbers, steps, dtype)
         an_epoch = len(rows) / gentle.batch_rows
 
-        def step(number: int):
+        def step(number: int) -> dict:
             batch = sampler.batch(number % sampler.total_steps, *world())
             return trainer.step(batch) | {"epochs": (number + 1) / an_epoch}
 
@@ -277,7 +278,7 @@ def curriculum_stage(
 def judged(model: RewardModel, tokenizer: Tokenizer) -> Reward:
     """The reward model's number."""
 
-    def reward(answers):
+    def reward(answers: Sequence[Sequence[Answer]]) -> list[list[float]]:
         prompts = [
             tokenizer.encode_chat(g[0].example.messages, add_generation_prompt=True)
             for g in answers
@@ -294,7 +295,7 @@ def mixed(model: RewardModel, tokenizer: Tokenizer) -> Reward:
     """σ(r/2) + (v − 1): the verifier decides, the reward model orders what it leaves equal (arXiv 2409.12122 §3.3)."""
     by_model = judged(model, tokenizer)
 
-    def reward(answers):
+    def reward(answers: Sequence[Sequence[Answer]]) -> list[list[float]]:
         pairs = zip(by_model(answers), verified(answers), strict=True)
         return [
             [1 / (1 + math.exp(-r / 2)) + v - 1 for r, v in zip(*pair, strict=True)]

@@ -24,6 +24,7 @@ import dataclasses
 import hashlib
 import lzma
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,11 @@ from torch import nn
 
 from .corpus import corpus_inputs, open_prepared
 from .course import CourseError, hardware, stages
+from .course.corpus_files import Corpus
 from .course.progress import Progress
 from .course.ranks import is_first, world
+from .course.scales import Phase, Pretraining, ScaleConfig
 from .course.stages import Stage
-from .course.scales import ScaleConfig
 from .model import ModelConfig, Qwen
 from .tokenizer import Tokenizer
 from .training import Batch, Trainer
@@ -66,7 +68,7 @@ def row_plan(shares: list[float], rows: int, steps: int) -> np.ndarray:
 class WindowOrder:
     """Windows of a corpus in an order that the seed decides, every one once before any comes again."""
 
-    def __init__(self, corpus, seed: int):
+    def __init__(self, corpus: Corpus, seed: int):
         self.corpus, self.seed = corpus, seed
         self._permutations: dict[tuple, np.ndarray] = {}
 
@@ -109,7 +111,7 @@ class MixtureSampler:
     exactly, and every process of a group can take its own rows of the same batch.
     """
 
-    def __init__(self, corpus, phases, batch_tokens: int, seed: int = 0):
+    def __init__(self, corpus: Corpus, phases: Sequence[Phase], batch_tokens: int, seed: int = 0):
         self.corpus, self.phases, self.batch_tokens, self.seed = corpus, phases, batch_tokens, seed
         for name in (name for phase in phases for name in phase.mixture):
             if name not in corpus.domains:
@@ -150,7 +152,7 @@ class MixtureSampler:
 
 
 # %% ../notebooks/09_pretraining.ipynb #0e43a16c
-def available_phases(phases, corpus) -> tuple:
+def available_phases(phases: Sequence[Phase], corpus: Corpus) -> tuple[Phase, ...]:
     """The phases without the domains that could not be fetched here, shares scaled up to 1.
 
     Only what the corpus names as left out may be missing; the rest is an error of the
@@ -214,7 +216,7 @@ def token_sizes(tokenizer: Tokenizer) -> np.ndarray:
 
 def evaluate_bits_per_byte(
     model: Qwen,
-    corpus,
+    corpus: Corpus,
     tokenizer: Tokenizer,
     domain: str,
     length: int,
@@ -234,7 +236,9 @@ def evaluate_bits_per_byte(
 
 # %% ../notebooks/09_pretraining.ipynb #5337cbd3
 @torch.no_grad()
-def evaluate_rows(model: Qwen, corpus, domain: str, max_rows: int = 256) -> dict[str, float]:
+def evaluate_rows(
+    model: Qwen, corpus: Corpus, domain: str, max_rows: int = 256
+) -> dict[str, float]:
     """For a domain of weighted rows (needles): mean loss of the answer tokens and share of
     them predicted greedily.
     """
@@ -257,7 +261,7 @@ def evaluate_rows(model: Qwen, corpus, domain: str, max_rows: int = 256) -> dict
 
 def evaluate(
     model: Qwen,
-    corpus,
+    corpus: Corpus,
     tokenizer: Tokenizer,
     length: int,
     max_tokens: int = 0,
@@ -342,7 +346,14 @@ def describe(record: dict, total_steps: int) -> str:
     )
 
 
-def evaluating(config: ScaleConfig, trainer, step, sampler, corpus, tokenizer: Tokenizer):
+def evaluating(
+    config: ScaleConfig,
+    trainer: Trainer,
+    step: Callable[[int], dict],
+    sampler: MixtureSampler,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+) -> Callable[[int], dict]:
     """`step`, and after every `config.measure.eval_every` steps and the last one what `evaluate` says."""
     progress, measure = Progress(), config.measure
     length = max(phase.length for phase in sampler.phases)
@@ -363,7 +374,10 @@ def evaluating(config: ScaleConfig, trainer, step, sampler, corpus, tokenizer: T
 
 # %% ../notebooks/09_pretraining.ipynb #158515c1
 def pretraining_stage(
-    config: ScaleConfig, seed: int = 0, stage: str = "pretraining", settings=None
+    config: ScaleConfig,
+    seed: int = 0,
+    stage: str = "pretraining",
+    settings: Pretraining | None = None,
 ) -> Stage:
     """The scale's model trained on its corpus, phase by phase, as a stage: found or made by `.folder()`.
 
@@ -390,7 +404,7 @@ def pretraining_stage(
     return stages.stage(config, stage, ("pretraining",), seed, inputs, begin)
 
 
-def _check_shares(phases, settings) -> None:
+def _check_shares(phases: Sequence[Phase], settings: Pretraining) -> None:
     parts = world()[1] * settings.grad_accumulation
     for phase in phases:
         rows = settings.batch_tokens // phase.length
@@ -405,7 +419,7 @@ def pretrain(
     config: ScaleConfig,
     seed: int = 0,
     stage: str = "pretraining",
-    settings=None,
+    settings: Pretraining | None = None,
     stop_after: int | None = None,
 ) -> Path:
     """The folder of `pretraining_stage`, trained now if it is not there.
@@ -413,5 +427,4 @@ def pretrain(
     An interrupted run goes on from its last training state and reaches the same numbers, step for step. `stop_after`
     ends the run early, after saving its state, as an interruption would.
     """
-    made = pretraining_stage(config, seed, stage, settings)
-    return made.make(stop_after) if stop_after else made.folder()
+    return pretraining_stage(config, seed, stage, settings).run(stop_after)

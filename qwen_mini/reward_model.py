@@ -9,8 +9,10 @@ __all__ = [
     "RUDE",
     "BIASED",
     "CRITERIA",
+    "Step",
     "ANSWER_TOKENS",
     "JUDGES",
+    "Scores",
     "bradley_terry_loss",
     "RewardModel",
     "Pair",
@@ -61,9 +63,9 @@ from torch import nn
 
 from .course import CourseError, artifacts, hardware, stages
 from .course.ranks import world
+from .course.scales import Dpo, Grpo, Pretraining, RewardModelScale, ScaleConfig
 from .course.stages import Stage
-from .course.scales import ScaleConfig
-from .model import Qwen
+from .model import ModelConfig, Qwen
 from qwen_mini.sft import (
     Answer,
     Row,
@@ -84,7 +86,7 @@ from .training import Trainer
 
 # %% ../notebooks/17_reward_model.ipynb #f3e4e3a2
 def bradley_terry_loss(
-    chosen: torch.Tensor, rejected: torch.Tensor, margin=0.0, center: float = 0.0
+    chosen: torch.Tensor, rejected: torch.Tensor, margin: float = 0.0, center: float = 0.0
 ) -> torch.Tensor:
     """Mean of −log σ(r⁺ − r⁻ − margin) over pairs, plus `center` times the mean of (r⁺ + r⁻)².
 
@@ -103,7 +105,7 @@ class RewardModel(Qwen):
     `Qwen2ForSequenceClassification`, which reads the checkpoints of this class.
     """
 
-    def __init__(self, config: ScaleConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__(config)
         if not config.tie_word_embeddings:
             del self.lm_head  # a tied head is the embedding table
@@ -130,7 +132,7 @@ class RewardModel(Qwen):
             )
         return model
 
-    def forward(self, input_ids, lengths) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Rewards (batch,) of ids (batch, length), padded on the right, of which `lengths` (batch,) are real."""
         hidden = self.hidden_states(input_ids)
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
@@ -138,7 +140,10 @@ class RewardModel(Qwen):
         return F.linear(last.float(), self.score.weight.float())[:, 0]
 
     def save_pretrained(
-        self, folder, dtype: torch.dtype | None = None, generation_config=None
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        generation_config: dict | None = None,
     ) -> None:
         """As `Qwen.save_pretrained`; the config says that there is one label. It does not generate.
 
@@ -291,19 +296,19 @@ def label_pairs(
 
 
 # %% ../notebooks/17_reward_model.ipynb #9f093bbf
-def adamw_settings(config: ScaleConfig, settings):
+def adamw_settings(config: ScaleConfig, settings: RewardModelScale | Dpo | Grpo) -> Pretraining:
     """Chapter 16's schedule at a stage's own rate, to a tenth of it, with AdamW alone and without weight decay."""
-    return dataclasses.replace(
-        optimizer_settings(config, config.sft),
-        optimizer="adamw",
-        learning_rate=settings.learning_rate,
-        min_lr_ratio=0.1,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=0.0,
-    )
+    rates = {"learning_rate": settings.learning_rate, "min_lr_ratio": 0.1}
+    rates |= {"warmup_steps": settings.warmup_steps, "weight_decay": 0.0}
+    return dataclasses.replace(optimizer_settings(config, config.sft), optimizer="adamw", **rates)
 
 
-def reward_steps(trainer: Trainer, pairs: Sequence[Pair], settings, seed: int = 0):
+Step = Callable[[int], dict[str, float]]  # the number of a step → its record
+
+
+def reward_steps(
+    trainer: Trainer, pairs: Sequence[Pair], settings: RewardModelScale, seed: int = 0
+) -> tuple[int, Step]:
     """(number of steps, step): step(number) → record is one Bradley–Terry step on `settings.batch_pairs` pairs."""
     plan = pair_plan(pairs, settings.batch_pairs, settings.epochs, seed)
 
@@ -329,11 +334,11 @@ def train_reward_model(
     config: ScaleConfig,
     start: Path,
     pairs: Sequence[Pair],
-    settings,
+    settings: RewardModelScale,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     layers: int | None = None,
-):
+) -> tuple[Trainer, Step]:
     """(trainer, step) for a reward model on the body of `start`, or on its first `layers` layers."""
     model = RewardModel.from_policy(start, seed, layers).to(hardware.device())
     trainer = Trainer(model, adamw_settings(config, settings), 1, dtype)
@@ -348,7 +353,7 @@ def careless_stage(config: ScaleConfig, seed: int = 0) -> Stage:
     start = start_checkpoint(config, "sft", settings.start, seed)
     gentle = slower(config.sft, 1 / 2, epochs=2)
 
-    def rows(folder):
+    def rows(folder: Path) -> list[Row]:
         rng = random.Random(f"{seed}/careless")
         key = f"{seed}/careless"
         shown = draw_examples(settings.demonstrations, key, levels=STYLE_LEVELS, tasks=STYLE_TASKS)
@@ -361,14 +366,13 @@ def careless_stage(config: ScaleConfig, seed: int = 0) -> Stage:
 
 def careless_policy(config: ScaleConfig, seed: int = 0, stop_after: int | None = None) -> Path:
     """The folder of `careless_stage`, trained now if it is not there."""
-    made = careless_stage(config, seed)
-    return made.make(stop_after) if stop_after else made.folder()
+    return careless_stage(config, seed).run(stop_after)
 
 
 def reward_stage(
     config: ScaleConfig,
     pairs: Callable[[], Sequence[Pair]],
-    recipe,
+    recipe: dict,
     seed: int = 0,
     stage: str = "reward_model",
     layers: int | None = None,
@@ -445,7 +449,7 @@ def answers_stage(
     sampled = [split, problems, samples, ANSWER_TOKENS]
     inputs = {"sampled": sampled, "policy": stages.origin(careless)}
 
-    def fill(folder):
+    def fill(folder: Path) -> None:
         source, dtype = careless.folder(), hardware.pick_dtype(config.run.dtype)
         policy = frozen(source, dtype)
         tokenizer, asked = Tokenizer.from_pretrained(source), style_problems(problems, split, seed)
@@ -495,7 +499,7 @@ def judge_stages(config: ScaleConfig, seed: int = 0) -> dict[str, Stage]:
     answers = answers_stage(config, seed)
 
     def judge(name: str) -> Stage:
-        def pairs():
+        def pairs() -> list[Pair]:
             tokenizer = Tokenizer.from_pretrained(careless_stage(config, seed).folder())
             return judge_pairs(tokenizer, read_answers(answers), name, seed)
 
@@ -508,7 +512,10 @@ def judge_stages(config: ScaleConfig, seed: int = 0) -> dict[str, Stage]:
 
 
 # %% ../notebooks/17_reward_model.ipynb #1ae31fef
-def best_of_n(proxy, gold, sizes: Sequence[int]) -> list[tuple[float, float]]:
+Scores = np.ndarray | Sequence
+
+
+def best_of_n(proxy: Scores, gold: Scores, sizes: Sequence[int]) -> list[tuple[float, float]]:
     """Expected (proxy, gold) of the sample with the highest proxy among n, for every n; both: (problems, samples).
 
     Over all ways to draw n of the N samples, without drawing: sorted by proxy, the i-th smallest is the best of n with
@@ -526,7 +533,7 @@ def best_of_n(proxy, gold, sizes: Sequence[int]) -> list[tuple[float, float]]:
     return curve
 
 
-def rank_correlation(a, b) -> float:
+def rank_correlation(a: Scores, b: Scores) -> float:
     """Spearman's: the correlation of the ranks, ties sharing theirs."""
     ranks = [
         (np.asarray(x)[:, None] > np.asarray(x)).sum(1)
@@ -536,7 +543,7 @@ def rank_correlation(a, b) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def correlation_by_chance(a, b) -> float:
+def correlation_by_chance(a: Scores, b: Scores) -> float:
     """Share of all orders of `b`, six or so, whose rank correlation is as strong, either way: the p-value."""
     found = abs(rank_correlation(a, b))
     orders = [abs(rank_correlation(a, order)) for order in itertools.permutations(b)]

@@ -20,6 +20,7 @@ __all__ = [
     "Answer",
     "length_batches",
     "evaluate_tasks",
+    "judge_answers",
     "verdicts",
     "part_of",
     "share",
@@ -58,36 +59,20 @@ import numpy as np
 import torch
 
 from .corpus import corpus_inputs, prepare_corpus
-from .course.ranks import world
-from .world.needles import needle_pieces
 from .course import CourseError, hardware, stages
+from .course.ranks import world
+from .course.scales import Pretraining, ScaleConfig, Sft
 from .course.stages import Stage
-from .course.scales import ScaleConfig
-from .generation import generate
-from qwen_mini.long_context import (
-    extended_checkpoint,
-    haystack,
-    open_long_corpus,
-)
+from .generation import Completion, generate
+from .long_context import LongCorpus, extended_checkpoint, haystack, open_long_corpus
 from .model import Qwen
-from qwen_mini.tasks import (
-    TASKS,
-    TRAIN_LEVELS,
-    Example,
-    Verdict,
-    consistent,
-    verify_many,
-)
+from .tasks import TASKS, TRAIN_LEVELS, Example, Verdict, consistent, verify_many
 from .tokenizer import Tokenizer
 from .training import Batch, Trainer
+from .world.needles import needle_pieces
 
 # %% ../notebooks/16_sft.ipynb #f336303a
-MASKS = (
-    "answer",
-    "answer+newline",
-    "chatml",
-    "no_end",
-)  # the last is a bug, to be looked at
+MASKS = ("answer", "answer+newline", "chatml", "no_end")  # the last is a bug, to be looked at
 
 
 def chat_example(example: Example, response: str | None = None) -> list[dict]:
@@ -145,23 +130,16 @@ def make_rows(
 ) -> list[Row]:
     """(example, response) pairs as rows; `system`: prompts to draw from where the example sets none."""
     rng = random.Random(f"{seed}/system")
-    return [
-        row_of(
-            tokenizer,
-            chat_example(with_system(example, rng.choice(system)), response),
-            mask,
-        )
-        for example, response in pairs
-    ]
+    ask = lambda example: with_system(example, rng.choice(system))
+    return [row_of(tokenizer, chat_example(ask(e), response), mask) for e, response in pairs]
 
 
 def with_system(example: Example, prompt: str | None) -> Example:
     """The example under a system prompt, unless it has one of its own; None leaves the template's default in place."""
     if prompt is None or example.messages[0]["role"] == "system":
         return example
-    return dataclasses.replace(
-        example, messages=({"role": "system", "content": prompt}, *example.messages)
-    )
+    messages = ({"role": "system", "content": prompt}, *example.messages)
+    return dataclasses.replace(example, messages=messages)
 
 
 def to_batch(rows: Sequence[Row], multiple: int = 16) -> Batch:
@@ -172,20 +150,15 @@ def to_batch(rows: Sequence[Row], multiple: int = 16) -> Batch:
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)] = torch.tensor(row.ids)
         weights[i, : len(row.ids)] = torch.tensor(row.weights)
-    return Batch(
-        ids[:, :-1],
-        ids[:, 1:],
-        weights[:, 1:],
-    )
+    return Batch(ids[:, :-1], ids[:, 1:], weights[:, 1:])
 
 
 # %% ../notebooks/16_sft.ipynb #5a89cf23
 def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices of rows, window by window: the longest row first, each into the fullest window that still takes it."""
     if lengths and max(lengths) > capacity:
-        raise ValueError(
-            f"a row of {max(lengths)} tokens does not fit into windows of {capacity}: shorten it or raise the capacity"
-        )
+        too_long = f"a row of {max(lengths)} tokens does not fit into windows of {capacity}"
+        raise ValueError(f"{too_long}: shorten it or raise the capacity")
     windows, room = [], []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         fitting = [w for w in range(len(windows)) if room[w] >= lengths[i]]
@@ -223,17 +196,11 @@ class RowSampler:
     """Batches of rows, each row once an epoch, rows of similar length together; step s depends on (seed, s) alone."""
 
     def __init__(
-        self,
-        rows: Sequence[Row],
-        batch_rows: int,
-        epochs: int,
-        seed: int = 0,
-        bucket: int = 8,
+        self, rows: Sequence[Row], batch_rows: int, epochs: int, seed: int = 0, bucket: int = 8
     ):
         if not rows:
-            raise CourseError(
-                "there are no rows to train on: the filter kept nothing, or the split is empty"
-            )
+            why = "the filter kept nothing, or the split is empty"
+            raise CourseError(f"there are no rows to train on: {why}")
         self.rows, self.plan = rows, []
         for epoch in range(epochs):
             rng = random.Random(f"{seed}/{epoch}")
@@ -266,11 +233,11 @@ class RowSampler:
 # %% ../notebooks/16_sft.ipynb #de3aedc9
 def draw_examples(
     count: int,
-    seed,
+    seed: int | str,
     split: str = "train",
     levels: Sequence[int] = TRAIN_LEVELS,
     wordings: Sequence[str] = ("shown",),
-    tasks=None,
+    tasks: Iterable[str] | None = None,
 ) -> list[Example]:
     """`count` different problems of every task, levels at random; repeats only where a task has not so many.
 
@@ -320,36 +287,33 @@ def evaluate_tasks(
 ) -> list[list[Answer]]:
     """`samples` answers to every problem, verified; an unfinished answer counts as none. Same seed, same answers."""
     prompts = [tokenizer.encode_chat(e.messages, add_generation_prompt=True) for e in examples]
-    generator = torch.Generator().manual_seed(seed)
     answers: list = [None] * len(examples)
-    stops, per = (
-        [tokenizer.im_end_id, tokenizer.endoftext_id],
-        max(1, batch_rows // samples),
-    )
+    options = {
+        "stop_ids": [tokenizer.im_end_id, tokenizer.endoftext_id],
+        "num_return_sequences": samples,
+        "generator": torch.Generator().manual_seed(seed),
+        "temperature": temperature,
+        "vocab_size": tokenizer.vocab_size,
+    }
+    per = max(1, batch_rows // samples)
     for part in length_batches([len(prompt) for prompt in prompts], per):
-        done = generate(
-            model,
-            [prompts[i] for i in part],
-            max_new_tokens,
-            stop_ids=stops,
-            num_return_sequences=samples,
-            generator=generator,
-            temperature=temperature,
-            vocab_size=tokenizer.vocab_size,
-        )
-        texts = [tokenizer.decode(c.tokens[:-1] if c.finished else c.tokens) for c in done]
-        which = [i for i in part for _ in range(samples)]
-        verdicts = verify_many(
-            (examples[i], t if c.finished else "")
-            for i, t, c in zip(which, texts, done, strict=True)
-        )
-        made = [
-            Answer(examples[i], t, c.finished, v, c.tokens)
-            for i, t, c, v in zip(which, texts, done, verdicts, strict=True)
-        ]
+        done = generate(model, [prompts[i] for i in part], max_new_tokens, **options)
+        asked = [examples[i] for i in part for _ in range(samples)]
+        made = judge_answers(tokenizer, asked, done)
         for n, i in enumerate(part):
             answers[i] = made[n * samples : (n + 1) * samples]
     return answers
+
+
+def judge_answers(
+    tokenizer: Tokenizer, examples: Sequence[Example], completions: Sequence[Completion]
+) -> list[Answer]:
+    """What the model said, with verdicts; an unfinished answer is judged as if it were empty."""
+    texts = [tokenizer.decode(c.tokens[:-1] if c.finished else c.tokens) for c in completions]
+    said = zip(examples, texts, completions, strict=True)
+    verdicts = verify_many((e, text if c.finished else "") for e, text, c in said)
+    said = zip(examples, texts, completions, verdicts, strict=True)
+    return [Answer(e, text, c.finished, verdict, c.tokens) for e, text, c, verdict in said]
 
 
 # %% ../notebooks/16_sft.ipynb #11607050
@@ -429,40 +393,28 @@ def mean_gain(differences: np.ndarray, other_runs: int = 0) -> tuple[float, floa
 # %% ../notebooks/16_sft.ipynb #f87ded51
 def start_checkpoint(config: ScaleConfig, stage: str, start: str, seed: int = 0) -> Path | Stage:
     """Where a later stage begins: what ships with the course, or the scale's own stage `sft`."""
-    ready = stages.shipped(stage) if start == "shipped" else None
-    return ready or sft_stage(config, seed)
+    return stages.shipped(stage, start) or sft_stage(config, seed)
 
 
 # %% ../notebooks/16_sft.ipynb #47d3fc67
-def optimizer_settings(config: ScaleConfig, settings):
+def optimizer_settings(config: ScaleConfig, settings: Sft) -> Pretraining:
     """Chapter 08's settings with a post-training stage's rates: warm-up, then linear to `min_lr_ratio`."""
-    return dataclasses.replace(
-        config.pretraining,
-        learning_rate=settings.learning_rate,
-        matrix_learning_rate=settings.matrix_learning_rate,
-        warmup_steps=settings.warmup_steps,
-        schedule="wsd",
-        decay_fraction=1.0,
-        min_lr_ratio=settings.min_lr_ratio,
-        grad_accumulation=1,
-    )
+    least = settings.min_lr_ratio
+    return stages.decaying(config, settings, min_lr_ratio=least, grad_accumulation=1)
 
 
-def slower(settings, share: float = 1 / 8, **changes):
+def slower(settings: Sft, share: float = 1 / 8, **changes) -> Sft:
     """`settings` at a share of the rates, and other changes: for a model that has finished a decay already."""
-    return dataclasses.replace(
-        settings,
-        learning_rate=settings.learning_rate * share,
-        matrix_learning_rate=settings.matrix_learning_rate * share,
-        **changes,
-    )
+    names = ("learning_rate", "matrix_learning_rate")
+    rates = {name: getattr(settings, name) * share for name in names}
+    return dataclasses.replace(settings, **rates, **changes)
 
 
 def train_rows(
     config: ScaleConfig,
     start: Path | Qwen,
     rows: Sequence[Row],
-    settings,
+    settings: Sft,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Trainer:
@@ -484,9 +436,9 @@ def rows_stage(
     modules: tuple[str, ...],
     seed: int,
     start: Path | Stage,
-    settings,
+    settings: Sft,
     inputs: dict,
-    rows,
+    rows: Callable[[Path], Sequence[Row]],
 ) -> Stage:
     """The same as a stage: `start` fine-tuned on rows. `rows(folder)` makes them; `inputs` holds all it reads."""
     numbers = optimizer_settings(config, settings)
@@ -511,14 +463,16 @@ def rows_stage(
 
 
 def replay_rows(
-    config: ScaleConfig, corpus, count: int, weight: float, seed: int = 0, length: int = 128
+    config: ScaleConfig,
+    corpus: LongCorpus,
+    count: int,
+    weight: float,
+    seed: int = 0,
+    length: int = 128,
 ) -> list[Row]:
     """`count` windows of pre-training text in the shares of its last phase, each token of weight `weight`."""
-    mixture = {
-        name: share
-        for name, share in config.pretraining.phases[-1].mixture.items()
-        if name in corpus.text_domains()
-    }
+    shares, text = config.pretraining.phases[-1].mixture, corpus.text_domains()
+    mixture = {name: share for name, share in shares.items() if name in text}
     rng, rows = random.Random(f"{seed}/replay"), []
     for name in rng.choices(list(mixture), list(mixture.values()), k=count):
         tokens = corpus.tokens(name, "train")
@@ -530,25 +484,13 @@ def replay_rows(
 
 # %% ../notebooks/16_sft.ipynb #8273df8b
 TRAIN_SYSTEM = (
-    None,
-    "You are a helpful assistant.",
-    "You are a patient teacher.",
-    "Think step by step.",
-    "Be brief.",
-    "",
-    "You solve small problems.",
-    "Answer in the language of the question.",
-    "You are a careful clerk.",
-    "Work it out.",
-)
-OTHER_SYSTEM = (
-    "You are a pirate.",
-    "Respond with care and precision.",
-    "You talk to a child.",
-    "This is an exam.",
-    "You are the help desk of a library.",
-    "Never hurry.",
-)  # for measuring only
+    None, "You are a helpful assistant.", "You are a patient teacher.", "Think step by step.", "Be brief.", "",
+    "You solve small problems.", "Answer in the language of the question.", "You are a careful clerk.", "Work it out.",
+)  # fmt: skip
+OTHER_SYSTEM = (  # for measuring only
+    "You are a pirate.", "Respond with care and precision.", "You talk to a child.", "This is an exam.",
+    "You are the help desk of a library.", "Never hurry.",
+)  # fmt: skip
 
 
 def demonstrations(count: int, seed: int = 0) -> list[tuple[Example, str]]:
@@ -557,7 +499,7 @@ def demonstrations(count: int, seed: int = 0) -> list[tuple[Example, str]]:
 
 
 def training_rows(
-    config: ScaleConfig, settings, corpus, tokenizer: Tokenizer, seed: int = 0
+    config: ScaleConfig, settings: Sft, corpus: LongCorpus, tokenizer: Tokenizer, seed: int = 0
 ) -> list[Row]:
     """What `finetune` trains on: the demonstrations under many system prompts, and replayed text."""
     pairs = demonstrations(settings.demonstrations, seed)
@@ -567,7 +509,9 @@ def training_rows(
 
 
 # %% ../notebooks/16_sft.ipynb #a1a7220c
-def sft_stage(config: ScaleConfig, seed: int = 0, stage: str = "sft", settings=None) -> Stage:
+def sft_stage(
+    config: ScaleConfig, seed: int = 0, stage: str = "sft", settings: Sft | None = None
+) -> Stage:
     """The long-context checkpoint fine-tuned on demonstrations of all tasks, as a stage.
 
     Source: report §4.1; what is not published is named in the notebook.
@@ -580,7 +524,7 @@ def sft_stage(config: ScaleConfig, seed: int = 0, stage: str = "sft", settings=N
         "corpus": corpus_inputs(config, seed),
     }
 
-    def rows(folder):
+    def rows(folder: Path) -> list[Row]:
         prepare_corpus(config, seed)
         return training_rows(config, settings, *open_long_corpus(config, folder, seed), seed)
 
@@ -591,17 +535,16 @@ def finetune(
     config: ScaleConfig,
     seed: int = 0,
     stage: str = "sft",
-    settings=None,
+    settings: Sft | None = None,
     stop_after: int | None = None,
 ) -> Path:
     """The folder of `sft_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
-    made = sft_stage(config, seed, stage, settings)
-    return made.make(stop_after) if stop_after else made.folder()
+    return sft_stage(config, seed, stage, settings).run(stop_after)
 
 
 # %% ../notebooks/16_sft.ipynb #acc4bfef
 def long_instructions(
-    count: int, length: int, filler: np.ndarray, tokenizer: Tokenizer, seed
+    count: int, length: int, filler: np.ndarray, tokenizer: Tokenizer, seed: int | str
 ) -> list[tuple[list[dict], str]]:
     """(messages, response): a document of about `length` tokens with two keys in it, one of them asked for."""
     pieces, rng, made = needle_pieces(tokenizer), random.Random(f"long/{seed}"), []
@@ -618,20 +561,13 @@ def long_instructions(
 def score_long(model: Qwen, tokenizer: Tokenizer, asked: Sequence[tuple[list[dict], str]]) -> float:
     """Share of long instructions whose number stands in the answer, and no other number."""
     prompts = [tokenizer.encode_chat(messages, add_generation_prompt=True) for messages, _ in asked]
-    stops, right = [tokenizer.im_end_id, tokenizer.endoftext_id], 0
+    stops, size, right = [tokenizer.im_end_id, tokenizer.endoftext_id], tokenizer.vocab_size, 0
     for i in range(0, len(prompts), 16):
-        done = generate(
-            model,
-            prompts[i : i + 16],
-            24,
-            stop_ids=stops,
-            vocab_size=tokenizer.vocab_size,
-        )
+        done = generate(model, prompts[i : i + 16], 24, stop_ids=stops, vocab_size=size)
         for completion, (_, response) in zip(done, asked[i : i + 16], strict=True):
             text = tokenizer.decode(completion.tokens, skip_special_tokens=True)
-            right += completion.finished and re.findall(r"\d+", text) == re.findall(
-                r"\d{5}", response
-            )
+            same = re.findall(r"\d+", text) == re.findall(r"\d{5}", response)
+            right += completion.finished and same
     return right / len(prompts)
 
 

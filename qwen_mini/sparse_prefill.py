@@ -8,6 +8,7 @@ __all__ = [
     "KEYS",
     "TILE",
     "MAX_FACTOR",
+    "Budgets",
     "CANDIDATES",
     "a_shape",
     "last_weights",
@@ -16,6 +17,15 @@ __all__ = [
     "block_sparse",
     "recall",
     "Budget",
+    "ChunkScores",
+    "dense_rows",
+    "estimated_columns",
+    "Head",
+    "far_scores",
+    "near_scores",
+    "sparse_rows",
+    "fill_sparse_rows",
+    "sampled_recall",
     "SparseAttention",
     "sparse_prefill",
     "check_prompt",
@@ -26,42 +36,36 @@ __all__ = [
 
 # %% ../notebooks/14_sparse_prefill.ipynb #ae0c7dce
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .attention import visible
-from qwen_mini.dual_chunk import (
-    chunk_runs,
-    merge,
-    query_positions,
-    stride_of,
-    temperature_of,
-)
-from .kernels.cache import KVCache
+from .dual_chunk import chunk_runs, merge, query_positions, stride_of, temperature_of
+from .kernels.cache import KVCache, LayerCache
 from .layers import rope_frequencies, rope_tables, rotate
-from .model import Qwen, kv_cache_bytes_per_token
+from .model import ModelConfig, Qwen, kv_cache_bytes_per_token
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #804d7efc
-def a_shape(length: int, init: int, window: int) -> torch.Tensor:
+def a_shape(length: int, init: int, window: int) -> Tensor:
     """Mask (length, length): the first `init` keys and the last `window`, causal."""
     distance = torch.arange(length)[:, None] - torch.arange(length)
     return (distance >= 0) & ((distance < window) | (torch.arange(length) < init))
 
 
-def last_weights(q: torch.Tensor, k: torch.Tensor, last_q: int) -> torch.Tensor:
+def last_weights(q: Tensor, k: Tensor, last_q: int) -> Tensor:
     """Causal weights of the last `last_q` queries, float32 or wider, (last_q, length); q, k: (length, head_dim)."""
     last_q = min(last_q, len(q))
     scores = (q[-last_q:] @ k.T) * q.shape[-1] ** -0.5
     mask = visible(last_q, len(k), device=q.device)[0, 0]
-    return torch.softmax(
-        scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~mask, -math.inf),
-        -1,
-    )
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    return torch.softmax(scores.masked_fill(~mask, -math.inf), -1)
 
 
-def top_with_forced(scores: torch.Tensor, count: int, forced: int) -> torch.Tensor:
+def top_with_forced(scores: Tensor, count: int, forced: int) -> Tensor:
     """The first `forced` entries and the best others, `count` in all, ascending."""
     scores = scores.clone()
     scores[:forced] = math.inf
@@ -70,14 +74,14 @@ def top_with_forced(scores: torch.Tensor, count: int, forced: int) -> torch.Tens
 
 # %% ../notebooks/14_sparse_prefill.ipynb #63be676c
 def vertical_slash(
-    q: torch.Tensor,
-    k: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
     vertical: int,
     slash: int,
     last_q: int = 64,
     first: int = 30,
     nearest: int = 100,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mask (length, length), columns and diagonals of one head from its last queries.
 
     q, k: (length, head_dim), rotated. `vertical` columns with the `first` forced, `slash` diagonals with the
@@ -87,13 +91,10 @@ def vertical_slash(
     rows = torch.arange(length - len(weights), length)
     distance = rows[:, None] - torch.arange(length)
     diagonal = torch.zeros(length, dtype=weights.dtype)
-    diagonal.index_add_(
-        0, distance.clamp(min=0).flatten(), weights.flatten()
-    )  # weights beyond the diagonal are 0
-    columns, slashes = (
-        top_with_forced(weights.sum(0), vertical, first),
-        top_with_forced(diagonal, slash, nearest),
-    )
+    # weights beyond the diagonal are 0
+    diagonal.index_add_(0, distance.clamp(min=0).flatten(), weights.flatten())
+    columns = top_with_forced(weights.sum(0), vertical, first)
+    slashes = top_with_forced(diagonal, slash, nearest)
     distance = torch.arange(length)[:, None] - torch.arange(length)
     kept = torch.zeros(length, dtype=torch.bool)
     kept[columns] = True
@@ -102,17 +103,14 @@ def vertical_slash(
     return (distance >= 0) & (kept | on_slash[distance.clamp(min=0)]), columns, slashes
 
 
-def block_sparse(
-    q: torch.Tensor, k: torch.Tensor, blocks: int, block_size: int = 64
-) -> torch.Tensor:
+def block_sparse(q: Tensor, k: Tensor, blocks: int, block_size: int = 64) -> Tensor:
     """Mask (length, length): per block of queries the `blocks` best blocks of keys, by the mean query and mean key.
 
     The block of the queries themselves is always in. q, k: (length, head_dim), rotated; length in whole blocks.
     """
     if len(q) % block_size:
-        raise ValueError(
-            f"block_sparse needs a multiple of block_size {block_size}, got {len(q)} tokens"
-        )
+        wanted = f"a multiple of block_size {block_size}"
+        raise ValueError(f"block_sparse needs {wanted}, got {len(q)} tokens")
     mean_q, mean_k = (x.unflatten(0, (-1, block_size)).mean(1) for x in (q, k))
     scores = mean_q @ mean_k.T
     causal = visible(len(mean_q), len(mean_k))[0, 0]
@@ -124,7 +122,7 @@ def block_sparse(
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #71bb33cd
-def recall(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def recall(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """Share of each query's attention that `mask` keeps, (length,); q, k: (length, head_dim), rotated."""
     scores = (q @ k.T) * q.shape[-1] ** -0.5
     full = scores.masked_fill(~visible(len(q), len(k))[0, 0], -math.inf).logsumexp(-1)
@@ -132,11 +130,9 @@ def recall(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #8470f414
-BLOCK, LAST, SINK = (
-    128,
-    64,
-    16,
-)  # queries per block; last queries, which estimate and see all; first keys, always kept
+BLOCK = 128  # queries per block
+LAST = 64  # last queries, which estimate and see all
+SINK = 16  # first keys, always kept
 KEYS = 16_384  # keys per tile where queries see everything
 TILE = 64  # columns are used in multiples of this: a matrix product is compiled for every new shape
 MAX_FACTOR = 1_024  # times the trained length: as far as this was checked
@@ -155,57 +151,28 @@ class Budget:
 
     def __post_init__(self):
         if self.vertical < 1 or self.window < 0:
-            raise ValueError(
-                "a budget needs at least one column and no negative band, "
-                f"got vertical {self.vertical} and window {self.window}"
-            )
+            got = f"vertical {self.vertical} and window {self.window}"
+            raise ValueError(f"a budget needs at least one column and no negative band, got {got}")
+
+
+Budgets = Budget | list[list[Budget]]  # one for all, or [layer][kv head]
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #ce4557fb
-class SparseAttention:
-    """Sparse attention at dual chunk positions, in the signature of `causal_attention`; one prompt, into a cache.
+class ChunkScores:
+    """Scores at dual chunk positions, of rows of one chunk against all keys up to them; config: the model's.
 
-    config: the model's; trained at `max_position_embeddings`. length: tokens of the whole prompt, for the temperature
-    (default: so far). budgets: a `Budget` for all, or [layer][kv_head]. temperature, continuous: False switches the
-    factor of the logits, or the running positions of the selection, off. Sources: arXiv 2407.02490, 2501.15383 §5.2.
+    Chunks are as long as what the model was trained at, `max_position_embeddings`.
     """
 
-    def __init__(
-        self,
-        config,
-        length: int | None = None,
-        budgets=None,
-        temperature: bool = True,
-        continuous: bool = True,
-    ):
-        self.chunk_size, self.length, self.continuous = (
-            config.max_position_embeddings,
-            length,
-            continuous,
-        )
+    def __init__(self, config: ModelConfig):
+        self.chunk_size = config.max_position_embeddings
         self.stride = stride_of(self.chunk_size)
-        self.original_length = self.chunk_size if temperature else None
-        self.budgets = budgets or Budget()
-        every = [self.budgets] if isinstance(self.budgets, Budget) else sum(self.budgets, [])
-        widest = max(budget.window for budget in every)
-        if widest > self.stride:
-            raise ValueError(
-                f"a band of {widest} keys is longer than the stride {self.stride}: "
-                "choose a narrower window in the budget"
-            )
-        self.recalls = (
-            None  # set to {} to have (layer, kv head) → recall of sampled queries written into it
-        )
-        cos, sin = rope_tables(
-            torch.arange(2 * self.chunk_size),
-            rope_frequencies(config.head_dim, config.rope_theta),
-        )
-        self.tables = {(torch.float32, torch.device("cpu")): (cos, sin)}
+        frequencies = rope_frequencies(config.head_dim, config.rope_theta)
+        tables = rope_tables(torch.arange(2 * self.chunk_size), frequencies)
+        self.tables = {(torch.float32, torch.device("cpu")): tables}
 
-    def budget(self, layer: int, head: int) -> Budget:
-        return self.budgets if isinstance(self.budgets, Budget) else self.budgets[layer][head]
-
-    def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate x, (…, head_dim), by positions that broadcast against its leading axes."""
         place = x.dtype, x.device
         if place not in self.tables:
@@ -214,89 +181,13 @@ class SparseAttention:
         cos, sin = self.tables[place]
         return rotate(x, cos[positions], sin[positions])
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        position_ids=None,
-        document_ids=None,
-        cache=None,
-    ):
-        if cache is None or q.shape[0] != 1 or document_ids is not None or position_ids is not None:
-            raise ValueError(
-                "sparse attention reads one prompt into a KV cache: no batch, padding, packing or positions"
-            )
-        start, kv_heads = cache.parent.length, k.shape[1]
-        end = start + q.shape[2]
-        q = q * (temperature_of(self.length or end, self.original_length) * q.shape[-1] ** -0.5)
-        places = torch.arange(start, end, device=q.device) % self.stride
-        cache.update(self.turn(k, places), v)
-        rows = q[0].unflatten(0, (kv_heads, -1)).transpose(1, 2)  # (kv_heads, new, group, head_dim)
-        out, layer = torch.empty_like(rows), cache.parent.layers.index(cache)
-        for head in range(kv_heads):
-            keys, values = (
-                cache.keys[0, head, :, :end],
-                cache.values[0, head, :end],
-            )  # (head_dim, end), (end, head_dim)
-            self.attend(rows[head], keys, values, start, out[head], (layer, head))
-        return out.transpose(1, 2).flatten(0, 1)[None]
-
-    def attend(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        start: int,
-        out: torch.Tensor,
-        place: tuple[int, int],
-    ) -> None:
-        """One kv head: q (new, group, head_dim), already scaled; writes `out` of the same shape."""
-        end, budget = start + len(q), self.budget(*place)
-        sparse_from = min(max(start, self.stride), end)  # the first chunk is small: all of it
-        finished = (
-            self.length is None or end >= self.length
-        )  # only the prompt's last queries see everything
-        sparse_to = max(sparse_from, end - LAST) if finished else end
-        for first, last in ((start, sparse_from), (sparse_to, end)):
-            for a, b in self.pieces(first, last, BLOCK):
-                out[a - start : b - start] = self.dense(q[a - start : b - start], keys, values, a)
-        if sparse_from == sparse_to:
-            return
-        columns = self.columns(q[-(LAST if finished else LAST // 4) :], keys, budget)
-        chosen = keys[:, columns].contiguous(), values[columns]
-        if self.recalls is not None:
-            self.recalls[place] = self.sampled_recall(
-                q, keys, start, sparse_from, sparse_to, columns, budget
-            )
-        for a, b in self.pieces(sparse_from, sparse_to, self.stride):
-            whole = a + (b - a) // BLOCK * BLOCK
-            for first, last, block in ((a, whole, BLOCK), (whole, b, b - whole)):
-                if last > first:
-                    rows = slice(first - start, last - start)
-                    out[rows] = self.segment(
-                        q[rows],
-                        keys,
-                        values,
-                        first,
-                        block,
-                        columns,
-                        chosen,
-                        budget.window,
-                    )
-
     def pieces(self, first: int, last: int, size: int) -> list[tuple[int, int]]:
         """[first, last) cut at the borders of dual chunks, and so that no piece is longer than `size`."""
-        cuts = {
-            first,
-            last,
-            *range(first, last, size),
-            *range(-(-first // self.stride) * self.stride, last, self.stride),
-        }
-        cuts = sorted(cuts)
+        borders = range(-(-first // self.stride) * self.stride, last, self.stride)
+        cuts = sorted({first, last, *range(first, last, size), *borders})
         return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
 
-    def roles(self, q: torch.Tensor, first: int, continuous: bool = False):
+    def roles(self, q: Tensor, first: int, continuous: bool = False) -> list[Tensor]:
         """The (intra, succ, inter) queries of rows from `first` on that lie in one dual chunk; q (rows, group, d)."""
         positions = torch.arange(first, first + len(q), device=q.device)
         if continuous:
@@ -307,19 +198,15 @@ class SparseAttention:
         return [self.turn(q, p[:, None]) for p in roles]
 
     def score_tiles(
-        self, q: torch.Tensor, keys: torch.Tensor, first: int, continuous: bool = False
-    ):
+        self, q: Tensor, keys: Tensor, first: int, continuous: bool = False
+    ) -> Iterator[tuple[int, int, Tensor]]:
         """Yields (i, j, scores): rows of one dual chunk against the keys i … j − 1, float32, (rows · group, j − i).
 
         Tile by tile, because a row of scores over a million keys fits into no cache.
         """
         previous, own = chunk_runs(first, self.stride)
         intra, succ, inter = (x.flatten(0, 1) for x in self.roles(q, first, continuous))
-        for role, begin, end in (
-            (inter, 0, previous),
-            (succ, previous, own),
-            (intra, own, first),
-        ):
+        for role, begin, end in ((inter, 0, previous), (succ, previous, own), (intra, own, first)):
             for i in range(begin, end, KEYS):
                 j = min(i + KEYS, end)
                 yield i, j, (role @ keys[:, i:j]).float()
@@ -328,127 +215,228 @@ class SparseAttention:
         own_scores.masked_fill_(later[:, None], -math.inf)
         yield first, first + len(q), own_scores.flatten(0, 1)
 
-    def scores(self, q: torch.Tensor, keys: torch.Tensor, first: int) -> torch.Tensor:
+    def scores(self, q: Tensor, keys: Tensor, first: int) -> Tensor:
         """The tiles of `score_tiles` as one matrix, (rows, group, keys): for few keys, and to look at."""
-        return torch.cat([s for _, _, s in self.score_tiles(q, keys, first)], -1).unflatten(
-            0, q.shape[:2]
-        )
+        tiles = [scores for _, _, scores in self.score_tiles(q, keys, first)]
+        return torch.cat(tiles, -1).unflatten(0, q.shape[:2])
 
-    def dense(
-        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int
-    ) -> torch.Tensor:
-        """Exact attention of a few rows of one dual chunk, its tiles merged by their log-sum-exps."""
-        parts = []
-        for i, j, scores in self.score_tiles(q, keys, first):
-            lse = scores.logsumexp(-1)
-            parts.append(((scores - lse[:, None]).exp().to(q.dtype) @ values[i:j], lse))
-        return merge(parts).view(q.shape)
 
-    def columns(self, q: torch.Tensor, keys: torch.Tensor, budget: Budget) -> torch.Tensor:
+# %% ../notebooks/14_sparse_prefill.ipynb #2311d022
+def dense_rows(chunks: ChunkScores, q: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
+    """Exact attention of a few rows of one dual chunk, its tiles merged by their log-sum-exps."""
+    parts = []
+    for i, j, scores in chunks.score_tiles(q, keys, first):
+        lse = scores.logsumexp(-1)
+        parts.append(((scores - lse[:, None]).exp().to(q.dtype) @ values[i:j], lse))
+    return merge(parts).view(q.shape)
+
+
+def estimated_columns(
+    chunks: ChunkScores, q: Tensor, keys: Tensor, count: int, continuous: bool
+) -> Tensor:
+    """The `count` keys that q, the last rows of keys (head_dim, n), read most; ascending."""
+    end = keys.shape[1]
+    total = torch.zeros(end, device=q.device)
+    for a, b in chunks.pieces(end - len(q), end, LAST):
+        rows = q[a - end + len(q) : b - end + len(q)]
+        tiles = chunks.score_tiles(rows, keys, a, continuous)
+        lse = torch.stack([scores.logsumexp(-1) for _, _, scores in tiles]).logsumexp(0)
+        # once more, rather than keeping them
+        for i, j, scores in chunks.score_tiles(rows, keys, a, continuous):
+            total[i:j] += scores.sub_(lse[:, None]).exp_().sum(0)
+    return top_with_forced(total, count, SINK)
+
+
+# %% ../notebooks/14_sparse_prefill.ipynb #10f9bd60
+@dataclass(frozen=True)
+class Head:
+    """What one kv head holds: keys (head_dim, n), values (n, head_dim), and what its later queries may see of them."""
+
+    keys: Tensor
+    values: Tensor
+    columns: Tensor  # ascending
+    chosen: tuple[Tensor, Tensor]  # keys and values of the columns, gathered once
+    window: int
+
+
+def far_scores(
+    chunks: ChunkScores, roles: list[Tensor], head: Head, first: int, band: Tensor
+) -> Tensor:
+    """Scores of the chosen columns, (blocks, block · group, columns); band: the first key of each block's band."""
+    intra, succ, inter = (x.flatten(0, 1) for x in roles)
+    columns, keys = head.columns, head.chosen[0]
+    bounds = torch.tensor([*chunk_runs(first, chunks.stride), int(band[-1])], device=keys.device)
+    c1, c2, c3 = torch.searchsorted(columns, bounds).tolist()
+    width = min(-(-c3 // TILE) * TILE, len(columns))
+    far = inter @ keys[:, :width]
+    for role, begin in ((succ, c1), (intra, c2)):  # a band may reach into the chunk before
+        if begin < c3:
+            tile = begin // TILE * TILE
+            far[:, begin:] = (role @ keys[:, tile:width])[:, begin - tile :]
+    far = far.view(len(band), len(far) // len(band), width)
+    not_far = columns[:width] >= band[:, None]  # in the block's own band, or later
+    if bool(not_far.any()):
+        far.masked_fill_(not_far[:, None], -math.inf)
+    return far
+
+
+def near_scores(
+    chunks: ChunkScores, roles: list[Tensor], head: Head, first: int, band: Tensor
+) -> Tensor:
+    """Scores of each block's band and of its own keys, (blocks, block · group, window + block)."""
+    (rows, group, _), blocks, window = roles[0].shape, len(band), head.window
+    block = rows // blocks
+    intra, succ = (x.reshape(blocks, block * group, -1) for x in roles[:2])
+    keys = head.keys[:, first - window : first + rows]
+    keys = keys.unfold(1, window + block, block).transpose(0, 1)
+    near = torch.bmm(intra, keys)
+    own = chunk_runs(first, chunks.stride)[1]
+    for index, begin in enumerate(band.tolist()):
+        before = min(own - begin, window)  # keys of this band that lie in the chunk before
+        if before <= 0:
+            break
+        near[index, :, :before] = succ[index] @ keys[index, :, :before]
+    later = ~visible(block, block, device=near.device)[0, 0]
+    near[..., window:].view(blocks, block, group, block).masked_fill_(later[:, None], -math.inf)
+    return near
+
+
+# %% ../notebooks/14_sparse_prefill.ipynb #0a1d5fd2
+def sparse_rows(chunks: ChunkScores, q: Tensor, head: Head, first: int, block: int) -> Tensor:
+    """Sparse attention of whole blocks of one dual chunk: q (rows, group, head_dim), rows a multiple of `block`."""
+    rows, window = len(q), head.window
+    band = first - window + block * torch.arange(rows // block, device=q.device)
+    roles = chunks.roles(q, first)
+    far = far_scores(chunks, roles, head, first, band)
+    width = far.shape[-1]
+    near = near_scores(chunks, roles, head, first, band)
+    weights = torch.softmax(torch.cat([far, near], -1), -1)
+    values = head.values[first - window : first + rows]
+    out = torch.bmm(weights[..., width:], values.unfold(0, window + block, block).transpose(1, 2))
+    out += (weights[..., :width].flatten(0, 1) @ head.chosen[1][:width]).view(out.shape)
+    return out.view(q.shape)
+
+
+def fill_sparse_rows(
+    chunks: ChunkScores, q: Tensor, head: Head, first: int, last: int, out: Tensor
+) -> None:
+    """Writes the rows first … last − 1 of `out`, q's shape; q ends with the last of the keys."""
+    start = head.keys.shape[1] - len(q)
+    for a, b in chunks.pieces(first, last, chunks.stride):
+        whole = a + (b - a) // BLOCK * BLOCK
+        for i, j, block in ((a, whole, BLOCK), (whole, b, b - whole)):
+            if j > i:
+                rows = slice(i - start, j - start)
+                out[rows] = sparse_rows(chunks, q[rows], head, i, block)
+
+
+# %% ../notebooks/14_sparse_prefill.ipynb #bffb0646
+def sampled_recall(
+    chunks: ChunkScores, q: Tensor, head: Head, first: int, last: int, samples: int = 24
+) -> float:
+    """Mean share of attention kept, over evenly spaced rows first … last − 1: exp(lse_sparse − lse_full)."""
+    start = head.keys.shape[1] - len(q)
+    shares, columns = [], head.columns
+    for row in torch.linspace(first, last - 1, samples).long().tolist():
+        scores = chunks.scores(q[row - start : row - start + 1], head.keys, row)[
+            0
+        ]  # (group, row + 1)
+        chunk = max(row // chunks.stride * chunks.stride, first)
+        kept = torch.zeros(row + 1, dtype=torch.bool, device=q.device)
+        kept[columns[columns <= row]] = True
+        kept[max(0, row - (row - chunk) % BLOCK - head.window) :] = True
+        sparse = scores.masked_fill(~kept, -math.inf).logsumexp(-1)
+        shares.append((sparse - scores.logsumexp(-1)).exp().mean())
+    return torch.stack(shares).mean().item()
+
+
+# %% ../notebooks/14_sparse_prefill.ipynb #c8a53c6b
+class SparseAttention(ChunkScores):
+    """Sparse attention at dual chunk positions, in the signature of `causal_attention`; one prompt, into a cache.
+
+    config: the model's; trained at `max_position_embeddings`. length: tokens of the whole prompt, for the temperature
+    (default: so far). budgets: a `Budget` for all, or [layer][kv_head]. temperature, continuous: False switches the
+    factor of the logits, or the running positions of the selection, off. Sources: arXiv 2407.02490, 2501.15383 §5.2.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        length: int | None = None,
+        budgets: Budgets | None = None,
+        temperature: bool = True,
+        continuous: bool = True,
+    ):
+        super().__init__(config)
+        self.length, self.continuous = length, continuous
+        self.original_length = self.chunk_size if temperature else None
+        self.budgets = budgets or Budget()
+        every = [self.budgets] if isinstance(self.budgets, Budget) else sum(self.budgets, [])
+        widest = max(budget.window for budget in every)
+        if widest > self.stride:
+            longer = f"a band of {widest} keys is longer than the stride {self.stride}"
+            raise ValueError(f"{longer}: choose a narrower window in the budget")
+        self.recalls = None  # set to {}: gets (layer, kv head) → recall of sampled queries
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position_ids: None = None,
+        document_ids: None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        if cache is None or q.shape[0] != 1 or document_ids is not None or position_ids is not None:
+            without = "no batch, padding, packing or positions"
+            raise ValueError(f"sparse attention reads one prompt into a KV cache: {without}")
+        start, kv_heads = cache.parent.length, k.shape[1]
+        end = start + q.shape[2]
+        q = q * (temperature_of(self.length or end, self.original_length) * q.shape[-1] ** -0.5)
+        places = torch.arange(start, end, device=q.device) % self.stride
+        cache.update(self.turn(k, places), v)
+        rows = q[0].unflatten(0, (kv_heads, -1)).transpose(1, 2)  # (kv_heads, new, group, head_dim)
+        out, layer = torch.empty_like(rows), cache.parent.layers.index(cache)
+        for head in range(kv_heads):
+            keys, values = cache.keys[0, head, :, :end], cache.values[0, head, :end]
+            self.attend(rows[head], keys, values, out[head], (layer, head))
+        return out.transpose(1, 2).flatten(0, 1)[None]
+
+    def attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, place: tuple[int, int]
+    ) -> None:
+        """One kv head: q (new, group, head_dim), scaled, the last of keys (head_dim, n); writes `out`, q's shape."""
+        layer, number = place
+        budget = self.budgets if isinstance(self.budgets, Budget) else self.budgets[layer][number]
+        start, end = keys.shape[1] - len(q), keys.shape[1]
+        finished = self.length is None or end >= self.length  # the prompt's last queries see all
+        sparse_from = min(max(start, self.stride), end)  # the first chunk is small: all of it
+        sparse_to = max(sparse_from, end - LAST) if finished else end
+        for a, b in self.pieces(start, sparse_from, BLOCK) + self.pieces(sparse_to, end, BLOCK):
+            rows = slice(a - start, b - start)
+            out[rows] = dense_rows(self, q[rows], keys, values, a)
+        if sparse_from == sparse_to:
+            return
+        columns = self.columns(q[-(LAST if finished else LAST // 4) :], keys, budget)
+        chosen = keys[:, columns].contiguous(), values[columns]
+        head = Head(keys, values, columns, chosen, budget.window)
+        if self.recalls is not None:
+            self.recalls[place] = sampled_recall(self, q, head, sparse_from, sparse_to)
+        fill_sparse_rows(self, q, head, sparse_from, sparse_to, out)
+
+    def columns(self, q: Tensor, keys: Tensor, budget: Budget) -> Tensor:
         """Which keys every later query may see: by the attention of the last queries, or the first ones; ascending."""
-        end = keys.shape[1]
-        if not budget.estimate:
-            return torch.arange(min(budget.vertical, end), device=q.device)
-        total = torch.zeros(end, device=q.device)
-        for a, b in self.pieces(end - len(q), end, LAST):
-            rows = q[a - end + len(q) : b - end + len(q)]
-            tiles = self.score_tiles(rows, keys, a, self.continuous)
-            lse = torch.stack([scores.logsumexp(-1) for _, _, scores in tiles]).logsumexp(0)
-            for i, j, scores in self.score_tiles(
-                rows, keys, a, self.continuous
-            ):  # again, rather than keeping them
-                total[i:j] += scores.sub_(lse[:, None]).exp_().sum(0)
-        return top_with_forced(total, budget.vertical, SINK)
-
-    def segment(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        first: int,
-        block: int,
-        columns,
-        chosen,
-        window: int,
-    ) -> torch.Tensor:
-        """Sparse attention of whole blocks of one dual chunk: q (rows, group, head_dim), rows a multiple of `block`."""
-        (rows, group, head_dim), blocks = q.shape, len(q) // block
-        previous, own = chunk_runs(first, self.stride)
-        intra, succ, inter = self.roles(q, first)
-        band_start = (
-            first - window + block * torch.arange(blocks, device=q.device)
-        )  # the first key of each block's band
-        bounds = torch.tensor([previous, own, int(band_start[-1])], device=q.device)
-        c1, c2, c3 = torch.searchsorted(columns, bounds).tolist()
-        c1, c2 = (
-            min(c1, c3),
-            min(c2, c3),
-        )  # a band that reaches into the chunk before sees those columns itself
-        width = min(-(-c3 // TILE) * TILE, len(columns))
-        far = inter.flatten(0, 1) @ chosen[0][:, :width]
-        for role, begin in ((succ, c1), (intra, c2)):
-            if begin < c3:
-                tile = begin // TILE * TILE
-                far[:, begin:] = (role.flatten(0, 1) @ chosen[0][:, tile:width])[:, begin - tile :]
-        far = far.view(blocks, block * group, width)
-        not_far = columns[:width] >= band_start[:, None]  # in the block's own band, or later
-        if bool(not_far.any()):
-            far.masked_fill_(not_far[:, None], -math.inf)
-        keys_of = (
-            keys[:, first - window : first + rows].unfold(1, window + block, block).transpose(0, 1)
-        )
-        values_of = (
-            values[first - window : first + rows].unfold(0, window + block, block).transpose(1, 2)
-        )
-        near = torch.bmm(
-            intra.reshape(blocks, block * group, head_dim), keys_of
-        )  # (blocks, block · group, band)
-        succ = succ.reshape(blocks, block * group, head_dim)
-        for index, begin in enumerate(band_start.tolist()):
-            before = min(own - begin, window)  # keys of this band that lie in the chunk before
-            if before <= 0:
-                break
-            near[index, :, :before] = succ[index] @ keys_of[index, :, :before]
-        later = ~visible(block, block, device=q.device)[0, 0]
-        near[..., window:].view(blocks, block, group, block).masked_fill_(later[:, None], -math.inf)
-        weights = torch.softmax(torch.cat([far, near], -1), -1)
-        out = torch.bmm(weights[..., width:], values_of)
-        out += (weights[..., :width].flatten(0, 1) @ chosen[1][:width]).view(out.shape)
-        return out.view(rows, group, head_dim)
-
-    def sampled_recall(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        start,
-        first,
-        last,
-        columns,
-        budget,
-        samples: int = 24,
-    ) -> float:
-        """Mean share of attention kept, over evenly spaced sparse rows: exp(lse_sparse − lse_full)."""
-        shares = []
-        for row in torch.linspace(first, last - 1, samples).long().tolist():
-            scores = self.scores(q[row - start : row - start + 1], keys, row)[0]  # (group, row + 1)
-            chunk = max(row // self.stride * self.stride, first)
-            kept = torch.zeros(row + 1, dtype=torch.bool, device=q.device)
-            kept[columns[columns <= row]] = True
-            kept[max(0, row - (row - chunk) % BLOCK - budget.window) :] = True
-            shares.append(
-                (scores.masked_fill(~kept, -math.inf).logsumexp(-1) - scores.logsumexp(-1))
-                .exp()
-                .mean()
-            )
-        return torch.stack(shares).mean().item()
+        if budget.estimate:
+            return estimated_columns(self, q, keys, budget.vertical, self.continuous)
+        return torch.arange(min(budget.vertical, keys.shape[1]), device=q.device)
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #76cb3390
 @torch.inference_mode()
 def sparse_prefill(
     model: Qwen,
-    input_ids: torch.Tensor,
-    attention=None,
+    input_ids: Tensor,
+    attention: Callable[..., Tensor] | None = None,
     chunk_tokens: int = 49_152,
     extra: int = 64,
     max_cache_bytes: int = 4 * 2**30,
@@ -463,18 +451,17 @@ def sparse_prefill(
     length, config = input_ids.shape[-1], model.config
     attention = attention or SparseAttention(config, length)
     if getattr(attention, "length", None) not in (None, length):
-        raise ValueError(
-            f"this sparse attention was made for {attention.length:,} tokens, but the prompt "
-            f"has {length:,}: its last queries would not see everything"
-        )
-    check_prompt(
-        config,
-        input_ids,
-        chunk_tokens,
-        extra,
-        max_cache_bytes,
-        model.lm_head.weight.element_size(),
+        but = f"but the prompt has {length:,}: its last queries would not see everything"
+        raise ValueError(f"this sparse attention was made for {attention.length:,} tokens, {but}")
+    check_prompt(config, input_ids, chunk_tokens)
+    needed = (length + extra) * kv_cache_bytes_per_token(
+        config, model.lm_head.weight.element_size()
     )
+    if needed > max_cache_bytes:
+        raise ValueError(
+            f"the KV cache of {length + extra:,} tokens needs {needed / 2**30:.2f} GiB, above "
+            f"max_cache_bytes {max_cache_bytes / 2**30:.2f} GiB: raise it or shorten the prompt"
+        )
     cache = model.make_cache(1, length + extra)
     own, model.attention = model.attention, attention
     try:
@@ -486,83 +473,54 @@ def sparse_prefill(
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #d8508b03
-def check_prompt(
-    config,
-    input_ids: torch.Tensor,
-    chunk_tokens: int,
-    extra: int,
-    max_cache_bytes: int,
-    bytes_per_value: int,
-) -> None:
-    """The errors of `sparse_prefill`."""
-    trained = config.max_position_embeddings
-    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
-        raise ValueError(
-            f"sparse_prefill reads one prompt of shape (1, length), got {tuple(input_ids.shape)}"
-        )
-    length, stride = input_ids.shape[1], stride_of(trained)
+def check_prompt(config: ModelConfig, input_ids: Tensor, chunk_tokens: int) -> None:
+    """The errors of `sparse_prefill` that do not depend on the memory."""
+    trained, shape = config.max_position_embeddings, tuple(input_ids.shape)
+    if len(shape) != 2 or shape[0] != 1 or shape[1] == 0:
+        raise ValueError(f"sparse_prefill reads one prompt of shape (1, length), got {shape}")
+    length, stride = shape[1], stride_of(trained)
     if length > MAX_FACTOR * trained:
         raise ValueError(
             f"the prompt has {length:,} tokens, above the supported {MAX_FACTOR * trained:,} "
             f"({MAX_FACTOR} times the trained {trained:,}): shorten it or train at longer windows"
         )
     if chunk_tokens < 1 or chunk_tokens % stride:
-        raise ValueError(
-            f"chunk_tokens must be a multiple of the stride {stride}, got {chunk_tokens}: "
-            f"try {max(1, round(chunk_tokens / stride)) * stride}"
-        )
-    needed = (length + extra) * kv_cache_bytes_per_token(config, bytes_per_value)
-    if needed > max_cache_bytes:
-        raise ValueError(
-            f"the KV cache of {length + extra:,} tokens needs {needed / 2**30:.2f} GiB, above "
-            f"max_cache_bytes {max_cache_bytes / 2**30:.2f} GiB: raise it or shorten the prompt"
-        )
+        wanted = f"chunk_tokens must be a multiple of the stride {stride}, got {chunk_tokens}"
+        raise ValueError(f"{wanted}: try {max(1, round(chunk_tokens / stride)) * stride}")
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #169b8581
-CANDIDATES = (
-    Budget(256, 128),
-    Budget(128, 256),
-    Budget(64, 320, estimate=False),
-)  # about equal in cost
+CANDIDATES = (Budget(256, 128), Budget(128, 256), Budget(64, 320, estimate=False))  # of equal cost
 
 
 def measure_recalls(
-    model: Qwen, input_ids: torch.Tensor, budgets, continuous: bool = True
+    model: Qwen, input_ids: Tensor, budgets: Budgets, continuous: bool = True
 ) -> dict[tuple[int, int], float]:
     """(layer, kv head) → recall of sampled queries while one prompt, (1, length), is read with these budgets."""
-    stride = stride_of(model.config.max_position_embeddings)
-    attention = SparseAttention(model.config, input_ids.shape[1], budgets, continuous=continuous)
+    length = input_ids.shape[1]
+    attention = SparseAttention(model.config, length, budgets, continuous=continuous)
     attention.recalls = {}
-    sparse_prefill(
-        model,
-        input_ids,
-        attention,
-        chunk_tokens=-(-input_ids.shape[1] // stride) * stride,
-    )
+    at_once = -(-length // attention.stride) * attention.stride
+    sparse_prefill(model, input_ids, attention, chunk_tokens=at_once)
     return attention.recalls
 
 
 def choose_budgets(
-    model: Qwen, input_ids: torch.Tensor, candidates=CANDIDATES
+    model: Qwen, input_ids: Tensor, candidates: Sequence[Budget] = CANDIDATES
 ) -> list[list[Budget]]:
     """Per layer and kv head, the candidate with the highest recall on a sample: pattern and split of equal cost."""
     stride = stride_of(model.config.max_position_embeddings)
     candidates = [c for c in candidates if c.window <= stride]
     recalls = [measure_recalls(model, input_ids, candidate) for candidate in candidates]
-    best = {
-        place: max(range(len(candidates)), key=lambda i: recalls[i][place]) for place in recalls[0]
-    }
-    return [
-        [candidates[best[layer, head]] for head in range(model.config.num_key_value_heads)]
-        for layer in range(model.config.num_hidden_layers)
-    ]
+    best = lambda place: max(range(len(candidates)), key=lambda i: recalls[i][place])
+    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    return [[candidates[best((i, j))] for j in range(heads)] for i in range(layers)]
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #6fddb302
 def refine_budgets(
     model: Qwen,
-    input_ids: torch.Tensor,
+    input_ids: Tensor,
     budgets: list[list[Budget]],
     threshold: float = 0.95,
     max_vertical: int = 512,
@@ -584,8 +542,6 @@ def refine_budgets(
             return budgets, rounds
         for layer, head in short:
             old = budgets[layer][head]
-            budgets[layer][head] = Budget(
-                min(2 * old.vertical, max_vertical),
-                min(old.window + BLOCK, stride // BLOCK * BLOCK),
-                old.estimate,
-            )
+            window = min(old.window + BLOCK, stride // BLOCK * BLOCK)
+            vertical = min(2 * old.vertical, max_vertical)
+            budgets[layer][head] = Budget(vertical, window, old.estimate)

@@ -20,10 +20,9 @@ __all__ = [
     "merge_word",
     "Control",
     "split_control",
-    "padded_vocab_size",
     "chat_segments",
     "merges_from_tiktoken",
-    "TokenizerError",
+    "Vocabulary",
     "Tokenizer",
 ]
 
@@ -41,10 +40,9 @@ from pathlib import Path
 
 import regex
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from .course.artifacts import write_file
-from .course.errors import CourseError
+from .course import tokenizer_files
 
 # %% ../notebooks/01_tokenizer.ipynb #13f309b1
 PIECES = (
@@ -182,12 +180,10 @@ def merge_word(ids: Sequence[int], ranks: Mapping[tuple[int, int], int]) -> list
         if after[left] != end:
             before[after[left]] = left
         for i in (before[left], left):
-            if (
-                i >= 0
-                and after[i] != end
-                and (rank := ranks.get((ids[i], ids[after[i]]))) is not None
-            ):
-                heapq.heappush(heap, (rank, i))
+            if i >= 0 and after[i] != end:
+                rank = ranks.get((ids[i], ids[after[i]]))
+                if rank is not None:
+                    heapq.heappush(heap, (rank, i))
     return [token for token in ids if token >= 0]
 
 
@@ -207,9 +203,8 @@ SPECIAL_TOKENS = frozenset(CONTROL_TOKENS[:14])
 
 @functools.cache
 def _any_of(tokens: tuple[str, ...]) -> regex.Pattern:
-    return regex.compile(
-        "(" + "|".join(map(regex.escape, sorted(tokens, key=len, reverse=True))) + ")"
-    )
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
 
 
 class Control(str):
@@ -222,13 +217,9 @@ def split_control(text: str, tokens: tuple[str, ...] = CONTROL_TOKENS) -> list[s
     return [Control(part) if i % 2 else part for i, part in enumerate(parts) if part]
 
 
-# %% ../notebooks/01_tokenizer.ipynb #4a9e3b27
-def padded_vocab_size(vocab_size: int, multiple: int = 128) -> int:
-    """Rows of an embedding for `vocab_size` ids, rounded up to a multiple; the extra rows belong to no token."""
-    return -(-vocab_size // multiple) * multiple
-
-
 # %% ../notebooks/01_tokenizer.ipynb #357a1812
+_Dicts = Sequence[Mapping]  # messages, or tools
+
 DEFAULT_SYSTEM_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 TOOLS_HEAD = (
     "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -242,9 +233,7 @@ TOOLS_TAIL = (
 
 
 def chat_segments(
-    messages: Sequence[Mapping],
-    tools: Sequence[Mapping] | None = None,
-    add_generation_prompt: bool = False,
+    messages: _Dicts, tools: _Dicts | None = None, add_generation_prompt: bool = False
 ) -> list[str]:
     """A conversation as segments of ChatML: the template's own control tokens are `Control`, all else is text.
 
@@ -295,9 +284,8 @@ def _checked_call(call: Mapping, i: int) -> tuple[str, str]:
     """Name and arguments, as JSON text, of a tool call of message `i`; text that is JSON already stays as it is."""
     call = call.get("function", call) if isinstance(call, Mapping) else call
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
-        raise ValueError(
-            f"message {i} has a tool call without a name: it must be a dict with name and arguments"
-        )
+        wanted = "it must be a dict with name and arguments"
+        raise ValueError(f"message {i} has a tool call without a name: {wanted}")
     arguments = given = call.get("arguments") or {}
     if isinstance(given, str):
         try:
@@ -305,69 +293,27 @@ def _checked_call(call: Mapping, i: int) -> tuple[str, str]:
         except (ValueError, RecursionError):
             arguments = None
     if not isinstance(arguments, Mapping):
-        raise ValueError(
-            f"message {i} calls {call['name']} with arguments that are not a JSON object: {given!r:.60}"
-        )
+        wrong = f"arguments that are not a JSON object: {given!r:.60}"
+        raise ValueError(f"message {i} calls {call['name']} with {wrong}")
     return call["name"], given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
-def _checked_roles(messages: Sequence[Mapping]) -> list[str]:
+def _checked_roles(messages: _Dicts) -> list[str]:
     """The messages' roles, or a one-sentence error for a conversation that has no ChatML."""
     if not messages:
         raise ValueError("a conversation needs at least one message")
     for i, message in enumerate(messages):
-        if message.get("role") not in ("system", "user", "assistant", "tool"):
-            raise ValueError(
-                f"message {i} has role {message.get('role')!r}: use system, user, assistant or tool"
-            )
-        calls = message["role"] == "assistant" and message.get("tool_calls")
-        if not isinstance(message.get("content"), str) and not calls:
-            raise ValueError(f"message {i} ({message['role']}) has no content: it must be a str")
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant", "tool"):
+            raise ValueError(f"message {i} has role {role!r}: use system, user, assistant or tool")
+        calls = role == "assistant" and message.get("tool_calls")
+        if not isinstance(content, str) and not calls:
+            raise ValueError(f"message {i} ({role}) has no content: it must be a str")
     return [message["role"] for message in messages]
 
 
 # %% ../notebooks/01_tokenizer.ipynb #4f3612f3
-CHAT_TEMPLATE = """\
-{%- set first_is_system = messages[0].role == 'system' -%}
-{{- '<|im_start|>system\\n' -}}
-{{- messages[0].content if first_is_system else DEFAULT_SYSTEM_PROMPT -}}
-{%- if tools -%}
-    {{- TOOLS_HEAD -}}
-    {%- for tool in tools -%}
-        {{- '\\n' -}}{{- tool | tojson -}}
-    {%- endfor -%}
-    {{- TOOLS_TAIL -}}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- for message in messages -%}
-    {%- if message.role == 'tool' -%}
-        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' -%}
-            {{- '<|im_start|>user' -}}
-        {%- endif -%}
-        {{- '\\n<tool_response>\\n' -}}{{- message.content -}}{{- '\\n</tool_response>' -}}
-        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' -%}
-            {{- '<|im_end|>\\n' -}}
-        {%- endif -%}
-    {%- elif message.role == 'assistant' and message.tool_calls -%}
-        {{- '<|im_start|>assistant' -}}
-        {%- if message.content -%}
-            {{- '\\n' -}}{{- message.content -}}
-        {%- endif -%}
-        {%- for tool_call in message.tool_calls -%}
-            {%- set call = tool_call.function if tool_call.function is defined else tool_call -%}
-            {{- '\\n<tool_call>\\n{"name": "' -}}{{- call.name -}}
-            {%- set given = call.arguments if call.arguments is defined and call.arguments else {} -%}
-            {{- '", "arguments": ' -}}{{- given if given is string else given | tojson -}}{{- '}\\n</tool_call>' -}}
-        {%- endfor -%}
-        {{- '<|im_end|>\\n' -}}
-    {%- elif not (loop.first and first_is_system) -%}
-        {{- '<|im_start|>' -}}{{- message.role -}}{{- '\\n' -}}{{- message.content -}}{{- '<|im_end|>\\n' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
+CHAT_TEMPLATE = tokenizer_files.CHAT_TEMPLATE
 for _name in ("DEFAULT_SYSTEM_PROMPT", "TOOLS_HEAD", "TOOLS_TAIL"):
     CHAT_TEMPLATE = CHAT_TEMPLATE.replace(_name, json.dumps(globals()[_name]))
 
@@ -382,21 +328,18 @@ def merges_from_tiktoken(data: bytes) -> list[tuple[int, int]]:
     for line in data.splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
-    if list(ranks)[:256] != [bytes([byte]) for byte in BYTE_ORDER] or list(ranks.values()) != list(
-        range(len(ranks))
-    ):
+    in_order = [*ranks.values()] == [*range(len(ranks))]
+    if not in_order or b"".join([*ranks][:256]) != BYTE_ORDER:
         raise ValueError("the tiktoken file does not start with the 256 bytes in GPT-2's order")
     merges = []
     for token, limit in ranks.items():
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
             joined = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
-            best = min(joined)
-            if best >= limit:
-                raise ValueError(
-                    f"token {limit} of the tiktoken file cannot be made by merging two earlier ones"
-                )
-            i = joined.index(best)
+            i = joined.index(min(joined))
+            if joined[i] >= limit:
+                cannot = "cannot be made by merging two earlier ones"
+                raise ValueError(f"token {limit} of the tiktoken file {cannot}")
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             merges.append((ranks[parts[0]], ranks[parts[1]]))
@@ -413,112 +356,71 @@ _YOUNG = regex.compile(
 
 def _rust_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     split = pre_tokenizers.Split(tokenizers.Regex(PATTERN.pattern), behavior="isolated")
-    return pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, as_bytes])
 
 
-def _names(token_bytes: Iterable[bytes]) -> list[str]:
-    """Tokens as vocabulary files spell them, one printable character a byte."""
-    return ["".join(BYTE_CHARS[i] for i in token.translate(_ID_OF_BYTE)) for token in token_bytes]
-
-
-def _backend(
-    token_bytes: Sequence[bytes], merges: Sequence[tuple[int, int]]
-) -> tokenizers.Tokenizer:
+def _backend(merges: Sequence[tuple[int, int]]) -> tokenizers.Tokenizer:
     """The same vocabulary inside `tokenizers`, without control tokens and without NFC, which Python does."""
-    names = _names(token_bytes)
-    vocabulary = {name: i for i, name in enumerate(names[: 256 + len(merges)])}
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocabulary, [(names[left], names[right]) for left, right in merges])
-    )
+    names = tokenizer_files.spelled(BYTE_CHARS, merges)
+    pairs = [(names[left], names[right]) for left, right in merges]
+    backend = tokenizers.Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, pairs))
     backend.pre_tokenizer = _rust_pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def _train_plain(texts: Iterable[str], num_merges: int) -> list[tuple[int, int]]:
-    return train_bpe(count_pieces(texts), num_merges)
-
-
 def _train_fast(texts: Iterable[str], num_merges: int) -> list[tuple[int, int]]:
+    """`train_bpe(count_pieces(texts), num_merges)` by `tokenizers`."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = _rust_pre_tokenizer()
+    settings = {"vocab_size": 256 + num_merges, "show_progress": False}
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=256 + num_merges, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(texts, trainers.BpeTrainer(initial_alphabet=alphabet, **settings))
     model = json.loads(backend.to_str())["model"]
     return [(model["vocab"][left], model["vocab"][right]) for left, right in model["merges"]]
 
 
+def _learn_merges(texts: Iterable[str], num_merges: int, fast: bool) -> list[tuple[int, int]]:
+    """Exactly `num_merges` merges of the texts, each of which is checked; ValueError if they allow only fewer."""
+    texts = list(_several(texts))
+    for i, text in enumerate(texts):
+        try:
+            texts[i] = checked(text)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"training text {i}: {error}") from None
+    if fast and not any(map(_YOUNG.search, texts)):
+        merges = _train_fast(texts, num_merges)
+    else:
+        merges = train_bpe(count_pieces(texts), num_merges)
+    if len(merges) < num_merges:
+        allowed, ids = len(merges), 256 + len(CONTROL_TOKENS)
+        raise ValueError(
+            f"the texts allow only {allowed} merges, vocab_size {ids + num_merges} needs {num_merges}: "
+            f"give more text or a vocab_size of at most {ids + allowed}"
+        )
+    return merges
+
+
+def _several(texts: Iterable[str]) -> Iterable[str]:
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"texts must be an iterable of str, not one {type(texts).__name__}")
+    return texts
+
+
 # %% ../notebooks/01_tokenizer.ipynb #08acc992
-class TokenizerError(CourseError):
-    """A folder that holds no tokenizer of this kind; one sentence says why."""
+class Vocabulary:
+    """Ids of text and control tokens, and back. A subclass fills the attributes and says how plain text is encoded."""
 
+    _bytes: list[bytes]  # of every id
+    control_tokens: dict[str, int]
+    special_tokens: set[str]  # those that `skip_special_tokens` leaves out
 
-# %% ../notebooks/01_tokenizer.ipynb #eb9128e9
-class Tokenizer:
-    """Byte-level BPE with Qwen2.5's pattern, control tokens and chat format.
+    def _normalized(self, text: str) -> str:
+        return checked(text)
 
-    merges: (left id, right id) in the order learned; merge i makes token 256 + i, the control tokens follow.
-    fast: encode and train with `tokenizers` on all cores, not with the functions of this module (same ids).
-    control_tokens: Qwen2.5's 22; Qwen2 has the first three of them, many fine-tunes have some more.
-    """
-
-    def __init__(
-        self,
-        merges: Sequence[tuple[int, int]],
-        fast: bool = True,
-        control_tokens: Sequence[str] = CONTROL_TOKENS,
-    ):
-        self.merges = [tuple(pair) for pair in merges]
-        self.fast = fast
-        self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
-        self._bytes = [bytes([byte]) for byte in BYTE_ORDER]
-        for left, right in self.merges:
-            self._bytes.append(self._bytes[left] + self._bytes[right])
-        self.control_tokens = {
-            token: len(self._bytes) + i for i, token in enumerate(control_tokens)
-        }
-        self.special_tokens = {
-            t for t in control_tokens if t in SPECIAL_TOKENS or t not in CONTROL_TOKENS
-        }
-        self._bytes.extend(token.encode() for token in control_tokens)
-        self._known: dict[str, list[int]] = {}
-
-    @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, fast: bool = True) -> "Tokenizer":
-        """Learn a vocabulary of exactly `vocab_size` ids, the 256 bytes and the 22 control tokens included."""
-        num_merges = vocab_size - 256 - len(CONTROL_TOKENS)
-        if num_merges < 0:
-            least = 256 + len(CONTROL_TOKENS)
-            raise ValueError(
-                f"vocab_size must be at least {least} (256 bytes and {len(CONTROL_TOKENS)} control tokens), "
-                f"got {vocab_size}"
-            )
-        if isinstance(texts, str | bytes):
-            raise TypeError(f"texts must be an iterable of str, not one {type(texts).__name__}")
-        texts = list(texts)
-        for i, text in enumerate(texts):
-            try:
-                texts[i] = checked(text)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"training text {i}: {error}") from None
-        fast_training = fast and not any(_YOUNG.search(text) for text in texts)
-        merges = (_train_fast if fast_training else _train_plain)(texts, num_merges)
-        if len(merges) < num_merges:
-            raise ValueError(
-                f"the texts allow only {len(merges)} merges, vocab_size {vocab_size} needs {num_merges}: "
-                f"give more text or a vocab_size of at most {vocab_size - num_merges + len(merges)}"
-            )
-        return cls(merges, fast)
-
-    @classmethod
-    def from_tiktoken(cls, data: bytes, fast: bool = True) -> "Tokenizer":
-        """The tokenizer of a tiktoken file (lines of base64 token and rank), such as Qwen's official vocabulary."""
-        return cls(merges_from_tiktoken(data), fast)
+    def _encode_texts(self, texts: list[str]) -> dict[str, list[int]]:
+        raise NotImplementedError
 
     @property
     def vocab_size(self) -> int:
@@ -537,168 +439,130 @@ class Tokenizer:
     def im_end_id(self) -> int:
         return self.control_tokens["<|im_end|>"]
 
-    @property
-    def pad_token(self) -> str:
-        """What fills rows up: a token that no text holds and no model samples, where the vocabulary has one."""
-        return "<|fim_pad|>" if "<|fim_pad|>" in self.control_tokens else "<|endoftext|>"
-
     def encode(self, text: str, allow_control: bool = False) -> list[int]:
         """Ids of `text` in NFC; control tokens written in it stay text unless `allow_control`."""
         return self.encode_batch([text], allow_control)[0]
 
     def encode_batch(self, texts: Iterable[str], allow_control: bool = False) -> list[list[int]]:
         """`encode` for many texts, in parallel on the fast path."""
-        if isinstance(texts, str | bytes):
-            raise TypeError(f"texts must be an iterable of str, not one {type(texts).__name__}")
         known = tuple(self.control_tokens)
-        return self.encode_segments(
-            [split_control(t, known) if allow_control else [_is_str(t)] for t in texts]
-        )
-
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping],
-        tools: Sequence[Mapping] | None = None,
-        add_generation_prompt: bool = False,
-    ) -> list[int]:
-        """Ids of a conversation: the template's control tokens become ids, those inside contents stay text."""
-        return self.encode_segments([chat_segments(messages, tools, add_generation_prompt)])[0]
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[Mapping],
-        tools: Sequence[Mapping] | None = None,
-        add_generation_prompt: bool = False,
-    ) -> str:
-        """The conversation as a ChatML string; for ids use `encode_chat`, which cannot be fooled by its contents."""
-        return "".join(chat_segments(messages, tools, add_generation_prompt))
+        segments = lambda text: split_control(text, known) if allow_control else [_is_str(text)]
+        return self.encode_segments([segments(text) for text in _several(texts)])
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of ids; bytes that are no UTF-8 (a character cut in half) become U+FFFD."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        skipped = (
-            {self.control_tokens[token] for token in self.special_tokens}
-            if skip_special_tokens
-            else ()
-        )
-        return b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode(
-            "utf-8", errors="replace"
-        )
+        skipped = {self.control_tokens[t] for t in self.special_tokens if skip_special_tokens}
+        joined = b"".join(self.token_bytes(i) for i in ids if i not in skipped)
+        return joined.decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that one id stands for."""
         if not 0 <= id < self.vocab_size:
-            raise ValueError(
-                f"id {id} belongs to no token: this vocabulary has the ids 0 to {self.vocab_size - 1}"
-            )
+            known = f"this vocabulary has the ids 0 to {self.vocab_size - 1}"
+            raise ValueError(f"id {id} belongs to no token: {known}")
         return self._bytes[id]
+
+    def encode_segments(self, batch: list[list[str]]) -> list[list[int]]:
+        """Ids of every row of segments; neighbouring texts are joined first, since merges may cross the seam."""
+        rows = []
+        for segments in batch:
+            is_known = lambda part: isinstance(part, Control) and part in self.control_tokens
+            parts = [(known, [*run]) for known, run in groupby(segments, key=is_known)]
+            rows.append([
+                part
+                for known, run in parts
+                for part in (run if known else [self._normalized("".join(run))])
+            ])  # fmt: skip
+        texts = {part for row in rows for part in row if not isinstance(part, Control)}
+        ids = self._encode_texts(list(texts))
+        ids_of = lambda part: (
+            [self.control_tokens[part]] if isinstance(part, Control) else ids[part]
+        )
+        return [[i for part in row for i in ids_of(part)] for row in rows]
+
+
+# %% ../notebooks/01_tokenizer.ipynb #eb9128e9
+class Tokenizer(Vocabulary):
+    """Byte-level BPE with Qwen2.5's pattern, control tokens and chat format.
+
+    merges: (left id, right id) in the order learned; merge i makes token 256 + i, the control tokens follow.
+    fast: encode and train with `tokenizers` on all cores, not with the functions of this module (same ids).
+    control_tokens: Qwen2.5's 22; Qwen2 has the first three of them, many fine-tunes have some more.
+    """
+
+    def __init__(
+        self,
+        merges: Sequence[tuple[int, int]],
+        fast: bool = True,
+        control_tokens: Sequence[str] = CONTROL_TOKENS,
+    ):
+        self.merges = [tuple(pair) for pair in merges]
+        self.fast = fast
+        self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
+        self._bytes = tokenizer_files.spelled([bytes([byte]) for byte in BYTE_ORDER], self.merges)
+        self.control_tokens = {t: len(self._bytes) + i for i, t in enumerate(control_tokens)}
+        ordinary = set(CONTROL_TOKENS) - SPECIAL_TOKENS
+        self.special_tokens = set(control_tokens) - ordinary
+        self._bytes += [token.encode() for token in control_tokens]
+        self._known: dict[str, list[int]] = {}
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, fast: bool = True) -> "Tokenizer":
+        """Learn a vocabulary of exactly `vocab_size` ids, the 256 bytes and the 22 control tokens included."""
+        control = len(CONTROL_TOKENS)
+        if vocab_size < 256 + control:
+            least = f"{256 + control} (256 bytes and {control} control tokens)"
+            raise ValueError(f"vocab_size must be at least {least}, got {vocab_size}")
+        return cls(_learn_merges(texts, vocab_size - 256 - control, fast), fast)
+
+    @classmethod
+    def from_tiktoken(cls, data: bytes, fast: bool = True) -> "Tokenizer":
+        """The tokenizer of a tiktoken file (lines of base64 token and rank), such as Qwen's official vocabulary."""
+        return cls(merges_from_tiktoken(data), fast)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, fast: bool = True) -> "Tokenizer":
+        """Load what `save_pretrained` wrote, or any tokenizer.json of the same kind, Qwen2.5's own included."""
+        merges, control = tokenizer_files.read(folder, BYTE_CHARS, PATTERN.pattern)
+        return cls(merges, fast, control)
 
     def save_pretrained(self, folder: str | Path, eos_token: str = "<|endoftext|>") -> None:
         """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` loads.
 
         eos_token: `<|endoftext|>` for a base model, `<|im_end|>` for a chat model.
         """
-        added = {
-            str(id): {"content": token, "lstrip": False, "normalized": False, "rstrip": False,
-                      "single_word": False, "special": token in self.special_tokens}
-            for token, id in self.control_tokens.items()
-        }  # fmt: skip
+        special = {t: t in self.special_tokens for t in self.control_tokens}
         settings = {
-            "tokenizer_class": "Qwen2Tokenizer",
-            "add_prefix_space": False,
-            "added_tokens_decoder": added,
-            "additional_special_tokens": [
-                t for t in list(self.control_tokens)[1:] if t in self.special_tokens
-            ],
-            "bos_token": None,
             "chat_template": CHAT_TEMPLATE,
-            "clean_up_tokenization_spaces": False,
             "eos_token": eos_token,
-            "errors": "replace",
             "pad_token": self.pad_token,
-            "split_special_tokens": False,
-            "unk_token": None,
         }
-        full = _backend(self._bytes, self.merges)
-        full.normalizer = normalizers.NFC()
-        full.post_processor = processors.ByteLevel(trim_offsets=False)
-        for token in self.control_tokens:
-            special = token in self.special_tokens
-            added_token = tokenizers.AddedToken(token, special=special, normalized=False)
-            (full.add_special_tokens if special else full.add_tokens)([added_token])
-        write_file(Path(folder) / "tokenizer.json", full.to_str(pretty=False) + "\n")
-        settings_text = json.dumps(settings, indent=2, ensure_ascii=False)
-        write_file(Path(folder) / "tokenizer_config.json", settings_text + "\n")
+        tokenizer_files.write(folder, _backend(self.merges), special, settings)
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, fast: bool = True) -> "Tokenizer":
-        """Load what `save_pretrained` wrote, or any tokenizer.json of the same kind, Qwen2.5's own included."""
-        path = Path(folder) / "tokenizer.json"
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
-        except ValueError:
-            raise TokenizerError(
-                f"{path} is not complete JSON: it may have been cut off while written"
-            ) from None
-        try:
-            vocabulary, pairs = data["model"]["vocab"], data["model"]["merges"]
-            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in pairs]
-            control = {token["content"]: token["id"] for token in data["added_tokens"]}
-            merges = [(vocabulary[left], vocabulary[right]) for left, right in pairs]
-            loaded = cls(merges, fast, sorted(control, key=control.get))
-            regular = {name: i for i, name in enumerate(_names(loaded._bytes[: 256 + len(pairs)]))}
-            steps = data["pre_tokenizer"].get("pretokenizers", [data["pre_tokenizer"]])
-            same = (
-                control == loaded.control_tokens
-                and {"<|endoftext|>", "<|im_start|>", "<|im_end|>"} <= set(control)
-                and regular == {name: i for name, i in vocabulary.items() if name not in control}
-                and {"Regex": PATTERN.pattern} in [step.get("pattern") for step in steps]
-                and data["normalizer"] == {"type": "NFC"}
-            )
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-            same = False
-        if not same:
-            raise TokenizerError(
-                f"{path} holds another kind of tokenizer than byte-level BPE with Qwen2.5's rules"
-            )
-        return loaded
+    @property
+    def pad_token(self) -> str:
+        """What fills rows up: a token that no text holds and no model samples, where the vocabulary has one."""
+        return "<|fim_pad|>" if "<|fim_pad|>" in self.control_tokens else "<|endoftext|>"
 
-    def encode_segments(self, batch: list[list[str]]) -> list[list[int]]:
-        """Ids of every row of segments; neighbouring texts are joined first, since merges may cross the seam."""
-        rows = []
-        for segments in batch:
-            row = []
-            is_known = lambda part: isinstance(part, Control) and part in self.control_tokens
-            for is_control, group in groupby(segments, key=is_known):
-                parts = list(group)
-                row.extend(parts if is_control else [checked("".join(parts))])
-            rows.append(row)
-        texts = list({part for row in rows for part in row if not isinstance(part, Control)})
-        ids = dict(zip(texts, self._encode_texts(texts), strict=True))
-        return [
-            [
-                i
-                for part in row
-                for i in ([self.control_tokens[part]] if isinstance(part, Control) else ids[part])
-            ]
-            for row in rows
-        ]
+    def encode_chat(
+        self, messages: _Dicts, tools: _Dicts | None = None, add_generation_prompt: bool = False
+    ) -> list[int]:
+        """Ids of a conversation: the template's control tokens become ids, those inside contents stay text."""
+        return self.encode_segments([chat_segments(messages, tools, add_generation_prompt)])[0]
 
-    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        if not self.fast:
-            return [self._encode_plain(text) for text in texts]
-        common = [not _YOUNG.search(text) for text in texts]
-        encoded = iter(
-            self._rust.encode_batch_fast(
-                [text for text, ok in zip(texts, common, strict=True) if ok]
-            )
-        )
-        return [
-            next(encoded).ids if ok else self._encode_plain(text)
-            for text, ok in zip(texts, common, strict=True)
-        ]
+    def apply_chat_template(
+        self, messages: _Dicts, tools: _Dicts | None = None, add_generation_prompt: bool = False
+    ) -> str:
+        """The conversation as a ChatML string; for ids use `encode_chat`, which cannot be fooled by its contents."""
+        return "".join(chat_segments(messages, tools, add_generation_prompt))
+
+    def _encode_texts(self, texts: list[str]) -> dict[str, list[int]]:
+        """Ids of every text: on the fast path, but for characters whose class may differ there."""
+        common = [text for text in texts if self.fast and not _YOUNG.search(text)]
+        encoded = self._rust.encode_batch_fast(common) if common else []
+        ids = {text: one.ids for text, one in zip(common, encoded, strict=True)}
+        return ids | {text: self._encode_plain(text) for text in texts if text not in ids}
 
     def _encode_plain(self, text: str) -> list[int]:
         """The plain path: pieces, bytes, merges; pieces seen before are remembered."""
@@ -706,12 +570,11 @@ class Tokenizer:
             self._known.clear()
         ids = []
         for piece in split_pieces(text):
-            known = self._known.get(piece)
-            if known is None:
-                known = self._known[piece] = merge_word(byte_ids(piece), self.ranks)
-            ids += known
+            if piece not in self._known:
+                self._known[piece] = merge_word(byte_ids(piece), self.ranks)
+            ids += self._known[piece]
         return ids
 
     @cached_property
     def _rust(self) -> tokenizers.Tokenizer:
-        return _backend(self._bytes, self.merges)
+        return _backend(self.merges)

@@ -42,6 +42,7 @@ from torch.distributed.tensor import DTensor
 
 from .course import CourseError, artifacts
 from .course.ranks import world
+from .course.scales import Pretraining
 from .kernels.cross_entropy import linear_cross_entropy, total_weight
 from .model import Qwen
 
@@ -94,13 +95,19 @@ class AdamW(torch.optim.Optimizer):
     operations; `torch.optim.AdamW` is its oracle.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ):
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, settings)
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         for group in self.param_groups:
             (beta1, beta2), lr = group["betas"], group["lr"]
             for p in group["params"]:
@@ -153,17 +160,17 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
-        lr=0.02,
-        momentum=0.95,
-        weight_decay=0.1,
+        params: Iterable,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
         dtype: torch.dtype = torch.bfloat16,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         for group in self.param_groups:
             shapes: dict[tuple, list] = {}
             for p in group["params"]:
@@ -175,7 +182,7 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.sub_(update, alpha=group["lr"] * max(1.0, rows / columns) ** 0.5)
 
-    def _momentum(self, p, momentum):
+    def _momentum(self, p: nn.Parameter, momentum: float) -> torch.Tensor:
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -185,7 +192,9 @@ class Muon(torch.optim.Optimizer):
 
 # %% ../notebooks/08_training.ipynb #4c7bed4b
 def make_optimizers(
-    named_parameters, settings, dtype: torch.dtype = torch.float32
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    settings: Pretraining,
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything (`settings.optimizer == "adamw"`), or Muon, with iterations in
     `dtype`, for the layers' matrices and AdamW for the rest.
@@ -314,29 +323,21 @@ class Trainer:
     `dtype`, too.
     """
 
-    def __init__(self, model: Qwen, settings, total_steps: int, dtype: torch.dtype = torch.float32):
-        self.model, self.settings, self.total_steps, self.step_count = (
-            model,
-            settings,
-            total_steps,
-            0,
-        )
+    def __init__(
+        self,
+        model: Qwen,
+        settings: Pretraining,
+        total_steps: int,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.model, self.settings, self.total_steps = model, settings, total_steps
+        self.step_count, self.loss = 0, torch.zeros((), dtype=torch.float64)
         self.names = [name for name, _ in model.named_parameters()]
         self.working = [p for _, p in model.named_parameters()]
         self.masters = master_weights(self.working, dtype)
-        self.optimizers = make_optimizers(
-            zip(self.names, self.masters, strict=True), settings, dtype
-        )
-        self.peaks = [
-            [group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers
-        ]
-        self.schedule = (
-            settings.warmup_steps,
-            settings.schedule,
-            settings.min_lr_ratio,
-            settings.decay_fraction,
-        )
-        self.loss = torch.zeros((), dtype=torch.float64)
+        named = zip(self.names, self.masters, strict=True)
+        self.optimizers = make_optimizers(named, settings, dtype)
+        self.peaks = [[group["lr"] for group in one.param_groups] for one in self.optimizers]
 
     def forward_backward(self, batch: Batch | Iterable[torch.Tensor]) -> None:
         """Add a loss and its gradients, in float32, to those that came since the last update.
@@ -365,18 +366,16 @@ class Trainer:
                 dist.all_reduce(x)
         grad_norm = nn.utils.clip_grad_norm_(self.masters, self.settings.clip_norm).item()
         _check_finite(self.step_count, loss.item(), grad_norm)
-        factor = learning_rate_factor(self.step_count, self.total_steps, *self.schedule)
+        s = self.settings
+        plan = (s.warmup_steps, s.schedule, s.min_lr_ratio, s.decay_fraction)
+        factor = learning_rate_factor(self.step_count, self.total_steps, *plan)
         set_rates(self.optimizers, self.peaks, factor)
         for optimizer in self.optimizers:
             optimizer.step()
         publish_weights(self.masters, self.working)
         self.step_count += 1
-        return {
-            "step": self.step_count,
-            "loss": loss.item(),
-            "grad_norm": grad_norm,
-            "lr_factor": factor,
-        }
+        record = {"step": self.step_count, "loss": loss.item()}
+        return record | {"grad_norm": grad_norm, "lr_factor": factor}
 
     def step(self, batch: Batch | Iterable[torch.Tensor]) -> dict[str, float]:
         """Both, one after the other."""
@@ -475,7 +474,7 @@ def training_header(path: Path) -> dict[str, str]:
     return header
 
 
-def _foreign_state(path: Path, reason) -> CourseError:
+def _foreign_state(path: Path, reason: object) -> CourseError:
     return CourseError(
         f"{path} is no training state of this model ({reason}): "
         "delete it to start from the beginning"

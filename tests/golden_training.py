@@ -16,6 +16,7 @@ import torch
 from golden_models import CONFIG, gradients, ids, rand, tiny
 from golden_registry import columns, digest, golden, summary
 from golden_texts import LEARNED, TALK, TEXTS, examples, hay, tokenizer
+from tiny import needle_share
 from torch import nn
 
 from qwen_mini import dpo, grpo, online_rl, sft
@@ -26,6 +27,7 @@ from qwen_mini import tasks as t
 from qwen_mini import training as tr
 from qwen_mini.corpus import needle_pieces, needle_rows, pack
 from qwen_mini.course.scales import Phase, Stage
+from qwen_mini.course.statistics import wilson_interval
 from qwen_mini.tokenizer import Tokenizer
 
 
@@ -301,7 +303,7 @@ def _():
 @golden("long_context", "scores")
 def _():
     outputs = ([1, 2, 3, 4], [(2, 3), (4, 5), (4,)]), ([], [(1,)]), ([5, 5], [(5, 5)])
-    intervals = [lc.wilson_interval(share, n) for share, n in ((0.0, 10), (0.5, 40), (0.97, 200))]
+    intervals = [wilson_interval(share, n) for share, n in ((0.0, 10), (0.5, 40), (0.97, 200))]
     return [[lc.score(*pair) for pair in outputs], intervals]
 
 
@@ -380,9 +382,7 @@ def _():
         "answer": answer,
         "kept": cache.length,
         "losses": summary(losses),
-        "share": lc.evaluate_task(
-            model, lambda *x: lc.Example([3], [4], [(4,)]), 64, 3, hay(), pieces
-        ),
+        "share": needle_share(model, lambda *x: lc.Example([3], [4], [(4,)]), 64, 3, hay(), pieces),
     }
 
 

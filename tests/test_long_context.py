@@ -7,12 +7,15 @@ import random
 import numpy as np
 import pytest
 import torch
+from tiny import needle_share as evaluate_task
 
 from qwen_mini import course
 from qwen_mini.attention import causal_attention
 from qwen_mini.corpus import pack, prepare_corpus
 from qwen_mini.course import artifacts, stages
+from qwen_mini.course.corpus_files import long_documents, recode
 from qwen_mini.course.scales import Stage
+from qwen_mini.course.statistics import wilson_interval
 from qwen_mini.generation import generate
 from qwen_mini.layers import rope_frequencies
 from qwen_mini.long_context import (
@@ -23,24 +26,20 @@ from qwen_mini.long_context import (
     add_needles,
     ask,
     ask_all,
-    evaluate_task,
     extend_context,
     extended_checkpoint,
     extension_stage,
     haystack,
     interleave,
-    long_documents,
     long_rows,
     needle_batch,
     open_hay,
     open_long_corpus,
     position_losses,
-    recode,
     score,
     set_base,
     starting_point,
     task_scores,
-    wilson_interval,
     with_needles,
 )
 from qwen_mini.model import Qwen, read_config

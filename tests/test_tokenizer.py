@@ -22,6 +22,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from qwen_mini import tokenizer as module
 from qwen_mini.course import CourseError, downloads
+from qwen_mini.course.tokenizer_files import TokenizerError
 from qwen_mini.tokenizer import (
     BYTE_CHARS,
     BYTE_ORDER,
@@ -29,11 +30,9 @@ from qwen_mini.tokenizer import (
     CONTROL_TOKENS,
     PATTERN,
     Tokenizer,
-    TokenizerError,
     byte_ids,
     count_pieces,
     merge_word,
-    padded_vocab_size,
     split_pieces,
     train_bpe,
 )
@@ -457,11 +456,6 @@ def test_skipping_special_tokens_keeps_tool_calls(fast):
         "<|im_start|><tool_call>x</tool_call><|im_end|><|file_sep|>", allow_control=True
     )
     assert fast.decode(ids, skip_special_tokens=True) == "<tool_call>x</tool_call><|file_sep|>"
-
-
-def test_padded_sizes():
-    assert padded_vocab_size(151_665, 512) == 152_064 and padded_vocab_size(1_024) == 1_024
-    assert padded_vocab_size(1_025) == 1_152
 
 
 # ---------------------------------------------------------------- chat

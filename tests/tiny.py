@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from qwen_mini.course import stages
+from qwen_mini.long_context import task_scores
 from qwen_mini.model import ModelConfig, Qwen
 from qwen_mini.training import Batch, Trainer
 
@@ -185,3 +186,9 @@ def losses_of(folder: Path) -> list[tuple]:
 
 def weights_of(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
+
+
+def needle_share(*question, **options) -> float:
+    """The mean score of a model at a task of the mini-RULER; arguments as for `long_context.task_scores`."""
+    scores = task_scores(*question, **options)
+    return sum(scores) / len(scores)

@@ -17,71 +17,71 @@ from .scales import Count, Positive, check_seed, load_scale, scale_names
 
 def parser() -> argparse.ArgumentParser:
     """All subcommands with their options; chapters and Jupyter are imported only by the one that runs."""
-    top = argparse.ArgumentParser(
-        prog="qwen-mini", description="The Qwen2.5 technical report as a course that runs."
-    )
+    what = "The Qwen2.5 technical report as a course that runs."
+    top = argparse.ArgumentParser(prog="qwen-mini", description=what)
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
+    _executing(commands)
+    _asking(commands)
+    _making(commands)
+    return top
 
-    def add(function, help, default_scale: str | None = "quick"):
-        sub = commands.add_parser(function.__name__, help=help, description=function.__doc__)
-        sub.set_defaults(function=function)
-        if default_scale:
-            known = ", ".join(scale_names())
-            sub.add_argument(
-                "--scale", default=default_scale, help=f"{known} or a TOML file ({default_scale})"
-            )
-            sub.add_argument("--seed", type=int, default=0, help="0 to 2**32 - 1 (0)")
-        return sub
 
-    executing = (
-        add(run, "execute notebooks"),
-        add(outputs, "render notebooks at laptop and commit their outputs", None),
-    )
-    for sub in executing:
-        sub.add_argument(
-            "notebooks", nargs="*", help="names, numbers, subjects or paths; all of them by default"
-        )
-        sub.add_argument("--fresh", action="store_true", help="compute anew what is recorded")
-        sub.add_argument(
-            "--keep-going", action="store_true", help="go on after a notebook that failed"
-        )
-        sub.add_argument(
-            "--timeout",
-            type=_a(Positive),
-            default=3600,
-            help="seconds that one cell may take (3600)",
-        )
-    executing[0].add_argument(
-        "--records-only", action="store_true", help="a result without a record is an error"
-    )
-    executing[1].add_argument(
-        "--dry-run", action="store_true", help="only say what is not current, and what it takes"
-    )
-    sub = add(verify, "compute records anew and compare", None)
-    sub.add_argument(
-        "records", nargs="*", help="names such as 16_sft/base, or how many in turn (1)"
-    )
-    sub = add(chat, "talk to the newest trained model", "laptop")
+def _add(
+    commands, function: Callable, help: str, scale: str | None = None
+) -> argparse.ArgumentParser:
+    """A subcommand that calls `function`; with --scale and --seed if it has a usual scale."""
+    sub = commands.add_parser(function.__name__, help=help, description=function.__doc__)
+    sub.set_defaults(function=function)
+    if scale:
+        known = ", ".join(scale_names())
+        sub.add_argument("--scale", default=scale, help=f"{known} or a TOML file ({scale})")
+        sub.add_argument("--seed", type=int, default=0, help="0 to 2**32 - 1 (0)")
+    return sub
+
+
+def _flag(sub: argparse.ArgumentParser, name: str, help: str) -> None:
+    sub.add_argument(name, action="store_true", help=help)
+
+
+def _executing(commands) -> None:
+    """run, outputs and verify: what executes notebooks."""
+    executed = _add(commands, run, "execute notebooks", "quick")
+    rendered = _add(commands, outputs, "render notebooks at laptop and commit their outputs")
+    for sub in (executed, rendered):
+        which = "names, numbers, subjects or paths; all of them by default"
+        sub.add_argument("notebooks", nargs="*", help=which)
+        _flag(sub, "--fresh", "compute anew what is recorded")
+        _flag(sub, "--keep-going", "go on after a notebook that failed")
+        longest = "seconds that one cell may take (3600)"
+        sub.add_argument("--timeout", type=_a(Positive), default=3600, help=longest)
+    _flag(executed, "--records-only", "a result without a record is an error")
+    _flag(rendered, "--dry-run", "only say what is not current, and what it takes")
+    sub = _add(commands, verify, "compute records anew and compare")
+    which = "names such as 16_sft/base, or how many in turn (1)"
+    sub.add_argument("records", nargs="*", help=which)
+
+
+def _asking(commands) -> None:
+    """chat and plan: what changes nothing."""
+    sub = _add(commands, chat, "talk to the newest trained model", "laptop")
     sub.add_argument("--stage", help="a stage's name, instead of the newest")
-    sub.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
-    )
+    greedy = "0 takes the likeliest token (default)"
+    sub.add_argument("--temperature", type=float, default=0.0, help=greedy)
     sub.add_argument("--max-tokens", type=int, default=128)
-    sub = add(plan, "parameters, memory and FLOPs of a scale", "gpu")
+    sub = _add(commands, plan, "parameters, memory and FLOPs of a scale", "gpu")
     sub.add_argument("--gpus", type=_a(Count), default=1, help="devices that share the work")
-    sub = add(train, "train a stage, also under torchrun")
-    sub.add_argument(
-        "stage",
-        nargs="?",
-        default="pretraining",
-        help="pretraining (default), long_context, sft, dpo, …",
-    )
-    sub.add_argument("--fresh", action="store_true", help="train it although it is there")
-    sub = add(export, "copy a stage's Hugging Face checkpoint folder", "laptop")
+
+
+def _making(commands) -> None:
+    """train and export: what writes checkpoints."""
+    sub = _add(commands, train, "train a stage, also under torchrun", "quick")
+    known = "pretraining (default), long_context, sft, dpo, …"
+    sub.add_argument("stage", nargs="?", default="pretraining", help=known)
+    _flag(sub, "--fresh", "train it although it is there")
+    sub = _add(commands, export, "copy a stage's Hugging Face checkpoint folder", "laptop")
     sub.add_argument("stage")
     sub.add_argument("folder", type=Path)
-    sub.add_argument("--bfloat16", action="store_true", help="store the weights in 16 bits")
-    return top
+    _flag(sub, "--bfloat16", "store the weights in 16 bits")
 
 
 def _a(kind) -> Callable[[str], float]:

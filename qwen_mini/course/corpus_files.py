@@ -13,6 +13,7 @@ import tomllib
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -396,3 +397,50 @@ def corpus_inputs(config, seed: int) -> dict:
     }
     left_out = artifacts.read_manifest(artifacts.stage_dir(config.name, "corpus")).get("left_out")
     return inputs | ({"left_out": sorted(left_out)} if left_out else {})
+
+
+def long_documents(characters: int, skip: int = 8_000, limit: int = 8) -> list[str]:
+    """Unseen long texts: files of the standard library, without the first `skip` characters of each.
+
+    `corpus.python_documents` never reads past 8,000 characters. At most `limit` texts of `characters` characters, in
+    the order of the files' names: one file a text, or, where no file is so long, what follows file after file.
+    CorpusError if this Python comes without so much of its library's source.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = [p for p in sorted(library.glob("*.py")) if p.stat().st_size > skip]
+    tails = [clean(p.read_text(encoding="utf-8", errors="ignore"))[skip:] for p in files]
+    texts = [tail[:characters] for tail in tails if len(tail) >= characters]
+    if not texts:
+        joined = "\n".join(tails)
+        whole = len(joined) // characters
+        texts = [joined[i * characters : (i + 1) * characters] for i in range(whole)]
+    if not texts:
+        raise CorpusError(
+            f"the standard library has no {characters:,} unseen characters: "
+            "ask for shorter documents, or use a Python that carries its source"
+        )
+    return texts[:limit]
+
+
+def same_ids(a: "Tokenizer", b: "Tokenizer") -> bool:
+    """Whether two tokenizers give every id the same bytes."""
+    bytes_of = lambda tokenizer: map(tokenizer.token_bytes, range(tokenizer.vocab_size))
+    return list(bytes_of(a)) == list(bytes_of(b))
+
+
+def recode(tokens: np.ndarray, old: "Tokenizer", new: "Tokenizer") -> np.ndarray:
+    """A stream of documents in the ids of another tokenizer.
+
+    Control tokens stay what they are, and text that only spells one stays text.
+    """
+    from ..corpus import pack, unpack
+    from ..tokenizer import Control
+
+    names = {id: token for token, id in old.control_tokens.items()}
+    rows = []  # of segments: control tokens, and the text between them
+    for document in unpack(np.asarray(tokens), old.endoftext_id):
+        runs = groupby(document.tolist(), key=lambda id: names.get(id))
+        parts = ([Control(name) for _ in run] if name else [old.decode(run)] for name, run in runs)
+        rows.append([segment for part in parts for segment in part])
+    ids = new.encode_segments(rows)
+    return pack(ids, new.endoftext_id, "<u2" if new.vocab_size <= 65_536 else "<u4")

@@ -13,3 +13,13 @@ def world() -> tuple[int, int]:
 def is_first() -> bool:
     """Whether this process evaluates, prints and writes."""
     return world()[0] == 0
+
+
+def summed(*values: float) -> list[float]:
+    """The values, each summed over all processes."""
+    import torch
+
+    totals = torch.tensor(values, dtype=torch.float64)
+    if world()[1] > 1:
+        torch.distributed.all_reduce(totals)
+    return totals.tolist()

@@ -218,9 +218,9 @@ def read_tokenizer(reader):
 @functools.cache
 def tokenizer_class() -> type:
     """`SmolTokenizer`, made when it is needed: what it inherits from is a chapter's."""
-    from ..tokenizer import BYTE_CHARS, BYTE_ORDER, Control, Tokenizer, checked, split_control
+    from ..tokenizer import Vocabulary, checked
 
-    class SmolTokenizer(Tokenizer):
+    class SmolTokenizer(Vocabulary):
         """Byte-level BPE with SmolLM's rules: every digit is a piece of its own, the rest is cut by GPT-2's pattern.
 
         tokens: all tokens, in GPT-2's byte characters, by id; merges: (left, right) in the order learned;
@@ -235,66 +235,62 @@ def tokenizer_class() -> type:
             control_tokens: Mapping[str, int],
         ):
             self.control_tokens, self.special_tokens = dict(control_tokens), set(control_tokens)
-            byte_of = dict(zip(BYTE_CHARS, BYTE_ORDER, strict=True))
-            regular = {token: id for id, token in enumerate(tokens) if token not in control_tokens}
-            try:
-                as_bytes = lambda token: (
-                    bytes(map(byte_of.__getitem__, token)) if token in regular else token.encode()
-                )
-                self._bytes = [as_bytes(token) for token in tokens]
-                self._rust = tokenizers.Tokenizer(models.BPE(regular, list(merges)))
-            except Exception as error:  # tokenizers raises nothing more special
-                raise SmolLM2Error(
-                    f"the GGUF file's tokens and merges are not byte-level BPE ({error})"
-                ) from None
-            digits, rest = (
-                pre_tokenizers.Digits(True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            )
-            self._rust.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+            self._bytes, self._rust = read_backend(tokens, merges, control_tokens)
 
-        def encode(self, text: str, allow_control: bool = False) -> list[int]:
-            """Ids of `text`; control tokens written in it stay text unless `allow_control`."""
+        def _normalized(self, text: str) -> str:
             checked(text)  # whether it is text; it is read as it is
-            ids = []
-            for part in (
-                split_control(text, tuple(self.control_tokens)) if allow_control else [text]
-            ):
-                ids += (
-                    [self.control_tokens[part]]
-                    if isinstance(part, Control)
-                    else self._rust.encode(part).ids
-                )
-            return ids
+            return text
+
+        def _encode_texts(self, texts: list[str]) -> dict[str, list[int]]:
+            return {text: self._rust.encode(text).ids for text in texts}
 
         def encode_chat(
             self, messages: Sequence[Mapping], add_generation_prompt: bool = False
         ) -> list[int]:
-            """Ids of a conversation in SmolLM2's chat format; control tokens inside contents stay text.
-
-            messages: dicts with role (system, user or assistant) and content. Without a system message first,
-            SmolLM2's own is used. Source: tokenizer.chat_template in the GGUF file.
-            """
-            if not messages:
-                raise ValueError("a conversation needs at least one message")
-            if messages[0].get("role") != "system":
-                messages = [{"role": "system", "content": DEFAULT_SYSTEM_PROMPT}, *messages]
-            ids = []
-            for message in messages:
-                role, content = message.get("role"), message.get("content")
-                if role not in ("system", "user", "assistant") or not isinstance(content, str):
-                    wanted = "a role (system, user, assistant) and a str as content"
-                    raise ValueError(f"a message needs {wanted}, not {message}")
-                ids += [
-                    self.im_start_id,
-                    *self.encode(f"{role}\n{content}"),
-                    self.im_end_id,
-                    *self.encode("\n"),
-                ]
-            return (
-                ids + [self.im_start_id, *self.encode("assistant\n")]
-                if add_generation_prompt
-                else ids
-            )
+            """Ids of a conversation in SmolLM2's chat format; control tokens inside contents stay text."""
+            return self.encode_segments([chat_segments(messages, add_generation_prompt)])[0]
 
     return SmolTokenizer
+
+
+def read_backend(
+    tokens: Sequence[str], merges: Sequence[tuple[str, str]], control_tokens: Mapping[str, int]
+) -> tuple[list[bytes], tokenizers.Tokenizer]:
+    """The bytes of every token, and the vocabulary without control tokens inside `tokenizers`."""
+    from ..tokenizer import BYTE_CHARS, BYTE_ORDER
+
+    byte_of = dict(zip(BYTE_CHARS, BYTE_ORDER, strict=True))
+    regular = {token: id for id, token in enumerate(tokens) if token not in control_tokens}
+    spelled = lambda token: bytes(byte_of[character] for character in token)
+    try:
+        as_bytes = [spelled(t) if t in regular else t.encode() for t in tokens]
+        backend = tokenizers.Tokenizer(models.BPE(regular, list(merges)))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise SmolLM2Error(
+            f"the GGUF file's tokens and merges are not byte-level BPE ({error})"
+        ) from None
+    digits, rest = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+    return as_bytes, backend
+
+
+def chat_segments(messages: Sequence[Mapping], add_generation_prompt: bool = False) -> list[str]:
+    """A conversation in SmolLM2's chat format as segments: control tokens, and text.
+
+    messages: dicts with role (system, user or assistant) and content. Without a system message first, SmolLM2's own
+    is used. Source: tokenizer.chat_template in the GGUF file.
+    """
+    from ..tokenizer import Control
+
+    if not messages:
+        raise ValueError("a conversation needs at least one message")
+    if messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": DEFAULT_SYSTEM_PROMPT}, *messages]
+    start, end, segments = Control("<|im_start|>"), Control("<|im_end|>"), []
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            wanted = "a role (system, user, assistant) and a str as content"
+            raise ValueError(f"a message needs {wanted}, not {message}")
+        segments += [start, f"{role}\n{content}", end, "\n"]
+    return [*segments, start, "assistant\n"] if add_generation_prompt else segments

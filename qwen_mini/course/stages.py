@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import artifacts, hardware
@@ -78,6 +78,10 @@ class Stage:
             return found or artifacts.find(self.scale, self.name, self.config.digest)
         _compare_ranks(self, "finished" if found else "not finished")
         return found or self.make()
+
+    def run(self, stop_after: int | None = None) -> Path:
+        """`folder()`, or `make(stop_after)` to end the training early as an interruption would."""
+        return self.make(stop_after) if stop_after else self.folder()
 
     def make(self, stop_after: int | None = None) -> Path:
         """Make it whatever is there already; the training state if `stop_after` ended it early.
@@ -157,10 +161,13 @@ def folder_of(start: "Path | Stage") -> Path:
     return start.folder() if isinstance(start, Stage) else Path(start)
 
 
-def shipped(name: str) -> Path | None:
-    """A checkpoint that ships with the course, whatever scale made it; None where there is none."""
+def shipped(name: str, start: str = "shipped") -> Path | None:
+    """A checkpoint that ships with the course, whatever scale made it; None where there is none.
+
+    start: a scale's word on what to start from; None, too, where that is the scale's "own".
+    """
     path = artifacts.shipped_dir(name)
-    return path if path.is_dir() else None
+    return path if start == "shipped" and path.is_dir() else None
 
 
 def digest(content) -> str:
@@ -203,6 +210,14 @@ OPTIMIZER = (
 def optimizer_inputs(settings) -> dict:
     """Every number of the settings that a `Trainer` reads, for the inputs of a stage."""
     return {name: getattr(settings, name) for name in OPTIMIZER}
+
+
+def decaying(config, settings, **changes):
+    """The scale's pre-training settings with another stage's rates: warm-up, then linear; and other changes."""
+    names = ("learning_rate", "matrix_learning_rate", "warmup_steps")
+    rates = {name: getattr(settings, name) for name in names}
+    plan = {"schedule": "wsd", "decay_fraction": 1.0}
+    return replace(config.pretraining, **rates, **plan, **changes)
 
 
 def metrics(folder: Path) -> list[dict]:
