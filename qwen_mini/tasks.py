@@ -244,7 +244,7 @@ def add_task(name: str, area: str, draw, shown, asked, unseen, check=same, form=
     TASKS[name] = Task(name, area, draw, check, *wordings, form)
 
 
-def add_worded(area: str, *draws, check=same, form=None) -> None:
+def add_worded(area: str, *draws: Callable, check=same, form=None) -> None:
     """Enter tasks under the names of their generators, with the wordings in `qwen_mini/world/wordings.toml`."""
     for draw in draws:
         add_task(draw.__name__, area, draw, **TASK_WORDINGS[draw.__name__], check=check, form=form)

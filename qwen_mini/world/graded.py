@@ -1,4 +1,7 @@
-"""Problems whose difficulty grows with a level: what the tasks of chapter 15 ask, but for texts and programs."""
+"""Problems whose difficulty grows with a level: generators of the tasks of chapter 15.
+
+Texts under constraints are in `constraints`, programs in `programs`.
+"""
 
 import itertools
 import random
@@ -201,9 +204,6 @@ def system_rule(rng: random.Random, level: int) -> Draw:
     rule, words = rng.choice(list(SYSTEM_RULES)), rng.sample(TASK_WORDS, level + 1)
     backwards = rng.random() < 0.5
     result = words[::-1] if backwards else words
-    slots, text = (
-        {"verb": "Reverse" if backwards else "Copy", "words": " ".join(words)},
-        " ".join(result),
-    )
-    key = f"{rule} {text}"  # copied, or reversed from the other end: the same chain and answer
-    return Draw(key, slots, numbered(result), SYSTEM_RULES[rule](text), system=rule)
+    slots = {"verb": "Reverse" if backwards else "Copy", "words": " ".join(words)}
+    key = f"{rule} {' '.join(result)}"  # copied, or reversed from the other end: the same chain and answer
+    return Draw(key, slots, numbered(result), SYSTEM_RULES[rule](" ".join(result)), system=rule)

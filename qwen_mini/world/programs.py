@@ -56,7 +56,13 @@ def step_function(kind: str, step: Step) -> Callable:
 def steps_function(kind: str, steps: Sequence[Step]) -> Callable:
     """A program of these steps as a function of x."""
     functions = [step_function(kind, step) for step in steps]
-    return lambda x: functools.reduce(lambda value, function: function(value), functions, x)
+
+    def run(x):
+        for function in functions:
+            x = function(x)
+        return x
+
+    return run
 
 
 def program(rng: random.Random, level: int, tests: Callable[[str, list[Step]], dict]) -> Draw:
