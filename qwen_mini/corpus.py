@@ -66,7 +66,6 @@ from .world.problems import FAMILIES, Problem, render_problem
 # later chapters take these from here
 from .course.corpus_files import corpus_inputs  # noqa: F401
 from .course.scales import ScaleConfig
-from .world.words import LANGUAGES, LEXICON, TASK_NAMES, TASK_WORDS  # noqa: F401
 
 
 # %% ../notebooks/07_corpus.ipynb #29888f88

@@ -9,70 +9,33 @@ __all__ = [
     "TRAIN_LEVELS",
     "WORDINGS",
     "TASKS",
-    "RELATIONS",
-    "OPERATORS",
     "parse_pairs",
-    "CONSTRAINTS",
-    "LISTED_WORDS",
     "UNSEEN_CONSTRAINTS",
-    "EXCLUDE",
-    "ATTEMPTS",
-    "ORDERS",
-    "SYSTEM_RULES",
-    "NUMBER_STEPS",
-    "LIST_STEPS",
-    "Step",
-    "WIDE_INPUTS",
     "HIDDEN_TESTS",
-    "LOOKED_AT",
-    "Mutant",
     "LONGEST",
     "Example",
     "Verdict",
     "lines_of",
     "final_answer",
     "unfenced",
-    "Draw",
     "Task",
     "VerifierError",
     "split_of",
     "same",
     "add_task",
-    "story",
+    "add_worded",
     "purchase",
-    "order",
-    "rules",
-    "canonical_expression",
-    "truth_table",
-    "table_sum",
     "to_json",
     "is_json",
     "is_object",
-    "countdown",
-    "sequence",
-    "cycle",
     "is_list",
     "same_lines",
-    "Constraint",
-    "words_of",
-    "compatible",
-    "fulfil",
     "instructions",
     "bare_words",
     "keeps_constraints",
-    "numbered",
-    "reverse_in",
-    "translate_reverse",
     "means",
-    "system_rule",
-    "first_error",
-    "wide_inputs",
-    "step_code",
-    "step_function",
-    "run_steps",
     "one_step_mutants",
     "hidden_tests",
-    "function",
     "compiles",
     "passes_tests",
     "judge",
@@ -93,13 +56,17 @@ import random
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .corpus import LANGUAGES, LEXICON, TASK_NAMES, TASK_WORDS
 from .course import CourseError
 from .course.sandbox import Outcome, run_many, run_sandboxed
+from .world import graded
+from .world.constraints import CONSTRAINTS, LISTED_WORDS, constrained_text
+from .world.problems import SIGNS, Draw, worked
+from .world.programs import WIDE_INPUTS, Step, program, steps_function
+from .world.words import LEXICON, TASK_WORDINGS, TASK_WORDS
 
 
 # %% ../notebooks/15_tasks.ipynb #e422e049
@@ -171,23 +138,6 @@ WORDINGS = (
     "asked",
     "unseen",
 )  # in demonstrations, in prompts alone, nowhere in training
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What a generator gives: the problem's key, the words that fill a template, the solution, the verifier's facts.
-
-    key: equal for two draws that are the same problem, however they are written. facts: a function if they take long to
-    make; it is called for the problems that are taken. pretrained: pre-training may have read it with steps and answer.
-    """
-
-    key: str
-    slots: dict[str, Any]
-    reasoning: str
-    answer: str
-    facts: dict[str, Any] | Callable[[], dict[str, Any]] = field(default_factory=dict)
-    system: str | None = None
-    pretrained: bool = False
 
 
 # %% ../notebooks/15_tasks.ipynb #83612e1c
@@ -294,57 +244,29 @@ def add_task(name: str, area: str, draw, shown, asked, unseen, check=same, form=
     TASKS[name] = Task(name, area, draw, check, *wordings, form)
 
 
+def add_worded(area: str, *draws: Callable, check=same, form=None) -> None:
+    """Enter tasks under the names of their generators, with the wordings in `qwen_mini/world/wordings.toml`."""
+    for draw in draws:
+        add_task(draw.__name__, area, draw, **TASK_WORDINGS[draw.__name__], check=check, form=form)
+
+
 # %% ../notebooks/15_tasks.ipynb #54d4d12a
-def story(rng: random.Random, level: int) -> Draw:
-    """Someone gets and gives away things, level + 1 times; always between 0 and 40."""
-    name, thing = (
-        rng.choice(TASK_NAMES),
-        rng.choice(["pens", "eggs", "coins", "books", "cups"]),
-    )
-    start = have = rng.randint(2, 20)
-    events, steps, moves = [], [], []
-    for _ in range(level + 1):
-        change = rng.randint(2, 9)
-        if have + change > 40 or (have - change >= 0 and rng.random() < 0.5):
-            change = -change
-        verb = f"gives away {-change}" if change < 0 else f"gets {change} more"
-        events.append(f"{name} {verb}.")
-        steps.append(f"{have}{change:+d}={have + change}")
-        have += change
-        moves.append(change)
-    slots = {"name": name, "thing": thing, "start": start, "events": " ".join(events)}
-    pretrained = len(moves) == 2 and moves[0] > 0 > moves[1]  # chapter 07 tells such stories
-    return Draw(f"{start} {moves}", slots, "\n".join(steps), str(have), pretrained=pretrained)
-
-
 def purchase(rng: random.Random, level: int) -> Draw:
     """The sum of level + 1 products of small numbers."""
     things = rng.sample(["pens", "eggs", "cups", "books", "keys", "hats", "bags"], level + 1)
     every = list(itertools.product(range(2, 6), range(2, 10)))
     pairs = rng.sample(every, len(things))
-    parts = [f"{count}*{price}={count * price}" for count, price in pairs]
-    totals = list(itertools.accumulate(count * price for count, price in pairs))
-    sums = [
-        f"{before}+{count * price}={after}"
-        for before, after, (count, price) in zip(totals, totals[1:], pairs[1:], strict=False)
-    ]
+    costs = [count * price for count, price in pairs]
+    steps = [worked(count, f"*{price}", gap="")[0] for count, price in pairs]
+    sums, total = worked(costs[0], *(f"+{cost}" for cost in costs[1:]), gap="")
     items = ", ".join(
         f"{count} {thing} at {price}" for thing, (count, price) in zip(things, pairs, strict=True)
     )
     key = str(sorted(sorted(pair) for pair in pairs))  # neither sums nor products have an order
-    return Draw(key, {"items": items}, "\n".join(parts + sums), str(totals[-1]))
+    return Draw(key, {"items": items}, "\n".join([*steps, sums]), str(total))
 
 
-add_task(
-    "story",
-    "mathematics",
-    story,
-    ["{name} has {start} {thing}. {events} How many {thing} has {name} now?",
-     "{name} has {start} {thing}. {events} Count the {thing}."],
-    ["First {name} has {start} {thing}. {events} How many in the end?",
-     "Say how many {thing} there are after this. {name} starts with {start}. {events}"],
-    ["There are {start} {thing} with {name}. {events} What is the number of {thing} in the end?"],
-)  # fmt: skip
+add_worded("mathematics", graded.story)
 add_task(
     "purchase",
     "mathematics",
@@ -355,130 +277,10 @@ add_task(
 )  # fmt: skip
 
 # %% ../notebooks/15_tasks.ipynb #e97aea94
-RELATIONS = (("taller", "tallest"), ("older", "oldest"), ("faster", "fastest"))
-
-
-def order(rng: random.Random, level: int) -> Draw:
-    """Names in order, from comparisons of neighbours told in any order: level + 2 of them."""
-    names, (more, most) = rng.sample(TASK_NAMES, level + 2), rng.choice(RELATIONS)
-    pairs = list(itertools.pairwise(names))
-    told = rng.sample(pairs, len(pairs))
-    facts = " ".join(f"{a} is {more} than {b}." for a, b in told)
-    steps = [f"{names[0]} is below nobody", *(f"{a} > {b}" for a, b in pairs)]
-    return Draw(str(names), {"facts": facts, "most": most}, "\n".join(steps), " ".join(names))
-
-
-def rules(rng: random.Random, level: int) -> Draw:
-    """Follow a chain of rules among others that do not matter: level + 1 rules deep."""
-    words = rng.sample(TASK_WORDS, level + 4)
-    chain, idle = words[: level + 2], words[level + 2 :]
-    told = [f"{a} makes {b}." for a, b in itertools.pairwise(chain)]
-    told.append(f"{idle[0]} makes {idle[1]}.")
-    rng.shuffle(told)
-    steps = [f"{a} makes {b}" for a, b in itertools.pairwise(chain)]
-    slots = {"rules": " ".join(told), "start": chain[0]}
-    return Draw(f"{chain}", slots, "\n".join(steps), chain[-1])
-
-
-#: Operators on the set of two values, {"T"}, {"F"} or both.
-OPERATORS: dict[str, Callable[[set[str]], bool]] = {
-    "and": lambda values: values == {"T"},
-    "or": lambda values: "T" in values,
-    "xor": lambda values: len(values) == 2,
-}
-
-
-def canonical_expression(terms: Sequence[str], operators: Sequence[str]) -> str:
-    """One text for all expressions that are the same problem, read from the left.
-
-    The terms of a run of one operator may change places, and so may the names a and b.
-    """
-    forms = []
-    for names in ("ab", "ba"):
-        left = iter([term[:-1] + names["ab".index(term[-1])] for term in terms])
-        group, runs = [next(left)], []
-        for operator, run in itertools.groupby(operators):
-            group += [next(left) for _ in run]
-            runs.append(f"{operator}: {', '.join(sorted(group))}")
-            group = []
-        forms.append("; ".join(runs))
-    return min(forms)
-
-
-# %% ../notebooks/15_tasks.ipynb #6efbf647
-def truth_table(rng: random.Random, level: int) -> Draw:
-    """An expression of a and b for all four of their values; level + 1 operators, read from the left.
-
-    The chain writes each term before its value: what is looked up stands beside where it is used. Behind it comes the
-    result so far.
-    """
-    terms = [rng.choice(["a", "b", "not a", "not b"]) for _ in range(level + 2)]
-    operators = rng.choices(list(OPERATORS), k=level + 1)
-    steps, column = [], []
-    for a, b in itertools.product("TF", repeat=2):
-        values = {"a": a, "b": b, "not a": "FT"[a == "F"], "not b": "FT"[b == "F"]}
-        result, line = values[terms[0]], f"{terms[0]} {values[terms[0]]}"
-        for operator, term in zip(operators, terms[1:], strict=True):
-            result = "FT"[OPERATORS[operator]({result, values[term]})]
-            line += f" {operator} {term} {values[term]} {result}"
-        steps.append(f"{a}{b} {line}")
-        column.append(result)
-    text = terms[0] + "".join(f" {o} {t}" for o, t in zip(operators, terms[1:], strict=True))
-    key = canonical_expression(terms, operators)
-    return Draw(key, {"expression": text}, "\n".join(steps), " ".join(column))
-
-
-add_task(
-    "order",
-    "logic",
-    order,
-    ["{facts} Name all, the {most} first.", "{facts} Put all in order, the {most} first."],
-    ["Give all names in order, from the {most} down. {facts}",
-     "{facts} Write the names in a row, starting with the {most}."],
-    ["{facts} List everybody, beginning with the {most}."],
-)  # fmt: skip
-add_task(
-    "rules",
-    "logic",
-    rules,
-    ["{rules} What does {start} become in the end?", "{rules} Start with {start}. Where does it end?"],
-    ["What is the end of the chain that begins with {start}? {rules}", "{rules} We have {start}. What comes last?"],
-    ["Given: {rules} Follow the rules from {start} to the last word."],
-)  # fmt: skip
-
-
-add_task(
-    "truth_table",
-    "logic",
-    truth_table,
-    ["Read from the left: {expression}. Give its value for ab = TT, TF, FT, FF.",
-     "{expression}, read from the left, for ab = TT, TF, FT, FF?"],
-    ["Fill the table, from the left, of: {expression}. The cases are ab = TT, TF, FT, FF.",
-     "Which values, from the left, if ab is TT, TF, FT, FF: {expression}?"],
-    ["From left to right, evaluate {expression} at ab = TT, TF, FT and FF."],
-)  # fmt: skip
+add_worded("logic", graded.order, graded.rules, graded.truth_table)
 
 
 # %% ../notebooks/15_tasks.ipynb #f4690499
-def table_sum(rng: random.Random, level: int) -> Draw:
-    """The sum of one column over the rows of one group: level + 2 rows."""
-    names = rng.sample(TASK_NAMES, level + 2)
-    groups = ["red", "blue"]
-    rows = [(name, rng.choice(groups), rng.randint(1, 9)) for name in names]
-    wanted = rng.choice([group for _, group, _ in rows])
-    total, steps = 0, []
-    for name, group, value in rows:
-        if group == wanted:
-            steps.append(f"{name} {group}: {total}+{value}={total + value}")
-            total += value
-        else:
-            steps.append(f"{name} {group}")
-    table = "\n".join(["name,team,points", *(f"{n},{g},{v}" for n, g, v in rows)])
-    key = str(sorted(value for _, group, value in rows if group == wanted))
-    slots = {"table": table, "wanted": wanted}
-    return Draw(key, slots, "\n".join(steps), str(total))
-
-
 def to_json(rng: random.Random, level: int) -> Draw:
     """A list of facts as one JSON object, in order: level + 1 keys."""
     pairs = {key: rng.randint(1, 99) for key in rng.sample(TASK_WORDS, level + 1)}
@@ -516,16 +318,7 @@ def is_object(example: Example, found: str) -> str:
     return "" if right and len(dict(pairs)) == len(want) else "other keys or values"
 
 
-add_task(
-    "table_sum",
-    "structured data",
-    table_sum,
-    ["{table}\nHow many points has team {wanted}?", "{table}\nSum the points of {wanted}."],
-    ["What is the total of team {wanted}?\n{table}", "{table}\nTake the rows of {wanted} and add up their points."],
-    ["{table}\nTeam {wanted}: total points?"],
-)  # fmt: skip
-
-
+add_worded("structured data", graded.table_sum)
 add_task(
     "to_json",
     "structured data",
@@ -539,30 +332,6 @@ add_task(
 
 
 # %% ../notebooks/15_tasks.ipynb #67f77d82
-def countdown(items: Sequence[str]) -> str:
-    """One item a line, each behind a number that falls to 1: who writes it knows how much is left."""
-    return "\n".join(f"{len(items) - i} {item}" for i, item in enumerate(items))
-
-
-def sequence(rng: random.Random, level: int) -> Draw:
-    """Numbers from a start by a step: 3 · level + 3 lines, numbered down to 1."""
-    start, step, count = rng.randint(1, 99), rng.randint(1, 6), 3 * level + 3
-    text = countdown([str(start + step * i) for i in range(count)])
-    slots = {"start": start, "step": step, "count": count}
-    return Draw(f"{start} {step}", slots, "", text)
-
-
-def cycle(rng: random.Random, level: int) -> Draw:
-    """Words again and again: 3 · level + 3 to 3 · level + 5 lines, numbered down to 1."""
-    words, count = (
-        rng.sample(TASK_WORDS, rng.randint(2, 4)),
-        3 * level + 3 + rng.randrange(3),
-    )
-    text = countdown([words[i % len(words)] for i in range(count)])
-    slots = {"words": " ".join(words), "count": count}
-    return Draw(f"{words}", slots, "", text)
-
-
 def is_list(text: str) -> bool:
     """A number and a word or number on every line."""
     return all(re.fullmatch(r"\d+ \w+", line) for line in lines_of(text))
@@ -573,145 +342,18 @@ def same_lines(example: Example, found: str) -> str:
     return same(example, "\n".join(lines_of(found)))
 
 
-add_task(
-    "sequence",
-    "long generation",
-    sequence,
-    ["Count from {start} in steps of {step}: {count} lines, numbered down to 1.",
-     "Write {count} lines, numbered down to 1: numbers from {start} on, in steps of {step}."],
-    ["Numbers from {start} on, in steps of {step}: give {count} lines, numbered down to 1.",
-     "{count} lines, numbered down to 1: count from {start} by {step}."],
-    ["Begin at {start} and add {step} each time, for {count} lines with numbers falling to 1."],
-    check=same_lines,
-    form=is_list,
-)  # fmt: skip
-add_task(
-    "cycle",
-    "long generation",
-    cycle,
-    ["Repeat these words in order for {count} lines, numbered down to 1: {words}",
-     "Write {count} lines, numbered down to 1, by going through these again and again: {words}"],
-    ["Over and over, {count} lines, numbered down to 1: {words}",
-     "Give {count} lines, numbered down to 1, that repeat these words: {words}"],
-    ["Fill {count} lines by repeating, with numbers falling to 1: {words}"],
-    check=same_lines,
-    form=is_list,
-)  # fmt: skip
-
+add_worded("long generation", graded.sequence, graded.cycle, check=same_lines, form=is_list)
 
 # %% ../notebooks/15_tasks.ipynb #38962e24
-@dataclass(frozen=True)
-class Constraint:
-    """wording: with {0} for its parameter; options: parameters; holds(text, parameter): the check; ifeval: its id."""
-
-    wording: str
-    options: tuple
-    holds: Callable[[str, Any], bool]
-    ifeval: str
-
-
-def words_of(text: str) -> list[str]:
-    """Words as IFEval counts them: runs of letters, digits and underscores."""
-    return re.findall(r"\w+", text)
-
-
-# %% ../notebooks/15_tasks.ipynb #bf777704
-CONSTRAINTS = {
-    "words": Constraint(
-        "exactly {0} words", (3, 4, 5, 6, 7, 8), lambda t, n: len(words_of(t)) == n, "length_constraints:number_words"
-    ),
-    "contain": Constraint(
-        "with the word {0}", tuple(TASK_WORDS[:12]), lambda t, w: w in words_of(t.lower()), "keywords:existence"
-    ),
-    "avoid": Constraint(
-        "without the letter {0}", tuple("aou"), lambda t, c: c not in t.lower(), "keywords:letter_frequency"
-    ),
-    "lower": Constraint("in lower case", ("",), lambda t, _: t == t.lower(), "change_case:english_lowercase"),
-    "upper": Constraint("in upper case", ("",), lambda t, _: t == t.upper(), "change_case:english_capital"),
-    "end": Constraint(
-        "ending with {0}", ("stop", "over", "done"), lambda t, w: words_of(t.lower())[-1:] == [w],
-        "startend:end_checker",
-    ),
-    "quotes": Constraint(
-        "in double quotes", ("",), lambda t, _: len(t) > 1 and t[0] == t[-1] == '"', "startend:quotation"
-    ),
-    "commas": Constraint(
-        "with {0} commas", (1, 2), lambda t, n: t.count(",") == n, "punctuation:no_comma (counted instead)"
-    ),
-    "no_comma": Constraint("without commas", ("",), lambda t, _: "," not in t, "punctuation:no_comma"),
-    "title": Constraint(
-        "with the title <<{0}>>", ("news", "tale"), lambda t, w: re.match(rf"<<{w}>>\s", t) is not None,
-        "detectable_format:title",
-    ),
-    "starred": Constraint(
-        "with {0} words, each between *", (1, 2), lambda t, n: len(re.findall(r"\*\w+\*", t)) == n,
-        "detectable_format:number_highlighted_sections",
-    ),
-}  # fmt: skip
-LISTED_WORDS = tuple(TASK_WORDS[:12])
 UNSEEN_CONSTRAINTS = ("quotes", "title")  # types that no training example shows
-EXCLUDE = (
-    {"lower", "upper"},
-    {"upper", "title"},
-    {"commas", "no_comma"},
-    {"quotes", "title"},
-)
-
-
-def compatible(names: Iterable[str]) -> bool:
-    """Whether these constraints can hold together."""
-    names = set(names)
-    return all(len(names & group) < 2 for group in EXCLUDE)
-
-
-# %% ../notebooks/15_tasks.ipynb #2b39bba3
-def fulfil(wanted: dict[str, Any], rng: random.Random) -> tuple[list[str], str]:
-    """(words, text): words in the order of the list, so that none comes twice, and the text that they become.
-
-    The text keeps all constraints: words, then stars and punctuation, then case and frame.
-    """
-    must = [wanted[name] for name in ("contain",) if name in wanted]
-    last = [wanted["end"]] if "end" in wanted else []
-    room = wanted["words"] - len(must) - len(last) - ("title" in wanted)
-    pool = [w for w in LISTED_WORDS if w not in must and not set(w) & set(wanted.get("avoid", ""))]
-    chosen = must + rng.sample(pool, room)
-    words = sorted(chosen, key=LISTED_WORDS.index) + last
-    parts = list(words)
-    for place in range(wanted.get("starred", 0)):
-        parts[place] = f"*{parts[place]}*"
-    for place in range(wanted.get("commas", 0)):
-        parts[place] += ","
-    text = " ".join(parts)
-    text = f"<<{wanted['title']}>> {text}" if "title" in wanted else text
-    text = f'"{text}"' if "quotes" in wanted else text
-    return words, text.upper() if "upper" in wanted else text
-
-
-ATTEMPTS = 1_000  # draws of constraints that hold together
 
 
 def instructions(rng: random.Random, level: int, pool: Iterable[str] = ()) -> Draw:
     """An exact number of words, and `level` constraints more; `pool`: which, by default all seen ones."""
-    pool = list(pool) or [name for name in CONSTRAINTS if name not in UNSEEN_CONSTRAINTS]
-    for _ in range(ATTEMPTS):
-        others = [name for name in pool if name != "words"]
-        names = ["words", *rng.sample(others, min(level, len(others)))]
-        wanted = {name: rng.choice(CONSTRAINTS[name].options) for name in names}
-        room = 2 + max(wanted.get("starred", 1), wanted.get("commas", 0))
-        avoid = wanted.get("avoid", "?")
-        clash = any(avoid in str(v) for name, v in wanted.items() if name != "avoid")
-        if compatible(names) and wanted["words"] >= room and not clash:
-            break
-    else:
-        raise CourseError(f"no {level} of these constraints hold together: {', '.join(pool)}")
-    told = ", ".join(CONSTRAINTS[name].wording.format(value) for name, value in wanted.items())
-    slots = {"told": told, "list": " ".join(LISTED_WORDS)}
-    key = json.dumps(wanted, sort_keys=True)
-    words, text = fulfil(wanted, rng)
-    return Draw(key, slots, countdown(words), text, {"wanted": wanted})
+    seen = [name for name in CONSTRAINTS if name not in UNSEEN_CONSTRAINTS]
+    return constrained_text(rng, level, list(pool) or seen)
 
 
-# %% ../notebooks/15_tasks.ipynb #65c3f93c
 def bare_words(text: str, wanted: Iterable[str]) -> list[str] | None:
     """The words of a text, lower case, without the title, quotes, stars and commas that are wanted.
 
@@ -745,70 +387,10 @@ def keeps_constraints(example: Example, text: str) -> str:
     return "a word stands twice" if len(set(words)) < len(words) else ""
 
 
-add_task(
-    "instructions",
-    "instruction following",
-    instructions,
-    ["Words: {list}. Write a text of these, each once at most, {told}.",
-     "Use words of this list, none twice: {list}. Write {told}."],
-    ["{told}: such a text, from these words, without repeating one: {list}.",
-     "A text is needed, {told}. Its words: {list}, each at most once."],
-    ["From these words, no word again: {list}. Your text has to be {told}."],
-    check=keeps_constraints,
-)  # fmt: skip
+add_worded("instruction following", instructions, check=keeps_constraints)
+
 
 # %% ../notebooks/15_tasks.ipynb #7250d045
-ORDERS = {
-    1: {
-        "shown": (
-            "Écris ces mots dans l'ordre inverse : {0}",
-            "Mets ces mots en ordre inverse : {0}",
-        ),
-        "asked": ("{0} : le dernier mot d'abord", "Inverse l'ordre de cette liste : {0}"),
-        "unseen": ("Recopie ces mots en partant du dernier : {0}",),
-    },
-    2: {
-        "shown": (
-            "Escribe estas palabras en orden inverso: {0}",
-            "Pon estas palabras en orden inverso: {0}",
-        ),
-        "asked": ("{0}: la última palabra primero", "Invierte el orden de esta lista: {0}"),
-        "unseen": ("Copia estas palabras empezando por la última: {0}",),
-    },
-}
-
-
-def numbered(words: Iterable[str]) -> str:
-    """One line a word, numbered upwards: a short answer reaches its end without being told how long it is."""
-    return "\n".join(f"{i} {word}" for i, word in enumerate(words, 1))
-
-
-def reverse_in(rng: random.Random, level: int) -> Draw:
-    """Reverse level + 1 words, asked and answered in French or Spanish."""
-    language, entries = rng.choice((1, 2)), rng.sample(LEXICON, level + 1)
-    words = [entry[language] for entry in entries]
-    steps = numbered(reversed(words))
-    slots = {
-        wording: rng.choice(orders).format(" ".join(words))
-        for wording, orders in ORDERS[language].items()
-    }
-    english = [entry[0] for entry in reversed(entries)]
-    facts = {"language": language, "english": english}
-    return Draw(f"{language} {words}", slots, steps, " ".join(reversed(words)), facts)
-
-
-def translate_reverse(rng: random.Random, level: int) -> Draw:
-    """Translate level + 1 English words, and give them in reverse."""
-    language, entries = rng.choice((1, 2)), rng.sample(LEXICON, level + 1)
-    steps = "\n".join(f"{entry[0]} = {entry[language]}" for entry in reversed(entries))
-    answer = " ".join(entry[language] for entry in reversed(entries))
-    words = " ".join(entry[0] for entry in entries)
-    slots = {"words": words, "language": LANGUAGES[language]}
-    facts = {"language": language, "english": [entry[0] for entry in reversed(entries)]}
-    return Draw(f"{language} {words}", slots, steps, answer, facts)
-
-
-# %% ../notebooks/15_tasks.ipynb #21b04f73
 def means(example: Example, found: str) -> str:
     """Translate the answer back, word by word, and compare in English; an accent may be a sign of its own (NFD)."""
     found = unicodedata.normalize("NFC", found)
@@ -819,171 +401,21 @@ def means(example: Example, found: str) -> str:
     )
 
 
-SYSTEM_RULES = {
-    "Answer in upper case.": str.upper,
-    "Put the answer in brackets.": lambda x: f"[{x}]",
-    "End every answer with OK.": lambda x: f"{x} OK",
-    "Begin every answer with Sure:": lambda x: f"Sure: {x}",
-    "Say every answer twice.": lambda x: f"{x} {x}",
-    "Put a dash between the words.": lambda x: x.replace(" ", "-"),
-}
-
-
-def system_rule(rng: random.Random, level: int) -> Draw:
-    """Copy or reverse level + 1 words under a rule of the system prompt."""
-    rule, words = rng.choice(list(SYSTEM_RULES)), rng.sample(TASK_WORDS, level + 1)
-    backwards = rng.random() < 0.5
-    result = words[::-1] if backwards else words
-    steps = numbered(result)
-    slots = {"verb": "Reverse" if backwards else "Copy", "words": " ".join(words)}
-    key = f"{rule} {' '.join(result)}"  # copied, or reversed from the other end: the same chain and answer
-    return Draw(key, slots, steps, SYSTEM_RULES[rule](" ".join(result)), system=rule)
-
-
-# %% ../notebooks/15_tasks.ipynb #b0f71981
-def first_error(rng: random.Random, level: int) -> Draw:
-    """A chain of level + 2 sums, one of them wrong or none: which?
-
-    The gold lines write the right result and then the one that is judged, side by side.
-    """
-    have, lines, right = rng.randint(2, 9), [], []
-    wrong = rng.randrange(level + 3)  # 0: all lines are right
-    for number in range(1, level + 3):
-        change = rng.randint(2, 9)
-        off = rng.choice((-2, -1, 1, 2)) if number == wrong else 0
-        lines.append(f"{have}+{change}={have + change + off}")
-        right.append(
-            f"{number} {have}+{change}={have + change} {have + change + off}"
-            + (" wrong" if off else " right")
-        )
-        have += change + off
-        if off:
-            break
-    while len(lines) < level + 2:  # the mistake is carried on, as people do
-        change = rng.randint(2, 9)
-        lines.append(f"{have}+{change}={have + change}")
-        have += change
-    key = "\n".join(right)  # what comes after the mistake is not judged
-    return Draw(key, {"lines": "\n".join(lines)}, "\n".join(right), str(wrong))
-
-
-# %% ../notebooks/15_tasks.ipynb #419aa697
-add_task(
-    "reverse_in",
-    "cross-lingual transfer",
-    reverse_in,
-    ["{shown}"],
-    ["{asked}"],
-    ["{unseen}"],
-    check=means,
-)
-add_task(
-    "translate_reverse",
-    "cross-lingual transfer",
-    translate_reverse,
-    [
-        "Translate into {language} and reverse: {words}",
-        "In {language}, backwards: {words}",
-    ],
-    [
-        "{words}: put them into {language}, and turn the order round",
-        "What are these in {language}, from the end to the beginning: {words}",
-    ],
-    ["Say these in {language}, the last one first: {words}"],
-    check=means,
-)
-add_task(
-    "system_rule",
-    "system prompts",
-    system_rule,
-    ["{verb}: {words}", "{verb} these words: {words}"],
-    ["{verb} the list: {words}", "{verb}, please, all of this: {words}"],
-    ["Please {verb} what follows: {words}"],
-)
-
-
-add_task(
-    "first_error",
-    "response filtering",
-    first_error,
-    [
-        "{lines}\nWhich line is wrong first? 0 if none.",
-        "Check each line:\n{lines}\nFirst wrong line, or 0?",
-    ],
-    [
-        "{lines}\nWhat is the number of the first mistake? Say 0 if all is right.",
-        "Somebody wrote:\n{lines}\nThe number of the line that fails first, or 0?",
-    ],
-    ["Here is a solution:\n{lines}\nGive the number of its first mistake, 0 for none."],
-)
+add_worded("cross-lingual transfer", graded.reverse_in, graded.translate_reverse, check=means)
+add_worded("system prompts", graded.system_rule)
+add_worded("response filtering", graded.first_error)
 
 # %% ../notebooks/15_tasks.ipynb #307ec63f
-NUMBER_STEPS = {
-    "add {0} to x": "x = x + {0}",
-    "multiply x by {0}": "x = x * {0}",
-    "subtract {0} from x": "x = x - {0}",
-    "take x modulo {0}": "x = x % {0}",
-    "square x": "x = x * x",
-    "change the sign of x": "x = -x",
-}
-LIST_STEPS = {
-    "sort x": "x = sorted(x)",
-    "reverse x": "x = x[::-1]",
-    "drop the first item of x": "x = x[1:]",
-    "keep the first {0} items of x": "x = x[:{0}]",
-    "add {0} to every item of x": "x = [i + {0} for i in x]",
-    "keep the items of x above {0}": "x = [i for i in x if i > {0}]",
-}
-Step = tuple[str, int]  # a key of NUMBER_STEPS or LIST_STEPS, and its number
-
-
-def wide_inputs(kind: str) -> list:
-    """Inputs of many sizes and ranges, from empty lists to sixteen items, on which different programs differ."""
-    rng = random.Random(kind)
-    if kind == "number":
-        return rng.sample(range(-40, 80), 120)
-    inputs = []
-    for _ in range(120):
-        low, size = rng.randint(-6, 8), rng.randint(0, 16)
-        high = low + rng.randint(1, 12)
-        inputs.append([rng.randint(low, high) for _ in range(size)])
-    return inputs
-
-
-WIDE_INPUTS = {kind: wide_inputs(kind) for kind in ("number", "list")}
 HIDDEN_TESTS = 16  # and those that mutants need
-LOOKED_AT = 24  # of the wide inputs, to tell whether two programs are one
 
 
-def step_code(kind: str, step: Step) -> str:
-    """The line of Python of one step."""
-    text, number = step
-    return (NUMBER_STEPS if kind == "number" else LIST_STEPS)[text].format(number)
-
-
-@functools.cache
-def step_function(kind: str, step: Step) -> Callable:
-    """The same line as a function of x: our own code, outside of the sandbox."""
-    return eval("lambda x: " + step_code(kind, step).removeprefix("x = "))
-
-
-# %% ../notebooks/15_tasks.ipynb #40224524
-def run_steps(kind: str, steps: Sequence[Step], x: Any) -> Any:
-    """What a program of these steps returns."""
-    for step in steps:
-        x = step_function(kind, step)(x)
-    return x
-
-
-Mutant = tuple[int, list[Step], int]  # from this step on, these steps instead, up to that one
-
-
-def one_step_mutants(steps: Sequence[Step]) -> list[Mutant]:
+def one_step_mutants(steps: list[Step]) -> list[list[Step]]:
     """Programs with one mistake: a step left out, two neighbours swapped, a number one too low or too high."""
-    left_out = [(i, [], i + 1) for i in range(len(steps))]
-    swapped = [(i, [b, a], i + 2) for i, (a, b) in enumerate(itertools.pairwise(steps))]
+    left_out = [steps[:i] + steps[i + 1 :] for i in range(len(steps))]
+    pairs = enumerate(itertools.pairwise(steps))
+    swapped = [[*steps[:i], b, a, *steps[i + 2 :]] for i, (a, b) in pairs]
     off = [
-        (i, [(text, number + by)], i + 1)
+        [*steps[:i], (text, number + by), *steps[i + 1 :]]
         for i, (text, number) in enumerate(steps)
         if "{0}" in text
         for by in (-1, 1)
@@ -991,57 +423,22 @@ def one_step_mutants(steps: Sequence[Step]) -> list[Mutant]:
     return left_out + swapped + off
 
 
-# %% ../notebooks/15_tasks.ipynb #4f4ddde1
-def hidden_tests(kind: str, steps: Sequence[Step]) -> dict[str, list]:
+def hidden_tests(kind: str, steps: list[Step]) -> dict[str, list]:
     """Inputs and expected results that every one-step mutant fails which fails on any of the wide inputs.
 
     Returns {"inputs": one list of arguments each, "expected"}; the same steps and numbers always get the same tests.
     Bounded: no mutant looks at more than all wide inputs.
     """
     wide = random.Random(str(steps)).sample(WIDE_INPUTS[kind], len(WIDE_INPUTS[kind]))
-    traces: list[list] = []
-    functions = [step_function(kind, step) for step in steps]
-    for x in wide:
-        traces.append([x, *(x := function(x) for function in functions)])
+    want = list(map(steps_function(kind, steps), wide))
     chosen = list(range(HIDDEN_TESTS))
-
-    def fails(mutant: Mutant) -> Iterable[int]:
-        """The places of the wide inputs, the chosen first, on which a mutant returns something else."""
-        begin, instead, end = mutant
-        changed = [step_function(kind, step) for step in instead]
-        for place in itertools.chain(chosen, range(HIDDEN_TESTS, len(wide))):
-            x = traces[place][begin]
-            for function in changed:
-                x = function(x)
-            if x == traces[place][end]:
-                continue  # what follows is the same
-            for function in functions[end:]:
-                x = function(x)
-            if x != traces[place][-1]:
-                yield place
-
     for mutant in one_step_mutants(steps):
-        place = next(iter(fails(mutant)), None)
+        returned, others = steps_function(kind, mutant), range(HIDDEN_TESTS, len(wide))
+        places = itertools.chain(chosen, others)
+        place = next((p for p in places if returned(wide[p]) != want[p]), None)
         if place is not None and place not in chosen:
             chosen.append(place)
-    return {"inputs": [[wide[p]] for p in chosen], "expected": [traces[p][-1] for p in chosen]}
-
-
-def function(rng: random.Random, level: int) -> Draw:
-    """A function of level + 1 different steps, on a number or on a list.
-
-    Programs that return the same are one problem, whichever their steps.
-    """
-    kind = rng.choice(("number", "list"))
-    texts = rng.sample(list(NUMBER_STEPS if kind == "number" else LIST_STEPS), level + 1)
-    steps = [(text, rng.randint(2, 5)) for text in texts]
-    told = ", then ".join(text.format(number) for text, number in steps)
-    body = "\n".join(f"    {step_code(kind, step)}" for step in steps)
-    returned = [run_steps(kind, steps, x) for x in WIDE_INPUTS[kind][:LOOKED_AT]]
-    key = f"{kind} {hashlib.sha256(str(returned).encode()).hexdigest()[:16]}"
-    facts = functools.partial(hidden_tests, kind, steps)
-    code = f"def f(x):\n{body}\n    return x"
-    return Draw(key, {"kind": kind, "told": told}, "", code, facts)
+    return {"inputs": [[wide[p]] for p in chosen], "expected": [want[p] for p in chosen]}
 
 
 # %% ../notebooks/15_tasks.ipynb #fa81665f
@@ -1075,15 +472,11 @@ def judge(example: Example, outcome: Outcome) -> str:
 add_task(
     "function",
     "coding",
-    function,
-    ["Write a Python function f of a {kind} x: {told}. Return x.",
-     "Python: f takes a {kind} x. It should {told}, and return x."],
-    ["Given a {kind} x, {told}, and return it. As a Python function f.",
-     "Code f in Python. x is a {kind}. Steps: {told}. Give back x."],
-    ["Define f(x) for a {kind} x so that it will {told}; return the result."],
+    functools.partial(program, tests=hidden_tests),
+    **TASK_WORDINGS["function"],
     check=passes_tests,
     form=compiles,
-)  # fmt: skip
+)
 
 
 def verify_many(pairs: Iterable[tuple[Example, str]]) -> list[Verdict]:
@@ -1142,8 +535,7 @@ def wrong_line(response: str) -> str | None:
     ):
         if max(map(len, (left, right, result))) > LONGEST:
             return f"{left}{sign}{right}={result}"
-        value = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[sign](int(left), int(right))
-        if value != int(result):
+        if SIGNS[sign](int(left), int(right)) != int(result):
             return f"{left}{sign}{right}={result}"
     return None
 
@@ -1167,7 +559,7 @@ def consistent(example: Example, response: str) -> bool:
     chain, answer = lines[:-1], lines[-1].removeprefix(ANSWER).strip(BLANKS)
     if "wanted" in example.facts:
         words = bare_words(answer, example.facts["wanted"])
-        return words is not None and "\n".join(chain) == countdown(words)
+        return words is not None and "\n".join(chain) == graded.countdown(words)
     if TASKS[example.task].area != "mathematics":
         return True
     whole = all(re.fullmatch(r"-?\d+[+*-]\d+=-?\d+", line) for line in chain)

@@ -22,7 +22,7 @@ from qwen_mini.tokenizer import (
     split_pieces,
     train_bpe,
 )
-from qwen_mini.world import needles, problems, words
+from qwen_mini.world import constraints, needles, problems, words
 
 TEXTS = [
     "The river is long, and the house stands by the road. It's 1,234.5 km; isn't it?",
@@ -435,7 +435,8 @@ def _():
     for wanted, texts in KEPT:
         example = t.Example("instructions", 1, "", (), "", "", {"wanted": wanted})
         found.append(
-            [t.keeps_constraints(example, text) for text in texts] + [t.fulfil(wanted, rng)[1]]
+            [t.keeps_constraints(example, text) for text in texts]
+            + [constraints.fulfil(wanted, rng)[1]]
         )
     unseen = [
         t.instructions(rng, 2, ["words", *t.UNSEEN_CONSTRAINTS, "end"]).answer for _ in range(3)

@@ -14,23 +14,17 @@ from qwen_mini.corpus import task_documents
 from qwen_mini.course import CourseError, artifacts
 from qwen_mini.tasks import (
     ANSWER,
-    CONSTRAINTS,
     LEVELS,
-    ORDERS,
     SPLITS,
     TASKS,
     UNSEEN_CONSTRAINTS,
     WORDINGS,
-    Draw,
     Task,
     VerifierError,
     add_task,
-    canonical_expression,
-    compatible,
     consistent,
     filter_responses,
     final_answer,
-    fulfil,
     instructions,
     near_misses,
     split_of,
@@ -39,6 +33,10 @@ from qwen_mini.tasks import (
     wrong_line,
 )
 from qwen_mini.tokenizer import Tokenizer
+from qwen_mini.world.constraints import CONSTRAINTS, compatible, fulfil
+from qwen_mini.world.graded import canonical_expression
+from qwen_mini.world.problems import Draw
+from qwen_mini.world.words import ORDERS
 
 AREAS = {
     "long generation", "mathematics", "coding", "instruction following", "structured data", "logic",

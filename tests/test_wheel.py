@@ -15,10 +15,13 @@ import sys
 import qwen_mini
 from qwen_mini import course
 from qwen_mini.course.scales import scale_names
+from qwen_mini.course.versions import versions
 from qwen_mini.generation import generate
 from qwen_mini.model import Qwen
+from qwen_mini.tasks import TASKS
 from qwen_mini.tokenizer import Tokenizer
 
+assert versions() and all(task.shown for task in TASKS.values())  # read from files of the package
 assert qwen_mini.__file__.startswith(sys.argv[1]), qwen_mini.__file__
 print(*scale_names())
 model, tokenizer = Qwen.from_pretrained(sys.argv[2]), Tokenizer.from_pretrained(sys.argv[2])

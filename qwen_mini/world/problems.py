@@ -1,14 +1,78 @@
-"""Problems with worked steps, in fourteen families: a family makes a question, its steps and its answer from a seed."""
+"""Problems with worked steps: the parts that all of them share, and the fourteen families that pre-training reads."""
 
 import itertools
 import json
+import operator
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from .words import LANGUAGES, LEXICON, TASK_NAMES, TASK_RELATIONS, TASK_WORDS
+from .words import FAMILY_WORDINGS, LANGUAGES, LEXICON, TASK_NAMES, TASK_RELATIONS, TASK_WORDS
 
 Problem = tuple[str, str, str]  # question, steps, answer
 Family = Callable[[random.Random], Problem]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A problem before it is worded: its key, what fills a wording, the solution, and facts for a verifier.
+
+    key: equal for two draws that are the same problem, however they are written. facts: a function if they take long to
+    make; it is called for the problems that are taken. pretrained: pre-training may have read it with steps and answer.
+    """
+
+    key: str
+    slots: dict[str, Any]
+    reasoning: str
+    answer: str
+    facts: dict[str, Any] | Callable[[], dict[str, Any]] = field(default_factory=dict)
+    system: str | None = None
+    pretrained: bool = False
+
+
+# --- what problems share -----------------------------------------------------------------------------------------
+
+
+def ask(rng: random.Random, family: str, *slots: object) -> str:
+    """The question of a family in one of its wordings."""
+    return rng.choice(FAMILY_WORDINGS[family]).format(*slots)
+
+
+SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+
+def worked(start: int, *steps: str, gap: str = " ") -> tuple[str, int]:
+    """Lines that apply steps such as "+3" or "*2" one after the other, and the last result; gap: between the signs."""
+    lines, value = [], start
+    for step in steps:
+        result = SIGNS[step[0]](value, int(step[1:]))
+        lines.append(gap.join((str(value), step[0], step[1:], "=", str(result))))
+        value = result
+    return "\n".join(lines), value
+
+
+def numbered(items: Iterable[str]) -> str:
+    """One line an item, numbered upwards: a short answer reaches its end without being told how long it is."""
+    return "\n".join(f"{i} {item}" for i, item in enumerate(items, 1))
+
+
+def linked(form: str, items: Iterable[str]) -> list[str]:
+    """One text for each pair of neighbours: "a > b", "a makes b"."""
+    return [form.format(a, b) for a, b in itertools.pairwise(items)]
+
+
+def ranking(rng: random.Random, count: int) -> tuple[list[str], tuple[str, str, str]]:
+    """Names in order, and the relation that puts them so: more, most, least."""
+    return rng.sample(TASK_NAMES, count), rng.choice(TASK_RELATIONS)
+
+
+def glosses(entries: Iterable[Sequence[str]], source: int, target: int) -> str:
+    """One line for each entry of the lexicon: a word and its translation."""
+    return "\n".join(f"{entry[source]} = {entry[target]}" for entry in entries)
+
+
+# --- the families ------------------------------------------------------------------------------------------------
 
 
 def addition(rng: random.Random) -> Problem:
@@ -21,8 +85,7 @@ def addition(rng: random.Random) -> Problem:
         carry = total // 10
     if carry:
         steps.append(f"write {carry}")
-    ask = rng.choice(["{0}+{1}=?", "Add {0} and {1}.", "What is {0} plus {1}?", "Compute {0}+{1}."])
-    return ask.format(a, b), "\n".join(steps), str(a + b)
+    return ask(rng, "addition", a, b), "\n".join(steps), str(a + b)
 
 
 def subtraction(rng: random.Random) -> Problem:
@@ -35,10 +98,7 @@ def subtraction(rng: random.Random) -> Problem:
             f"{x}-{y}-{borrow}={difference} write {difference % 10} borrow {int(difference < 0)}"
         )
         borrow = int(difference < 0)
-    ask = rng.choice(
-        ["{0}-{1}=?", "Subtract {1} from {0}.", "What is {0} minus {1}?", "Compute {0}-{1}."]
-    )
-    return ask.format(a, b), "\n".join(steps), str(a - b)
+    return ask(rng, "subtraction", a, b), "\n".join(steps), str(a - b)
 
 
 def multiplication(rng: random.Random) -> Problem:
@@ -46,8 +106,7 @@ def multiplication(rng: random.Random) -> Problem:
     a, b = rng.randint(11, 99), rng.randint(2, 9)
     tens, ones = a // 10 * 10, a % 10
     steps = f"{tens}*{b}={tens * b}\n{ones}*{b}={ones * b}\n{tens * b}+{ones * b}={a * b}"
-    ask = rng.choice(["{0}*{1}=?", "Multiply {0} by {1}.", "What is {0} times {1}?"])
-    return ask.format(a, b), steps, str(a * b)
+    return ask(rng, "multiplication", a, b), steps, str(a * b)
 
 
 def comparison(rng: random.Random) -> Problem:
@@ -58,8 +117,8 @@ def comparison(rng: random.Random) -> Problem:
     steps = "\n".join(
         f"see {number}, best {kept}" for number, kept in zip(numbers, best, strict=True)
     )
-    ask = rng.choice(["Which is the {0} of {1}?", "Find the {0} number: {1}", "{1}: name the {0}."])
-    return ask.format(word, " ".join(map(str, numbers))), steps, str(better(numbers))
+    question = ask(rng, "comparison", word, " ".join(map(str, numbers)))
+    return question, steps, str(better(numbers))
 
 
 def sorting(rng: random.Random) -> Problem:
@@ -71,12 +130,8 @@ def sorting(rng: random.Random) -> Problem:
         taken.append(take(left))
         left.remove(taken[-1])
         steps.append(f"take {taken[-1]}, left {' '.join(map(str, left)) or 'nothing'}")
-    ask = rng.choice(["Sort {1} in {0} order.", "Put in {0} order: {1}", "{1}: sort, {0}."])
-    return (
-        ask.format(order, " ".join(map(str, numbers))),
-        "\n".join(steps),
-        " ".join(map(str, taken)),
-    )
+    question = ask(rng, "sorting", order, " ".join(map(str, numbers)))
+    return question, "\n".join(steps), " ".join(map(str, taken))
 
 
 def listing(rng: random.Random) -> Problem:
@@ -85,11 +140,8 @@ def listing(rng: random.Random) -> Problem:
     items = rng.sample(pool, rng.randint(3, 6))
     backwards = rng.random() < 0.6
     result = items[::-1] if backwards else items
-    steps = "\n".join(f"{i} {item}" for i, item in enumerate(result, 1))
-    ask = rng.choice(
-        ["Reverse: {}", "Write backwards: {}"] if backwards else ["Copy: {}", "Repeat: {}"]
-    )
-    return ask.format(" ".join(items)), steps, " ".join(result)
+    question = ask(rng, "reversing" if backwards else "copying", " ".join(items))
+    return question, numbered(result), " ".join(result)
 
 
 def counting(rng: random.Random) -> Problem:
@@ -99,10 +151,8 @@ def counting(rng: random.Random) -> Problem:
     target = rng.choice(pool)
     counts = itertools.accumulate(int(item == target) for item in items)
     steps = ", ".join(f"{item} {count}" for item, count in zip(items, counts, strict=True))
-    ask = rng.choice(
-        ["How many {0} are in: {1}", "Count {0}: {1}", "{1}\nHow often does {0} occur?"]
-    )
-    return ask.format(target, " ".join(items)), steps, str(items.count(target))
+    question = ask(rng, "counting", target, " ".join(items))
+    return question, steps, str(items.count(target))
 
 
 def lookup(rng: random.Random) -> Problem:
@@ -110,13 +160,10 @@ def lookup(rng: random.Random) -> Problem:
     keys = rng.sample(rng.choice([TASK_NAMES, TASK_WORDS]), rng.randint(2, 5))
     values = {key: rng.randint(1, 99) for key in keys}
     wanted = rng.choice(keys)
-    shown = (
-        json.dumps(values)
-        if rng.random() < 0.5
-        else "\n".join(f"{key}: {values[key]}" for key in keys)
-    )
-    ask = rng.choice(["{0}\nWhat is the value of {1}?", "{0}\nLook up {1}.", "{0}\n{1}?"])
-    return ask.format(shown, wanted), f"{wanted}: {values[wanted]}", str(values[wanted])
+    lines = [f"{key}: {values[key]}" for key in keys]
+    shown = json.dumps(values) if rng.random() < 0.5 else "\n".join(lines)
+    question = ask(rng, "lookup", shown, wanted)
+    return question, f"{wanted}: {values[wanted]}", str(values[wanted])
 
 
 def logic(rng: random.Random) -> Problem:
@@ -129,23 +176,19 @@ def logic(rng: random.Random) -> Problem:
     value = (a or turned) if outer == "or" else (a and turned)
     steps = [f"{b} {inner} {c} = {middle}", *([f"not {middle} = {turned}"] if sign else [])]
     steps.append(f"{a} {outer} {turned} = {value}")
-    ask = rng.choice(["Evaluate: {}", "True or False? {}", "What is the value of {}?"])
-    return ask.format(f"{a} {outer} {sign}({b} {inner} {c})"), "\n".join(steps), str(value)
+    question = ask(rng, "logic", f"{a} {outer} {sign}({b} {inner} {c})")
+    return question, "\n".join(steps), str(value)
 
 
 def ordering(rng: random.Random) -> Problem:
     """Put names in order from comparisons of neighbours, told in any order."""
-    names = rng.sample(TASK_NAMES, rng.randint(3, 4))
-    more, most, least = rng.choice(TASK_RELATIONS)
-    facts = [f"{first} is {more} than {second}." for first, second in itertools.pairwise(names)]
+    names, (more, most, least) = ranking(rng, rng.randint(3, 4))
+    facts = linked(f"{{}} is {more} than {{}}.", names)
     rng.shuffle(facts)
     wanted = rng.choice([most, least])
-    steps = "\n".join([*(f"{a} > {b}" for a, b in itertools.pairwise(names)), " > ".join(names)])
-    return (
-        f"{' '.join(facts)} Who is the {wanted}?",
-        steps,
-        names[0] if wanted == most else names[-1],
-    )
+    steps = "\n".join([*linked("{} > {}", names), " > ".join(names)])
+    answer = names[0] if wanted == most else names[-1]
+    return f"{' '.join(facts)} Who is the {wanted}?", steps, answer
 
 
 def spelling(rng: random.Random) -> Problem:
@@ -163,48 +206,32 @@ def spelling(rng: random.Random) -> Problem:
             ("twice", lambda w: w + w),
         ]
     )
-    ask = rng.choice(["Write {0} {1}.", "Spell {0} {1}.", "What is {0} {1}?"])
-    return ask.format(word, name), f"{' '.join(word)}\n{' '.join(edit(word))}", edit(word)
+    steps = f"{' '.join(word)}\n{' '.join(edit(word))}"
+    return ask(rng, "spelling", word, name), steps, edit(word)
 
 
 def python_value(rng: random.Random) -> Problem:
     """The value of a small Python expression."""
     a, b, c = (rng.randint(1, 9) for _ in range(3))
     numbers, word, i = [a, b, c], rng.choice(TASK_WORDS), rng.randrange(3)
+    best = f"{a}, best {a}\n{b}, best {max(a, b)}\n{c}, best {max(numbers)}"
+    letters = " ".join(f"{letter} {n}" for n, letter in enumerate(word, 1))
+    upper = f"{' '.join(word)}\n{' '.join(word.upper())}"
     expression, steps, value = rng.choice(
         [
-            (f"{a} * {b} + {c}", f"{a} * {b} = {a * b}\n{a * b} + {c} = {a * b + c}", a * b + c),
-            (
-                f"({a} + {b}) * {c}",
-                f"{a} + {b} = {a + b}\n{a + b} * {c} = {(a + b) * c}",
-                (a + b) * c,
-            ),
-            (f"sum({numbers})", f"{a} + {b} = {a + b}\n{a + b} + {c} = {a + b + c}", a + b + c),
-            (
-                f"max({numbers})",
-                f"{a}, best {a}\n{b}, best {max(a, b)}\n{c}, best {max(numbers)}",
-                max(numbers),
-            ),
+            (f"{a} * {b} + {c}", *worked(a, f"*{b}", f"+{c}")),
+            (f"({a} + {b}) * {c}", *worked(a, f"+{b}", f"*{c}")),
+            (f"sum({numbers})", *worked(a, f"+{b}", f"+{c}")),
+            (f"max({numbers})", best, max(numbers)),
             (f"{numbers}[{i}]", f"0: {a}, 1: {b}, 2: {c}", numbers[i]),
             (f"{a * b + c} % {b}", f"{a * b + c} = {(a * b + c) // b} * {b} + {c % b}", c % b),
-            (
-                f"len({word!r})",
-                " ".join(f"{letter} {n}" for n, letter in enumerate(word, 1)),
-                len(word),
-            ),
+            (f"len({word!r})", letters, len(word)),
             (f"{word!r}[{i}]", f"0: {word[0]}, 1: {word[1]}, 2: {word[2]}", repr(word[i])),
-            (
-                f"{word!r}.upper()",
-                f"{' '.join(word)}\n{' '.join(word.upper())}",
-                repr(word.upper()),
-            ),
+            (f"{word!r}.upper()", upper, repr(word.upper())),
             (f"{a} < {b}", f"{a} {'<' if a < b else '>='} {b}", a < b),
         ]
     )
-    ask = rng.choice(
-        [">>> {}", "What is the value of {} in Python?", "Evaluate the Python expression {}"]
-    )
-    return ask.format(expression), steps, str(value)
+    return ask(rng, "python_value", expression), steps, str(value)
 
 
 def story(rng: random.Random) -> Problem:
@@ -213,50 +240,28 @@ def story(rng: random.Random) -> Problem:
     c = rng.randint(1, a + b - 1)
     one, two = rng.sample(TASK_NAMES, 2)
     thing = rng.choice(["apples", "pens", "coins", "books", "eggs"])
-    bought = f"{one} has {a} {thing}. {one} buys {b} more and gives {c} to {two}. How many {thing} has {one} now?"
-    shared = (
-        f"{one} has {a} {thing} and {two} has {b} more than {one}. How many have they together?"
-    )
-    broken = (
-        f"There are {a} boxes with {b} {thing} each. {c} {thing} are broken. How many are whole?"
-    )
-    return rng.choice(
-        [
-            (bought, f"{a} + {b} = {a + b}\n{a + b} - {c} = {a + b - c}", str(a + b - c)),
-            (shared, f"{a} + {b} = {a + b}\n{a} + {a + b} = {2 * a + b}", str(2 * a + b)),
-            (broken, f"{a} * {b} = {a * b}\n{a * b} - {c} = {a * b - c}", str(a * b - c)),
-        ]
-    )
+    together = f"{worked(a, f'+{b}')[0]}\n{worked(a, f'+{a + b}')[0]}", 2 * a + b
+    solved = (worked(a, f"+{b}", f"-{c}"), together, worked(a, f"*{b}", f"-{c}"))
+    stories = zip(FAMILY_WORDINGS["story"], solved, strict=True)
+    question, (steps, value) = rng.choice(list(stories))
+    slots = {"one": one, "two": two, "thing": thing, "a": a, "b": b, "c": c}
+    return question.format(**slots), steps, str(value)
 
 
 def translation(rng: random.Random) -> Problem:
     """Word by word between English, French and Spanish."""
     source, target = rng.sample(range(3), 2)
     entries = rng.sample(LEXICON, rng.randint(1, 4))
-    ask = rng.choice(
-        ["Translate from {0} to {1}: {2}", "{0} to {1}: {2}", "From {0}, say in {1}: {2}"]
-    )
-    question = ask.format(
-        LANGUAGES[source], LANGUAGES[target], ", ".join(entry[source] for entry in entries)
-    )
-    steps = "\n".join(f"{entry[source]} = {entry[target]}" for entry in entries)
-    return question, steps, ", ".join(entry[target] for entry in entries)
+    words = ", ".join(entry[source] for entry in entries)
+    question = ask(rng, "translation", LANGUAGES[source], LANGUAGES[target], words)
+    return question, glosses(entries, source, target), ", ".join(e[target] for e in entries)
 
 
-FAMILIES: dict[str, Family] = {
-    family.__name__: family
-    for family in (
-        addition,
-        subtraction,
-        multiplication,
-        comparison,
-        sorting,
-        listing,
-        counting,
-        lookup,
-    )
-    + (logic, ordering, spelling, python_value, story, translation)
-}
+_FAMILIES = (
+    addition, subtraction, multiplication, comparison, sorting, listing, counting, lookup, logic,
+    ordering, spelling, python_value, story, translation,
+)  # fmt: skip
+FAMILIES: dict[str, Family] = {family.__name__: family for family in _FAMILIES}
 LAYOUTS = (
     "Question: {0}\nSteps:\n{1}\nAnswer: {2}",
     "Q: {0}\n{1}\nA: {2}",
