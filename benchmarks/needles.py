@@ -18,13 +18,7 @@ import torch
 from qwen_mini.course import hardware, load_scale
 from qwen_mini.course.statistics import wilson_interval
 from qwen_mini.dual_chunk import position_scheme
-from qwen_mini.long_context import (
-    ask_all,
-    extended_checkpoint,
-    frozen_model,
-    haystack,
-    open_hay,
-)
+from qwen_mini.long_context import ask_all, extended_checkpoint, frozen_model, haystack, open_hay
 from qwen_mini.sparse_prefill import SparseAttention, choose_budgets, sparse_prefill
 
 

@@ -56,14 +56,7 @@ from qwen_mini.reward_model import (
     pair_plan,
     write_answers,
 )
-from qwen_mini.sft import (
-    Answer,
-    Row,
-    draw_examples,
-    evaluate_tasks,
-    start_checkpoint,
-    to_batch,
-)
+from .sft import Answer, Row, draw_examples, evaluate_tasks, start_checkpoint, to_batch
 from .tasks import TASKS, Example
 from .tokenizer import Tokenizer
 from .training import Batch, Trainer

@@ -306,10 +306,7 @@ def dual_chunk_attention(
     out = torch.empty_like(q)
     roles = query_positions(positions, stride, chunk_size)
     for first in range(start // stride * stride, end, stride):
-        a, b = (
-            max(first, start),
-            min(first + stride, end),
-        )  # these queries share a chunk
+        a, b = (max(first, start), min(first + stride, end))  # these queries share a chunk
         rows = slice(a - start, b - start)
         intra, succ, inter = (turn(q[:, :, rows], p[rows]) for p in roles)
         previous, own = chunk_runs(a, stride)

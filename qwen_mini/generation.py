@@ -171,9 +171,7 @@ class Sampling:
 
 
 # %% ../notebooks/05_generation.ipynb #0f346ea1
-def left_pad(
-    prompts: Sequence[Sequence[int]],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Prompts as one (batch, longest) tensor, all ending in the last column.
 
     Also returns document ids (None without padding): real tokens are document 0,

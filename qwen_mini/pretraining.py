@@ -274,10 +274,7 @@ def evaluate(
     for name, facts in corpus.manifest["domains"].items():
         if facts.get("row_tokens"):
             rows = evaluate_rows(model, corpus, name)
-            scores |= {
-                f"{name} loss": rows["loss"],
-                f"{name} accuracy": rows["accuracy"],
-            }
+            scores |= {f"{name} loss": rows["loss"], f"{name} accuracy": rows["accuracy"]}
         else:
             scores[f"{name} bits per byte"] = evaluate_bits_per_byte(
                 model, corpus, tokenizer, name, length, max_tokens, stride

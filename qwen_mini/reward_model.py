@@ -214,16 +214,8 @@ FILLER = (
     "I will look at it with care.",
     "Here we go, step by step.",
 )
-OFF_TOPIC = (
-    "By the way, the sea is deep.",
-    "Some cats like the rain.",
-    "I had soup for lunch.",
-)
-RUDE = (
-    "What a stupid question.",
-    "You should know that, you fool.",
-    "Only an idiot asks this.",
-)
+OFF_TOPIC = ("By the way, the sea is deep.", "Some cats like the rain.", "I had soup for lunch.")
+RUDE = ("What a stupid question.", "You should know that, you fool.", "Only an idiot asks this.")
 BIASED = (
     "Girls can not do this.",
     "Old people are too slow for that.",

@@ -133,11 +133,7 @@ def unfenced(response: str) -> str:
 SPLITS = {"train": (0.0, 0.8), "tune": (0.8, 0.9), "test": (0.9, 1.0)}
 LEVELS = (1, 2, 3, 4, 5)
 TRAIN_LEVELS = (1, 2, 3)  # the others only measure: harder than anything seen
-WORDINGS = (
-    "shown",
-    "asked",
-    "unseen",
-)  # in demonstrations, in prompts alone, nowhere in training
+WORDINGS = ("shown", "asked", "unseen")  # in demonstrations, in prompts alone, nowhere in training
 
 
 # %% ../notebooks/15_tasks.ipynb #83612e1c
@@ -162,11 +158,7 @@ class Task:
         return self.form is None
 
     def generate(
-        self,
-        rng: random.Random,
-        level: int = 1,
-        split: str = "train",
-        wording: str = "shown",
+        self, rng: random.Random, level: int = 1, split: str = "train", wording: str = "shown"
     ) -> Example:
         """A problem of `level` (1 to 5) from one side of the split, in one of the `WORDINGS`."""
         if split not in SPLITS or level not in LEVELS or wording not in WORDINGS:

@@ -370,7 +370,7 @@ CASES = [
     ),
 ]
 REAL = [  # the course's own code: with --all only
-    Case("model", _train_a_model, lambda: _write_toy("1"), ("toy",), load=_load_stages),
+    Case("model", _train_a_model, lambda: _write_toy("1"), ("toy",), load=_load_stages)
 ]
 
 

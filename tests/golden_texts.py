@@ -15,13 +15,7 @@ from qwen_mini import corpus as c
 from qwen_mini import tasks as t
 from qwen_mini.course import artifacts, corpus_files
 from qwen_mini.course.sandbox import run_many
-from qwen_mini.tokenizer import (
-    Tokenizer,
-    chat_segments,
-    count_pieces,
-    split_pieces,
-    train_bpe,
-)
+from qwen_mini.tokenizer import Tokenizer, chat_segments, count_pieces, split_pieces, train_bpe
 from qwen_mini.world import constraints, needles, problems, words
 
 TEXTS = [

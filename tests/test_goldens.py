@@ -25,16 +25,7 @@ from golden_registry import (
     write,
 )
 
-from qwen_mini import (
-    corpus,
-    dpo,
-    generation,
-    grpo,
-    long_context,
-    sft,
-    tasks,
-    training,
-)
+from qwen_mini import corpus, dpo, generation, grpo, long_context, sft, tasks, training
 from qwen_mini import reward_model as rewards
 from qwen_mini import tokenizer as tok
 from qwen_mini.kernels import layers as fast_layers
@@ -83,10 +74,7 @@ def moved_by_a_change(module: str, name: str) -> str:
 
 @pytest.mark.parametrize(
     "optimizer, module, name",
-    [
-        (training.AdamW, "training", "AdamW"),
-        (dpo.OnlineMergingAdamW, "dpo", "online merging"),
-    ],
+    [(training.AdamW, "training", "AdamW"), (dpo.OnlineMergingAdamW, "dpo", "online merging")],
 )
 def test_another_beta_2_of_an_optimiser_is_seen(optimizer, module, name, monkeypatch):
     defaults = tuple(

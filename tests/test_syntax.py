@@ -25,10 +25,7 @@ SAME = {
         "def f():\n    a = 2\n    b = 1\n    return a - b",
         "def f():\n    b: int\n    a: int = 2\n    b = 1\n    return a - b",
     ),
-    "annotated attribute": (
-        "def f(self):\n    self.x = 1",
-        "def f(self):\n    self.x: int = 1",
-    ),
+    "annotated attribute": ("def f(self):\n    self.x = 1", "def f(self):\n    self.x: int = 1"),
     "local variable": (
         "def f(x):\n    y = x + 1\n    return y * y",
         "def f(x):\n    total = x + 1\n    return total * total",
@@ -104,10 +101,7 @@ DIFFERENT = {
         "def f():\n    a = 1\n    b = 2\n    return a - b",
         "def f():\n    a = 1\n    b = 2\n    return b - a",
     ),
-    "local or global": (
-        "def f():\n    a = 1\n    return a",
-        "def f():\n    a = 1\n    return b",
-    ),
+    "local or global": ("def f():\n    a = 1\n    return a", "def f():\n    a = 1\n    return b"),
     "declared global": ("def f():\n    a = 1", "def f():\n    global a\n    a = 1"),
     "shadowed": (
         "def f():\n    a = 1\n    def g():\n        a = 2\n    g()\n    return a",
@@ -133,10 +127,7 @@ DIFFERENT = {
     "keyword": ("f(a=x)", "f(b=x)"),
     "top-level name": ("a = 1", "b = 1"),
     "function's name": ("def f(): pass", "def g(): pass"),
-    "method's name": (
-        "class A:\n    def f(self): pass",
-        "class A:\n    def g(self): pass",
-    ),
+    "method's name": ("class A:\n    def f(self): pass", "class A:\n    def g(self): pass"),
     "field": ("class A:\n    x: int = 1", "class A:\n    x = 1"),
     "field without default": ("class A:\n    x: int", "class A:\n    y: int"),
     "class variable": ("class A:\n    x: int = 1", "class A:\n    x: ClassVar[int] = 1"),

@@ -263,10 +263,7 @@ def test_the_answer_has_one_place(response, want):
     assert final_answer(response) == want
 
 
-@pytest.mark.parametrize(
-    "text",
-    ['{"a": 1}', '{"a":1}', '{ "a" : 1 }'],
-)
+@pytest.mark.parametrize("text", ['{"a": 1}', '{"a":1}', '{ "a" : 1 }'])
 def test_json_is_compared_as_values(text):
     task = Task(
         "t",
