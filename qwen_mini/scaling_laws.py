@@ -4,31 +4,28 @@
 __all__ = [
     "STATE_BYTES",
     "small_model",
+    "MemberWeights",
+    "MemberLayers",
     "Ensemble",
     "EnsembleAdamW",
-    "prepare_text",
-    "SmallText",
-    "open_text",
-    "sweep",
     "heldout_losses",
+    "sweep",
     "parabola_minimum",
     "PowerLaw",
     "fit_power_law",
-    "LossLaw",
-    "fit_loss_law",
     "bootstrap",
     "interval",
     "optimal_rates",
-    "optimal_batches",
+    "fit_batch_law",
+    "LossLaw",
+    "fit_loss_law",
     "Recommendation",
     "recommend",
 ]
 
-# %% ../notebooks/11_scaling_laws.ipynb #9a6b93b9
+# %% ../notebooks/11_scaling_laws.ipynb #e23a3bc1
 import dataclasses
-import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -36,17 +33,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .corpus import open_prepared, pack, prepare_corpus, shuffled
-from .course import artifacts, records
+from .course import records
+from .course.small_text import SmallText
 from .kernels.attention import TiledAttention
 from .kernels.layers import Rotate, fused_rms_norm, fused_swiglu
 from .layers import rope_frequencies, rope_tables
-from .model import ModelConfig, Qwen, count_parameters, flops_per_token
-from .tokenizer import Tokenizer
+from .model import ModelConfig, Qwen
 from .training import learning_rate_factor
 
 
-# %% ../notebooks/11_scaling_laws.ipynb #27b0a301
+# %% ../notebooks/11_scaling_laws.ipynb #738f19a2
 def small_model(width: int, layers: int, vocab_size: int = 384, length: int = 64) -> ModelConfig:
     """A rung of the ladder: `width` channels, feed-forward 8/3 as wide, heads of 32 channels but at least two."""
     heads = max(2, width // 32)
@@ -66,11 +62,12 @@ def small_model(width: int, layers: int, vocab_size: int = 384, length: int = 64
         max_position_embeddings=length,
         rope_theta=10_000.0,
         tie_word_embeddings=True,
+        initializer_range=width**-0.5,
     )
 
 
-# %% ../notebooks/11_scaling_laws.ipynb #13d98a29
-class Ensemble:
+# %% ../notebooks/11_scaling_laws.ipynb #2363ae8a
+class MemberWeights:
     """Models of one shape whose every parameter has a leading member dimension: one `bmm` serves them all.
 
     `weights` (members, parameters of one) holds everything, matrices first; `parameters[name]` are views of it, named
@@ -97,6 +94,11 @@ class Ensemble:
         self.rope = rope_frequencies(self.config.head_dim, self.config.rope_theta)
         self.ones = torch.ones(self.config.hidden_size)
         self.output_scale, self.attention_scale = 1.0, 1.0
+
+
+# %% ../notebooks/11_scaling_laws.ipynb #ed86973c
+class MemberLayers(MemberWeights):
+    """The layers of chapters 02 and 03 with a member dimension in front."""
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """RMSNorm of (members, tokens, width), each member with gains of its own."""
@@ -130,6 +132,11 @@ class Ensemble:
         gate, up = self.linear(x, f"{name}.gate_proj"), self.linear(x, f"{name}.up_proj")
         return self.linear(fused_swiglu(gate, up), f"{name}.down_proj")
 
+
+# %% ../notebooks/11_scaling_laws.ipynb #f84ad668
+class Ensemble(MemberLayers):
+    """Models of one shape that read the same batches: logits, losses and gradients for every member."""
+
     def logits(self, input_ids: Tensor) -> Tensor:
         """(rows, length) ids, the same for all members → (members, rows · length, vocab_size)."""
         table = self.parameters["model.embed_tokens.weight"]
@@ -156,14 +163,14 @@ class Ensemble:
         return losses.detach(), torch.cat([part.flatten(1) for part in found], 1)
 
 
-# %% ../notebooks/11_scaling_laws.ipynb #e3d6f96f
+# %% ../notebooks/11_scaling_laws.ipynb #559147d7
 class EnsembleAdamW:
     """AdamW for an `Ensemble`: a learning rate, a gradient norm and a clip for every member.
 
     The order of operations is PyTorch's; vectors (gains, biases) have no weight decay. Source: arXiv 1711.05101.
     """
 
-    def __init__(self, ensemble: Ensemble, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, clip=1.0):
+    def __init__(self, ensemble: Ensemble, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8, clip=1.0):
         self.ensemble, self.betas, self.eps, self.clip, self.steps = ensemble, betas, eps, clip, 0
         self.mean = torch.zeros_like(ensemble.weights)
         self.square = torch.zeros_like(ensemble.weights)
@@ -188,75 +195,26 @@ class EnsembleAdamW:
         return norms
 
 
-# %% ../notebooks/11_scaling_laws.ipynb #2be40a68
-def prepare_text(config, seed: int = 0, vocab_size: int = 384) -> None:
-    """The scale's real text under a small tokenizer, as the stage "small_text_<vocab_size>": two streams of ids.
-
-    A vocabulary of 1,024 would be most of a model of 10,000 parameters. Held-out documents stay held out.
-    """
-    prepare_corpus(config, seed)
-    corpus, tokenizer = open_prepared(config, seed)
-    inputs = artifacts.read_manifest(artifacts.find(config.name, "corpus"))["inputs"]
-    inputs = {"corpus": inputs, "vocab_size": vocab_size}
-    stage = f"small_text_{vocab_size}"
-    with artifacts.stage_lock(config.name, stage):
-        found = artifacts.read_manifest(artifacts.stage_dir(config.name, stage))
-        if artifacts.made(config.name, stage) and found.get("inputs") == inputs:
-            return
-        domains = [name for name, facts in corpus.domains.items() if facts["kind"] == "real"]
-        texts = {
-            split: shuffled(_documents(corpus, tokenizer, domains, split), seed, "small_text")
-            for split in ("train", "heldout")
-        }
-        small = Tokenizer.train(texts["train"][: max(200, len(texts["train"]) // 16)], vocab_size)
-        with artifacts.write_stage(config.name, stage, inputs) as folder:
-            for split, documents in texts.items():
-                stream = pack(small.encode_batch(documents), small.endoftext_id)
-                np.save(folder / f"{split}.npy", stream)
-                size = sum(len(text.encode()) + 1 for text in documents)
-                (folder / f"{split}.json").write_text(json.dumps({"bytes": size}))
+# %% ../notebooks/11_scaling_laws.ipynb #b6910eb4
+@torch.no_grad()
+def heldout_losses(ensemble: Ensemble, text: SmallText, rows: int = 32) -> Tensor:
+    """Held-out loss of every member in nats a token, (members,); 100 for a member that has diverged."""
+    parts = torch.from_numpy(text.heldout.astype(np.int64)).split(rows)
+    sums = sum(ensemble.losses(part[:, :-1], part[:, 1:]) * len(part) for part in parts)
+    return (sums / len(text.heldout)).nan_to_num(100.0).clamp(max=100.0)
 
 
-def _documents(corpus, tokenizer, domains: list[str], split: str) -> list[str]:
-    """The documents of these domains as text again."""
-    found = []
-    for name in domains:
-        ids = np.asarray(corpus.tokens(name, split))
-        parts = np.split(ids, np.flatnonzero(ids == tokenizer.endoftext_id) + 1)
-        found += [tokenizer.decode(part[:-1].tolist()) for part in parts if len(part) > 1]
-    return found
+def _state(ensemble: Ensemble, adamw: EnsembleAdamW) -> tuple:
+    return adamw.steps, *(x.clone() for x in (ensemble.weights, adamw.mean, adamw.square))
 
 
-# %% ../notebooks/11_scaling_laws.ipynb #c55b2bf8
-@dataclasses.dataclass
-class SmallText:
-    """Windows of a packed stream: `train` (windows, length + 1), shuffled, and a fixed held-out sample."""
-
-    train: np.ndarray
-    heldout: np.ndarray
-    bytes_per_token: float
-
-    def batch(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (rows, length) each, from window `start` on; after the last comes the first."""
-        places = np.arange(start, start + rows) % len(self.train)
-        window = torch.from_numpy(self.train[places].astype(np.int64))
-        return window[:, :-1], window[:, 1:]
+def _restore(ensemble: Ensemble, adamw: EnsembleAdamW, state: tuple) -> None:
+    adamw.steps, *kept = state
+    for tensor, old in zip((ensemble.weights, adamw.mean, adamw.square), kept, strict=True):
+        tensor.copy_(old)
 
 
-def open_text(config, seed: int = 0, vocab_size: int = 384, length=64, heldout=16_384) -> SmallText:
-    """`SmallText` of a scale, made if it is not there; `heldout`: tokens to measure on, spread over all documents."""
-    prepare_text(config, seed, vocab_size)
-    folder = artifacts.find(config.name, f"small_text_{vocab_size}")
-    train, held = (np.load(folder / f"{split}.npy") for split in ("train", "heldout"))
-    size = json.loads((folder / "heldout.json").read_text())["bytes"]
-    windows = lambda ids: np.lib.stride_tricks.sliding_window_view(ids, length + 1)[::length]
-    order = np.random.default_rng(seed).permutation(len(windows(train)))
-    measured = windows(held)
-    places = np.linspace(0, len(measured) - 1, min(len(measured), heldout // length)).astype(int)
-    return SmallText(windows(train)[order], measured[places], size / len(held))
-
-
-# %% ../notebooks/11_scaling_laws.ipynb #b1f55431
+# %% ../notebooks/11_scaling_laws.ipynb #8b79130a
 def sweep(
     text: SmallText,
     config: ModelConfig,
@@ -264,6 +222,7 @@ def sweep(
     batch_tokens: int,
     horizons: Sequence[int],
     seeds: Sequence[int] = (0,),
+    build: Callable[[ModelConfig], Qwen] = Qwen,
     make: Callable[[Sequence[Qwen]], Ensemble] = Ensemble,
     optimizer: Callable[[Ensemble], EnsembleAdamW] = EnsembleAdamW,
 ) -> dict[int, list[list[float]]]:
@@ -283,8 +242,7 @@ def sweep(
     members = []
     for seed in seeds:
         torch.manual_seed(seed)
-        first = Qwen(config)
-        members += [first] * len(rates)
+        members += [build(config)] * len(rates)
     ensemble = make(members)
     adamw, peaks = optimizer(ensemble), torch.tensor(list(rates) * len(seeds))
     rows, found, start = batch_tokens // length, {}, 0
@@ -307,26 +265,7 @@ def sweep(
     return found
 
 
-# %% ../notebooks/11_scaling_laws.ipynb #3c22eae7
-@torch.no_grad()
-def heldout_losses(ensemble: Ensemble, text: SmallText, rows: int = 32) -> Tensor:
-    """Held-out loss of every member in nats a token, (members,); 100 for a member that has diverged."""
-    parts = torch.from_numpy(text.heldout.astype(np.int64)).split(rows)
-    sums = sum(ensemble.losses(part[:, :-1], part[:, 1:]) * len(part) for part in parts)
-    return (sums / len(text.heldout)).nan_to_num(100.0).clamp(max=100.0)
-
-
-def _state(ensemble: Ensemble, adamw: EnsembleAdamW) -> tuple:
-    return adamw.steps, *(x.clone() for x in (ensemble.weights, adamw.mean, adamw.square))
-
-
-def _restore(ensemble: Ensemble, adamw: EnsembleAdamW, state: tuple) -> None:
-    adamw.steps, *kept = state
-    for tensor, old in zip((ensemble.weights, adamw.mean, adamw.square), kept, strict=True):
-        tensor.copy_(old)
-
-
-# %% ../notebooks/11_scaling_laws.ipynb #a4299d63
+# %% ../notebooks/11_scaling_laws.ipynb #4cbad337
 def parabola_minimum(
     x: Sequence[float], y: Sequence[float], points: int = 3
 ) -> tuple[float, float]:
@@ -354,7 +293,7 @@ def parabola_minimum(
     return float(x[lowest] - b / (2 * a)), float(c - b * b / (4 * a))
 
 
-# %% ../notebooks/11_scaling_laws.ipynb #f1cb697e
+# %% ../notebooks/11_scaling_laws.ipynb #1a937a74
 @dataclasses.dataclass(frozen=True)
 class PowerLaw:
     """`scale` times a product of powers: `law(N=1e5, D=1e6)`; `spread`: standard error of ln y around it."""
@@ -372,6 +311,7 @@ class PowerLaw:
         return self.scale * math.prod(sizes[name] ** e for name, e in self.exponents.items())
 
 
+# %% ../notebooks/11_scaling_laws.ipynb #674530ac
 def fit_power_law(y: Sequence[float], **sizes: Sequence[float]) -> PowerLaw:
     """Least squares in logarithms: ln y = ln scale + Σ exponent · ln size, one exponent for each named size.
 
@@ -398,7 +338,63 @@ def fit_power_law(y: Sequence[float], **sizes: Sequence[float]) -> PowerLaw:
     return PowerLaw(math.exp(solution[0]), exponents, spread)
 
 
-# %% ../notebooks/11_scaling_laws.ipynb #81760601
+# %% ../notebooks/11_scaling_laws.ipynb #c81ab1a8
+def bootstrap(fit: Callable, count: int, draws: int = 400, seed: int = 0) -> list:
+    """`fit(indices)` for resamples of `count` points with replacement; resamples that determine no fit are left out."""
+    if count < 3:
+        raise ValueError(f"a bootstrap of {count} points says nothing: measure more")
+    generator, found = np.random.default_rng(seed), []
+    for _ in range(draws):
+        try:
+            found.append(fit(generator.integers(count, size=count)))
+        except ValueError:
+            continue
+    return found
+
+
+def interval(values: Sequence[float], level: float = 0.9) -> tuple[float, float]:
+    """The middle `level` of the values."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+# %% ../notebooks/11_scaling_laws.ipynb #378440fb
+def optimal_rates(cells: Sequence[Mapping]) -> list[dict]:
+    """Of each cell (N, D, B, rates, losses) the best rate and its loss, by a parabola in ln rate.
+
+    A cell whose lowest loss is at an end of its grid is left out: it says only on which side the best rate lies.
+    """
+    found = []
+    for cell in cells:
+        try:
+            place, loss = parabola_minimum(np.log(cell["rates"]), cell["losses"])
+        except ValueError:
+            continue
+        found.append({key: cell[key] for key in "NDB"} | {"rate": math.exp(place), "loss": loss})
+    return found
+
+
+# %% ../notebooks/11_scaling_laws.ipynb #b896f8f5
+def fit_batch_law(optima: Sequence[Mapping]) -> PowerLaw:
+    """Best batch as a power of D, from `optimal_rates`: ln loss = c(N, D) + k (ln B − ln B*(D))², one k for all.
+
+    That is linear in its coefficients, and with k shared a cell whose best batch lies beyond its grid still counts: its
+    slope says how far beyond. ValueError if the losses do not curve upwards.
+    """
+    groups = sorted({(row["N"], row["D"]) for row in optima})
+    x, d = (np.log([row[key] for row in optima]) for key in "BD")
+    place = np.array([groups.index((row["N"], row["D"])) for row in optima])
+    if len(optima) < len(groups) + 3 or np.ptp(d) == 0:
+        raise ValueError("a law of the batch needs two values of D and three batches: measure more")
+    matrix = np.column_stack([np.eye(len(groups))[place], x * x, x, x * d])
+    solution, *_ = np.linalg.lstsq(matrix, np.log([row["loss"] for row in optima]), rcond=None)
+    curve, slope, with_d = solution[-3:]
+    if curve <= 0:
+        raise ValueError("the losses show no best batch: widen the grid of batches")
+    return PowerLaw(math.exp(-slope / (2 * curve)), {"D": float(-with_d / (2 * curve))})
+
+
+# %% ../notebooks/11_scaling_laws.ipynb #cc4809ec
 @dataclasses.dataclass(frozen=True)
 class LossLaw:
     """L(N, D) = E + A / N^alpha + B / D^beta (Chinchilla, arXiv 2203.15556 §3.3); `spread`: of ln L around it."""
@@ -429,6 +425,7 @@ class LossLaw:
         return self.beta / (self.alpha + self.beta)
 
 
+# %% ../notebooks/11_scaling_laws.ipynb #aab131ff
 def fit_loss_law(
     N: Sequence[float], D: Sequence[float], L: Sequence[float], weights=None
 ) -> LossLaw:
@@ -461,6 +458,7 @@ def fit_loss_law(
     return LossLaw(*map(float, (E, A * N.min() ** alpha, B * D.min() ** beta, alpha, beta, spread)))
 
 
+# %% ../notebooks/11_scaling_laws.ipynb #19c37e46
 def _nonnegative(terms: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Least squares (problems, points, 3) → coefficients ≥ 0 (problems, 3) and squared errors (problems,)."""
     found = np.zeros((len(terms), 3))
@@ -477,68 +475,12 @@ def _nonnegative(terms: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.
     return found, errors
 
 
-# %% ../notebooks/11_scaling_laws.ipynb #03f1e434
-def bootstrap(fit: Callable, count: int, draws: int = 400, seed: int = 0) -> list:
-    """`fit(indices)` for resamples of `count` points with replacement; resamples that determine no fit are left out."""
-    if count < 3:
-        raise ValueError(f"a bootstrap of {count} points says nothing: measure more")
-    generator, found = np.random.default_rng(seed), []
-    for _ in range(draws):
-        try:
-            found.append(fit(generator.integers(count, size=count)))
-        except ValueError:
-            continue
-    return found
-
-
-def interval(values: Sequence[float], level: float = 0.9) -> tuple[float, float]:
-    """The middle `level` of the values."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-# %% ../notebooks/11_scaling_laws.ipynb #438aff4e
+# %% ../notebooks/11_scaling_laws.ipynb #aa0f8285
 STATE_BYTES = (
     20  # a parameter: bfloat16 weight and gradient; float32 master, gradient and two moments
 )
 
 
-# %% ../notebooks/11_scaling_laws.ipynb #20e14f46
-def optimal_rates(cells: Sequence[Mapping]) -> list[dict]:
-    """Of each cell (N, D, B, rates, losses) the best rate and its loss, by a parabola in ln rate.
-
-    A cell whose lowest loss is at an end of its grid is left out: it says only on which side the best rate lies.
-    """
-    found = []
-    for cell in cells:
-        try:
-            place, loss = parabola_minimum(np.log(cell["rates"]), cell["losses"])
-        except ValueError:
-            continue
-        found.append({key: cell[key] for key in "NDB"} | {"rate": math.exp(place), "loss": loss})
-    return found
-
-
-def optimal_batches(optima: Sequence[Mapping]) -> list[dict]:
-    """Of each (N, D) the best batch, its loss, and `edge`: whether it lies at an end of the batches that were tried."""
-    found = []
-    for N, D in sorted({(row["N"], row["D"]) for row in optima}):
-        rows = [row for row in optima if (row["N"], row["D"]) == (N, D)]
-        if len(rows) < 3:
-            continue
-        batches, losses = ([row[key] for row in rows] for key in ("B", "loss"))
-        try:
-            place, loss = parabola_minimum(np.log(batches), losses)
-            found.append({"N": N, "D": D, "B": math.exp(place), "loss": loss, "edge": False})
-        except ValueError:
-            lowest = int(np.argmin(losses))
-            found.append(
-                {"N": N, "D": D, "B": batches[lowest], "loss": losses[lowest], "edge": True}
-            )
-    return found
-
-
-# %% ../notebooks/11_scaling_laws.ipynb #919c333d
 @dataclasses.dataclass(frozen=True)
 class Recommendation:
     """What `recommend` says; memory in bytes without activations, FLOPs of the weights alone (6 N D)."""
@@ -562,8 +504,8 @@ def recommend(N: float, D: float, laws: Mapping | None = None) -> Recommendation
             f"N parameters and D tokens must be positive numbers, got N {N:g} and D {D:g}"
         )
     laws = laws or records.recall("11_scaling_laws", "laws")
-    batch, length = PowerLaw(**laws["batch"])(D=D), laws["length"]
-    batch = length * max(1, round(batch / length))
+    length = laws["length"]
+    batch = length * max(1, round(PowerLaw(**laws["batch"])(D=D) / length))
     return Recommendation(
         learning_rate=PowerLaw(**laws["rate"])(N=N, D=D, B=batch),
         batch_tokens=batch,

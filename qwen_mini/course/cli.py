@@ -69,6 +69,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-tokens", type=int, default=128)
     sub = add(plan, "parameters, memory and FLOPs of a scale", "gpu")
     sub.add_argument("--gpus", type=_a(Count), default=1, help="devices that share the work")
+    sub.add_argument("--params", type=_a(Positive), help="N: settings and cost by the scaling laws")
+    sub.add_argument("--tokens", type=_a(Positive), help="D, with --params")
     sub = add(train, "train a stage, also under torchrun")
     sub.add_argument(
         "stage",
@@ -166,10 +168,16 @@ def chat(options) -> int:
 
 
 def plan(options) -> int:
-    """Build the model on the meta device and count."""
-    from .plan import plan
+    """Build the model of a scale on the meta device and count; or take N and D, and let chapter 11's laws say the rest."""
+    from .plan import plan, plan_run
 
-    for name, value in plan(load_scale(options.scale), options.gpus):
+    if (options.params is None) != (options.tokens is None):
+        raise CourseError("--params and --tokens go together: give both, or neither for a scale")
+    if options.params:
+        rows = plan_run(options.params, options.tokens)
+    else:
+        rows = plan(load_scale(options.scale), options.gpus)
+    for name, value in rows:
         print(f"{name:30} {value}")
     return 0
 

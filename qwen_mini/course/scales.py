@@ -208,14 +208,14 @@ class ScalingLaws:
     """Chapter 11's grids; a model is a pair of width and layers, budgets are FLOPs, the rest are tokens.
 
     `sweeps`: what the laws of rate and batch are fitted to; `ladder`: the sizes that share each of `budgets` (those
-    whose tokens per parameter lie within `tokens_per_parameter`); `heldout_model`, `heldout_tokens`: the run that is
+    whose tokens per parameter lie within `ratio`); `heldout_model`, `heldout_tokens`: the run that is
     predicted first; `widths`, `width_tokens`: of the transfer by muP; `moe_models`, `moe_tokens`: of the experts.
     """
 
     sweeps: Annotated[tuple[Sweep, ...], Field(min_length=1)]
     ladder: tuple[Shape, ...]
     budgets: tuple[Positive, ...]
-    tokens_per_parameter: tuple[Positive, ...]
+    ratio: tuple[Positive, Positive]
     heldout_model: Shape
     heldout_tokens: Count
     widths: tuple[Count, ...]
