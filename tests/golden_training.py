@@ -28,6 +28,7 @@ from qwen_mini import training as tr
 from qwen_mini.corpus import needle_pieces, needle_rows, pack
 from qwen_mini.course.scales import Phase, Stage
 from qwen_mini.course.small_text import SmallText
+from qwen_mini.kernels.ensemble import Ensemble, EnsembleAdamW
 from qwen_mini.model import Qwen
 from qwen_mini.tokenizer import Tokenizer
 
@@ -292,8 +293,8 @@ def _():
     for seed in range(2):
         torch.manual_seed(seed)
         models.append(Qwen(SMALL))
-    ensemble = laws.Ensemble(models)
-    adamw, found = laws.EnsembleAdamW(ensemble), []
+    ensemble = Ensemble(models)
+    adamw, found = EnsembleAdamW(ensemble), []
     for step in range(4):
         losses, gradients_ = ensemble.gradients(*_windows().batch(4 * step, 4))
         norms = adamw.step(gradients_, torch.tensor([1e-3, 4e-3]))

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from qwen_mini.course import cli, plan, small_text
+from qwen_mini.kernels.ensemble import Ensemble, EnsembleAdamW
 from qwen_mini.model import Qwen
 from qwen_mini.scaling_laws import (
-    Ensemble,
-    EnsembleAdamW,
     LossLaw,
     PowerLaw,
     bootstrap,
@@ -202,9 +201,10 @@ def test_the_step_law_without_noise_is_recovered():
 
 # Best rate and batch of 17 cells (N in millions, D in billions), read from the Step Law's public runs.
 PUBLISHED = """214.7 4 2.76e-3 262|214.7 11.4 2.76e-3 393|214.7 20 3.91e-3 524|214.7 100 7.81e-3 2097
-268.3 5 1.95e-3 262|268.3 14.2 3.91e-3 393|268.3 25 3.91e-3 721|268.3 80 3.91e-3 1049|429.3 8 1.95e-3 262|429.3 22.7 1.95e-3 393
-429.3 40 2.76e-3 524|429.3 50 1.95e-3 524|536.9 10 9.77e-4 262|536.9 28.4 1.95e-3 393|536.9 50 2.76e-3 721
-1073.7 20 1.38e-3 524|1073.7 56.9 1.38e-3 524"""
+268.3 5 1.95e-3 262|268.3 14.2 3.91e-3 393|268.3 25 3.91e-3 721|268.3 80 3.91e-3 1049
+429.3 8 1.95e-3 262|429.3 22.7 1.95e-3 393|429.3 40 2.76e-3 524|429.3 50 1.95e-3 524
+536.9 10 9.77e-4 262|536.9 28.4 1.95e-3 393|536.9 50 2.76e-3 721|1073.7 20 1.38e-3 524
+1073.7 56.9 1.38e-3 524"""
 
 
 def test_published_optima_give_the_known_exponents():
