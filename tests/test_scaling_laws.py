@@ -2,14 +2,18 @@
 
 import copy
 import math
+import re
+import textwrap
 
 import numpy as np
 import pytest
 import torch
 
-from qwen_mini.course import cli, plan, small_text
+from qwen_mini import scaling_laws
+from qwen_mini.course import cli, home, load_scale, plan, small_text
+from qwen_mini.course.nb import Notebook
 from qwen_mini.kernels.ensemble import Ensemble, EnsembleAdamW
-from qwen_mini.model import Qwen
+from qwen_mini.model import Qwen, count_parameters, flops_per_token
 from qwen_mini.scaling_laws import (
     LossLaw,
     PowerLaw,
@@ -363,3 +367,89 @@ def test_the_machine_is_measured():
 )
 def test_durations(seconds, text):
     assert plan.duration(seconds) == text
+
+
+# ---------------------------------------------------------------- exercises
+BOOK = Notebook(home() / "notebooks" / "11_scaling_laws.ipynb")
+EXERCISES = [
+    (code, BOOK.code[index + 1]) for index, code in enumerate(BOOK.code) if "BEGIN SOLUTION" in code
+]
+WRONG = [
+    (
+        0,
+        "for m in settings.ladder: tokens[m] = 1e12 / 6 / count_parameters(rung(*m), embedding=False)",
+    ),
+    (0, "for m in settings.ladder: tokens[m] = 1e12 / flops_per_token(rung(*m), settings.length)"),
+    (0, "tokens[24, 2] = 1e12 / flops_per_token(rung(24, 2), settings.length, training=True)"),
+    (1, "return (flops / 6) ** 0.5"),
+    (1, "return law.optimal(flops)[1]"),
+    (1, "return law.optimal(6 * flops)[0]"),
+    (
+        1,
+        "return (law.alpha * law.A / law.beta / law.B * flops / 6) ** (law.beta / (law.alpha + law.beta))",
+    ),
+    (2, "return rates[0], rates[-1]"),
+    (
+        2,
+        "a, b, c = np.polyfit(np.log(rates), losses, 2); w = most / a; return math.exp(-b / 2 / a - w), 1",
+    ),
+    (
+        2,
+        "p, h = parabola_minimum(np.log(rates), losses); return math.exp(p) * 0.5, math.exp(p) * 2",
+    ),
+    (3, "law = fit_settings(rows)['rate']; return law.spread"),
+    (3, "law = fit_settings(rows)['rate']; return off(law, rows)"),
+    (3, "law = fit_settings([r for r in rows if r['N'] < 9e4])['rate']; return off(law, rows)"),
+    (3, "return 0.0"),
+]
+
+
+def room() -> dict:
+    """What the exercises find defined above them."""
+    space = {
+        "settings": load_scale("laptop").scaling_laws,
+        "truth": CHINCHILLA,
+        "math": math,
+        "np": np,
+    }
+    space |= {"count_parameters": count_parameters, "flops_per_token": flops_per_token}
+    space |= vars(scaling_laws)
+    exec(
+        next(code for code in BOOK.code if "def fit_settings(" in code).split("def settings_laws")[
+            0
+        ],
+        space,
+    )
+    space["rung"] = lambda width, layers: small_model(width, layers)
+    space["off"] = lambda law, rows: float(
+        np.mean([abs(math.log(law(**{k: r[k] for k in "NDB"}) / r["rate"])) for r in rows])
+    )
+    return space
+
+
+def answered(code: str, body: str) -> str:
+    """The cell of an exercise with another body between its marks."""
+    before, rest = re.split(r"[ ]*# BEGIN SOLUTION\n", code)
+    after = rest.split("# END SOLUTION")[1]
+    return before + textwrap.indent(body, "    " if "def " in before else "") + after
+
+
+def test_there_are_four_exercises():
+    assert len(EXERCISES) == 4
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_solution_of_an_exercise_passes(number):
+    solution, check = EXERCISES[number]
+    space = room()
+    exec(solution, space)
+    exec(check, space)
+
+
+@pytest.mark.parametrize("number, body", WRONG)
+def test_a_wrong_answer_is_refused(number, body):
+    solution, check = EXERCISES[number]
+    space = room()
+    exec(answered(solution, body), space)
+    with pytest.raises(AssertionError):
+        exec(check, space)
