@@ -23,11 +23,15 @@ from qwen_mini import dpo, grpo, online_rl, sft
 from qwen_mini import long_context as lc
 from qwen_mini import pretraining as p
 from qwen_mini import reward_model as r
+from qwen_mini import scaling_laws as laws
 from qwen_mini import tasks as t
 from qwen_mini import training as tr
 from qwen_mini.corpus import needle_pieces, needle_rows, pack
 from qwen_mini.course.scales import Phase, Stage
 from qwen_mini.course.statistics import wilson_interval
+from qwen_mini.course.small_text import SmallText
+from qwen_mini.kernels.ensemble import Ensemble, EnsembleAdamW
+from qwen_mini.model import Qwen
 from qwen_mini.tokenizer import Tokenizer
 
 
@@ -270,6 +274,84 @@ def _():
 def _():
     found = p.ngram_nll(corpus().tokens("a"), corpus().tokens("b", "heldout")[:400], 4, 1_024)
     return [found.mean(1), summary(torch.from_numpy(found[-1]))]
+
+
+# ---------------------------------------------------------------- scaling laws
+SMALL = laws.small_model(16, 2, vocab_size=96, length=16)
+
+
+def _windows() -> SmallText:
+    """Windows of ids in which each follows from the one before, up to a choice of four."""
+    rng, stream = random.Random("golden/windows"), [0]
+    for _ in range(8_000):
+        stream.append((5 * stream[-1] + 7 + rng.randrange(4)) % 96)
+    windows = np.lib.stride_tricks.sliding_window_view(np.array(stream), 17)[::16]
+    return SmallText(windows[:450], windows[450:490], 1.5)
+
+
+@golden("scaling_laws", "ensemble")
+def _():
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(Qwen(SMALL))
+    ensemble = Ensemble(models)
+    adamw, found = EnsembleAdamW(ensemble), []
+    for step in range(4):
+        losses, gradients_ = ensemble.gradients(*_windows().batch(4 * step, 4))
+        norms = adamw.step(gradients_, torch.tensor([1e-3, 4e-3]))
+        found.append([losses, norms])
+    return {"steps": found, "weights": summary(ensemble.weights)}
+
+
+@golden("scaling_laws", "sweep")
+def _():
+    return list(
+        laws.sweep(_windows(), SMALL, [1e-3, 4e-3], 64, [1024, 2048], seeds=(0, 1)).values()
+    )
+
+
+def _cells() -> list[dict]:
+    """Noisy basins over rates, by a law that is known; the lowest of one lies at an end."""
+    rng, cells, rates = random.Random("golden/cells"), [], [1e-3, 2e-3, 4e-3, 8e-3]
+    for N in (1e4, 4e4):
+        for D in (1e5, 4e5):
+            for B in (64, 128, 256):
+                best = 0.1 * N**-0.4 * D**-0.1 * B**0.3
+                basin = [
+                    0.1 * np.log(rate / best) ** 2 + 0.02 * np.log(B / D * 1e3) ** 2
+                    for rate in rates
+                ]
+                losses = [3 + 30 * N**-0.4 + x + rng.gauss(0, 0.001) for x in basin]
+                cells.append({"N": N, "D": D, "B": B, "rates": rates, "losses": losses})
+    return cells
+
+
+@golden("scaling_laws", "fits")
+def _():
+    rows = laws.optimal_rates(_cells())
+    sizes = {name: [row[name] for row in rows] for name in "NDB"}
+    rate, batch = (
+        laws.fit_power_law([row["rate"] for row in rows], **sizes),
+        laws.fit_batch_law(rows),
+    )
+    rng = np.random.default_rng(0)
+    N, D = rng.uniform(1e4, 1e6, 12), rng.uniform(1e5, 1e7, 12)
+    law = laws.fit_loss_law(N, D, 1.7 + 40 / N**0.3 + 90 / D**0.28)
+    drawn = laws.bootstrap(lambda which: float(N[which].mean()), 12, 50)
+    said = laws.recommend(
+        2e5,
+        3e6,
+        {
+            "rate": dataclasses.asdict(rate),
+            "batch": dataclasses.asdict(batch),
+            "loss": dataclasses.asdict(law),
+            "length": 64,
+            "largest": [1e5, 1e6],
+        },
+    )
+    values = dataclasses.asdict(said) | {"loss law": dataclasses.asdict(law), "rows": len(rows)}
+    return values | {"interval": laws.interval(drawn), "optimum": law.optimal(1e13)}
 
 
 # ---------------------------------------------------------------- long context

@@ -73,6 +73,22 @@ warmup_steps = 1
 needle_share = 0.3
 needle_rows = 8
 
+[scaling_laws]
+ladder = [[16, 1]]
+budgets = [1e8]
+ratio = [0.1, 100.0]
+heldout_model = [16, 2]
+heldout_tokens = 4096
+widths = [16]
+width_tokens = 2048
+moe_models = [[16, 1]]
+moe_tokens = 4096
+[[scaling_laws.sweeps]]
+model = [16, 1]
+batches = [64]
+tokens = [4096]
+rates = [1e-3, 4e-3, 1.6e-2]
+
 [[long_context.stages]]
 tokens = 1024
 rope_theta = 20000.0

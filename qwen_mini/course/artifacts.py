@@ -31,7 +31,12 @@ except ImportError:  # Windows: nothing keeps two writers apart there
 
 # the chapter that makes a stage, by the beginning of its name
 MAKERS = {
-    **{"tokenizer": "corpus", "answers": "reward_model", "reward_model": "reward_model"},
+    **{
+        "tokenizer": "corpus",
+        "small_text": "scaling_laws",
+        "answers": "reward_model",
+        "reward_model": "reward_model",
+    },
     **{"pairs": "dpo", "preferred": "dpo"},
     "probe": "grpo",
     **dict.fromkeys(("more_sft", "rejection", "expert", "order"), "online_rl"),

@@ -70,6 +70,9 @@ def _asking(commands) -> None:
     sub.add_argument("--max-tokens", type=int, default=128)
     sub = _add(commands, plan, "parameters, memory and FLOPs of a scale", "gpu")
     sub.add_argument("--gpus", type=_a(Count), default=1, help="devices that share the work")
+    by_laws = "N: settings and cost by the scaling laws"
+    sub.add_argument("--params", type=_a(Positive), help=by_laws)
+    sub.add_argument("--tokens", type=_a(Positive), help="D, with --params")
 
 
 def _making(commands) -> None:
@@ -166,10 +169,16 @@ def chat(options) -> int:
 
 
 def plan(options) -> int:
-    """Build the model on the meta device and count."""
-    from .plan import plan
+    """Build the model of a scale on the meta device and count; or take N and D, and let chapter 11's laws say the rest."""
+    from .plan import plan, plan_run
 
-    for name, value in plan(load_scale(options.scale), options.gpus):
+    if (options.params is None) != (options.tokens is None):
+        raise CourseError("--params and --tokens go together: give both, or neither for a scale")
+    if options.params:
+        rows = plan_run(options.params, options.tokens)
+    else:
+        rows = plan(load_scale(options.scale), options.gpus)
+    for name, value in rows:
         print(f"{name:30} {value}")
     return 0
 

@@ -1,10 +1,15 @@
-"""What a scale costs before a second of it is spent: the model on the meta device, counted."""
+"""What a run costs before a second of it is spent: a scale's model counted on the meta device, or N and D by the laws."""
+
+import time
 
 from .scales import ScaleConfig
 
 GIB = 2**30
 STATE_BYTES = 20  # bfloat16 weight and gradient; float32 master, gradient and two moments
 ACCELERATOR_FLOPS = 0.4 * 312e12  # 40 % of an A100's bfloat16 peak
+UTILISATION = 0.4
+# Peak of dense bfloat16 (T4: float16) products in FLOP/s, from NVIDIA's data sheets of each card.
+GPUS = {"T4": 65e12, "L4": 121e12, "RTX 4090": 165e12, "A100": 312e12, "H100 SXM": 989e12}
 
 
 def activation_bytes_per_token(model) -> int:
@@ -74,3 +79,74 @@ def _verdict(needed: float, budget: float) -> str:
     if needed <= budget:
         return f"{needed:.2f} GiB of {budget:g}"
     return f"{needed:.2f} GiB, more than the scale's {budget:g}: raise grad_accumulation, or share among more devices"
+
+
+def plan_run(params: float, tokens: float) -> list[tuple[str, str]]:
+    """Rows of name and value for N parameters and D tokens: settings by chapter 11's laws, cost, and time here and elsewhere.
+
+    ValueError unless both are positive.
+    """
+    from qwen_mini.scaling_laws import recommend
+
+    said = recommend(params, tokens)
+    speed = measured_speed()
+    rows = [
+        ("learning rate", f"{said.learning_rate:.2e} (peak, AdamW)"),
+        ("batch", f"{said.batch_tokens:,} tokens"),
+        ("steps", f"{said.steps:,}"),
+        ("FLOPs", f"{said.flops:.3g} (6 N D)"),
+        (
+            "memory",
+            f"{said.memory / GIB:.3g} GiB without activations ({STATE_BYTES} bytes a parameter)",
+        ),
+        (
+            "time on this machine",
+            f"{duration(said.flops / speed)} at {speed / 1e9:.0f} GFLOP/s, measured on a small model",
+        ),
+    ]
+    for name, peak in GPUS.items():
+        seconds = said.flops / peak / UTILISATION
+        rows.append(
+            (
+                f"time on one {name}",
+                f"{duration(seconds)} at {UTILISATION:.0%} of {peak / 1e12:.0f} TFLOP/s",
+            )
+        )
+    if said.beyond > 1:
+        warning = f"N or D is {said.beyond:,.3g} times the largest run of the fits: a guess"
+        rows.append(("beyond the laws", warning))
+    return rows
+
+
+def measured_speed(seconds: float = 1.0) -> float:
+    """FLOP/s of training a model of a million parameters here, the best of the steps within some seconds."""
+    import torch
+
+    from qwen_mini.model import ModelConfig, Qwen, flops_per_token
+
+    shape = ModelConfig.from_scale(_laptop())
+    model, length = Qwen(shape), 128
+    ids = torch.randint(shape.vocab_size, (8, length + 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    taken, begun = [], time.perf_counter()
+    while len(taken) < 3 or time.perf_counter() - begun < seconds:
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        model(ids[:, :-1], targets=ids[:, 1:]).backward()
+        optimizer.step()
+        taken.append(time.perf_counter() - start)
+    return 8 * length * flops_per_token(shape, length, training=True) / min(taken)
+
+
+def _laptop() -> ScaleConfig:
+    from .scales import load_scale
+
+    return load_scale("laptop")
+
+
+def duration(seconds: float) -> str:
+    """`90 s`, `2.5 h`, `40 days`, `3e+05 years`."""
+    for size, unit in ((31_557_600, "years"), (86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.3g} {unit}"
+    return f"{seconds:.3g} s"

@@ -190,6 +190,42 @@ class SparsePrefill:
     chunk_tokens: Count = 49_152
 
 
+Shape = Annotated[tuple[Size, ...], Field(min_length=2, max_length=2)]  # width, layers
+
+
+@dataclass(frozen=True, config=STRICT)
+class Sweep:
+    """Runs of one model at every batch and rate, measured after each number of tokens."""
+
+    model: Shape
+    batches: Annotated[tuple[Count, ...], Field(min_length=1)]
+    tokens: Annotated[tuple[Count, ...], Field(min_length=1)]
+    rates: Annotated[tuple[Positive, ...], Field(min_length=3)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class ScalingLaws:
+    """Chapter 11's grids; a model is a pair of width and layers, budgets are FLOPs, the rest are tokens.
+
+    `sweeps`: what the laws of rate and batch are fitted to; `ladder`: the sizes that share each of `budgets` (those
+    whose tokens per parameter lie within `ratio`); `heldout_model`, `heldout_tokens`: the run that is
+    predicted first; `widths`, `width_tokens`: of the transfer by muP; `moe_models`, `moe_tokens`: of the experts.
+    """
+
+    sweeps: Annotated[tuple[Sweep, ...], Field(min_length=1)]
+    ladder: tuple[Shape, ...]
+    budgets: tuple[Positive, ...]
+    ratio: tuple[Positive, Positive]
+    heldout_model: Shape
+    heldout_tokens: Count
+    widths: tuple[Count, ...]
+    width_tokens: Count
+    moe_models: tuple[Shape, ...]
+    moe_tokens: Count
+    vocab_size: Annotated[int, Field(ge=256 + CONTROL_TOKENS)] = 384
+    length: Count = 64
+
+
 @dataclass(frozen=True, config=STRICT)
 class Sft:
     """Fine-tuning: `demonstrations` gold responses per task, and the numbers of the run.
@@ -310,6 +346,7 @@ class ScaleConfig:
     model: Model
     corpus: Corpus
     pretraining: Pretraining
+    scaling_laws: ScalingLaws
     long_context: LongContext
     dual_chunk: DualChunk
     sparse_prefill: SparsePrefill
