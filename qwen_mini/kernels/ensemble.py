@@ -57,7 +57,11 @@ class Ensemble:
     def hidden_states(self, ids: Tensor, weights: dict[str, Tensor]) -> Tensor:
         """ids: (members, batch, length) → (members, batch · length, hidden_size), after the last norm."""
         members, batch, length = ids.shape
-        heads, size, dim = self.shape.num_attention_heads, self.shape.hidden_size, self.shape.head_dim
+        heads, size, dim = (
+            self.shape.num_attention_heads,
+            self.shape.hidden_size,
+            self.shape.head_dim,
+        )
         angles = torch.arange(length)[:, None] * self.frequencies
         cos, sin = (torch.cat(p, -1).to(self.dtype) for p in _tables(angles))
         ones = torch.ones(size, dtype=self.dtype)
@@ -71,8 +75,12 @@ class Ensemble:
             q, k = (Rotate.apply(part, cos, sin) for part in qkv[:2])
             attended = TiledAttention.apply(q, k, qkv[2]).transpose(1, 2)
             x = x + torch.bmm(attended.reshape(members, -1, size), weights[f"{i}.o"])
-            gate, up = torch.bmm(fused_rms_norm(x, ones, 1e-6), weights[f"{i}.gate_up"]).chunk(2, -1)
-            x = x + torch.bmm(fused_swiglu(gate.contiguous(), up.contiguous()), weights[f"{i}.down"])
+            gate, up = torch.bmm(fused_rms_norm(x, ones, 1e-6), weights[f"{i}.gate_up"]).chunk(
+                2, -1
+            )
+            x = x + torch.bmm(
+                fused_swiglu(gate.contiguous(), up.contiguous()), weights[f"{i}.down"]
+            )
         return fused_rms_norm(x, ones, 1e-6)
 
     def losses(self, windows: Tensor, weights: Tensor | None = None) -> list[Tensor]:
@@ -90,16 +98,21 @@ class Ensemble:
         ]
 
     @torch.no_grad()
-    def token_losses(self, windows: Tensor, batch: int = 16) -> Tensor:
-        """−log p of every target under every member: (members, rows, length); windows: (rows, length + 1)."""
-        cast, parts = {name: value.to(self.dtype) for name, value in self.weights.items()}, []
+    def token_scores(self, windows: Tensor, batch: int = 4) -> tuple[Tensor, Tensor]:
+        """−log p of every target under every member, and whether it is the likeliest token.
+
+        windows: (rows, length + 1); both results: (members, rows, length).
+        """
+        cast = {name: value.to(self.dtype) for name, value in self.weights.items()}
+        losses, right = [], []
         for rows in windows.split(batch):
             hidden = self.hidden_states(rows[:, :-1].expand(len(self), -1, -1), cast)
             logits = torch.bmm(hidden, cast["embed"].transpose(1, 2)).float()
             targets = rows[:, 1:].reshape(1, -1, 1).expand(len(self), -1, -1)
             nll = logits.logsumexp(-1) - logits.gather(-1, targets)[..., 0]
-            parts.append(nll.unflatten(1, rows[:, 1:].shape))
-        return torch.cat(parts, 1)
+            losses.append(nll.unflatten(1, rows[:, 1:].shape))
+            right.append((logits.argmax(-1) == targets[..., 0]).unflatten(1, rows[:, 1:].shape))
+        return torch.cat(losses, 1), torch.cat(right, 1)
 
     def state(self, member: int) -> dict[str, Tensor]:
         """The member's weights under the names of a tied `Qwen` of the same sizes."""
@@ -108,7 +121,10 @@ class Ensemble:
         for i in range(self.shape.num_hidden_layers):
             q, k, v = w[f"{i}.qkv"].chunk(3, -1)
             gate, up = w[f"{i}.gate_up"].chunk(2, -1)
-            named = {f"self_attn.{n}_proj": m for n, m in zip("qkvo", (q, k, v, w[f"{i}.o"]), strict=True)}
+            named = {
+                f"self_attn.{n}_proj": m
+                for n, m in zip("qkvo", (q, k, v, w[f"{i}.o"]), strict=True)
+            }
             named |= {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": w[f"{i}.down"]}
             layer = {f"{n}.weight": m.T.contiguous() for n, m in named.items()}
             layer |= {f"self_attn.{n}_proj.bias": torch.zeros(d) for n in "qkv"}

@@ -27,11 +27,16 @@ PAGE_PARTS = (
 ).split("|")
 
 
-def found_texts(kind: str, count: int, rng: random.Random, size: int = 900) -> list[str]:
-    """Up to `count` pieces of about `size` characters of one kind of `FOUND`, at most four of a file; [] if there is none."""
+def found_texts(
+    kind: str, count: int, rng: random.Random, part: int = 0, size: int = 900
+) -> list[str]:
+    """Up to `count` pieces of about `size` characters of one kind of `FOUND`, at most four of a file; [] if there is none.
+
+    part: 0 or 1, of two halves that have no file in common.
+    """
     paths = sysconfig.get_paths()
     folder = Path(paths["stdlib"] if kind == "code tables" else paths["purelib"])
-    files = sorted({path for pattern in FOUND[kind] for path in folder.glob(pattern)})
+    files = sorted({path for pattern in FOUND[kind] for path in folder.glob(pattern)})[part::2]
     rng.shuffle(files)
     texts = []
     for path in files:
@@ -128,3 +133,23 @@ def _edits(old: list[str], share: float, words: list[str], rng: random.Random) -
             yield word
         if kind in ("replace", "insert"):
             yield rng.choice(words)
+
+
+def noise_texts(
+    clean: dict[str, list[str]], read: dict[str, list[str]], count: int, part: int, seed: int
+) -> dict[str, list[str]]:
+    """kind -> about `count` texts, four times as many of the hardest kind, fluent junk; part 0 and 1 share nothing.
+
+    clean: domain -> texts to spoil; read: what the writers of fluent junk have read.
+    """
+    rng = random.Random(f"{seed}/noise/{part}")
+    flat = [text for texts in clean.values() for text in texts]
+    noise = {kind: found_texts(kind, count, rng, part) for kind in FOUND}
+    for kind, make in MADE.items():
+        noise[kind] = [make(rng.choice(flat), rng) for _ in range(count)]
+    large = [texts[part::2] for texts in read.values() if sum(map(len, texts)) > 50_000]
+    writers = [TrigramWriter(texts) for texts in large or [flat]]
+    noise["fluent junk"] = [
+        writers[i % len(writers)].write(rng.randint(60, 180), rng) for i in range(4 * count)
+    ]
+    return {kind: texts for kind, texts in noise.items() if texts}
