@@ -108,7 +108,7 @@ MODEL = ["bits per byte", "spread", "surprises", "sure tokens", "gain by context
 
 @torch.no_grad()
 def model_scores(
-    model, tokenizer, texts: Sequence[str], tokens: int = 192, batch: int = 32
+    model, tokenizer, texts: Sequence[str], tokens: int = 128, batch: int = 64
 ) -> np.ndarray:
     """(texts, 5) scores of `MODEL`: what a language model thinks of the first `tokens` tokens of every text."""
     sizes = torch.from_numpy(token_sizes(tokenizer)).float()
@@ -160,7 +160,7 @@ class Head:
 
 
 def softmax_regression(
-    x: np.ndarray, y: np.ndarray, decay: float = 1.0, steps: int = 80
+    x: np.ndarray, y: np.ndarray, decay: float = 1.0, steps: int = 60
 ) -> np.ndarray:
     """Weights (features, classes) that minimise −Σ log p(y | x) + decay/2 · |w|², by L-BFGS."""
     features, labels = torch.tensor(x), torch.tensor(y)
@@ -322,7 +322,10 @@ def verify_arithmetic(question: str, steps: str, answer: str) -> bool:
     kind = wanted.group().lower()
     truth = a + b if kind in "+plus add" else a - b if kind in "-minus subtract" else a * b
     equations = re.findall(r"([-+*\d]+)=(-?\d+)", steps)
-    return answer == str(truth) and all(_value(left) == int(right) for left, right in equations)
+    written = re.findall(r"=(-?\d+) write (\d+) (?:carry|borrow) (\d+)", steps)
+    columns = all(int(n) % 10 == int(w) and abs(int(n) // 10) == int(c) for n, w, c in written)
+    sums = all(_value(left) == int(right) for left, right in equations)
+    return answer == str(truth) and columns and sums
 
 
 def _value(expression: str) -> int:

@@ -131,6 +131,7 @@ def _word_vectors(owners: np.ndarray, places: np.ndarray, documents: int) -> np.
         torch.from_numpy(np.stack([owners, places])),
         torch.from_numpy(weight[places]),
         (documents, BUCKETS),
+        check_invariants=False,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
