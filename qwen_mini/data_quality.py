@@ -2,11 +2,8 @@
 
 # %% auto #0
 __all__ = [
-    "HASHES",
     "ROWS",
-    "SHINGLE",
     "MODEL",
-    "signatures",
     "near_duplicates",
     "model_scores",
     "Head",
@@ -44,35 +41,13 @@ from qwen_mini.kernels.words import (
     mix,
     ngrams,
     powers,
+    signatures,
     split_words,
 )
 from .pretraining import token_sizes
 
-# %% ../notebooks/10_data_quality.ipynb #4c057fcc
-HASHES, ROWS, SHINGLE = 128, 4, 5  # 32 bands of 4 rows
-
-
-def signatures(texts: Sequence[str], shingle: int = SHINGLE, seed: int = 0) -> np.ndarray:
-    """MinHash of the sets of word n-grams, (texts, 128) uint32; a text shorter than n words is one shingle.
-
-    The share of equal entries of two rows estimates the Jaccard index of their sets. Source: Broder, 1997.
-    """
-    words = split_words(texts)
-    hashes, places = ngrams(words, shingle)
-    starts = np.searchsorted(places, words.starts)
-    short = np.flatnonzero(np.diff(starts) == 0)
-    sums = np.append(np.uint64(0), np.cumsum(words.hashes))
-    whole = sums[words.starts[short + 1]] - sums[words.starts[short]]
-    hashes = (np.insert(hashes, starts[short], mix(whole)) >> np.uint64(32)).astype(np.uint32)
-    starts = starts[:-1] + np.searchsorted(short, np.arange(len(texts)))
-    rng = np.random.default_rng(seed)
-    factors, shifts = rng.integers(0, 2**32, (2, HASHES), dtype=np.uint32)
-    result, turned = np.empty((HASHES, len(texts)), np.uint32), np.empty_like(hashes)
-    for row, factor, shift in zip(result, factors | np.uint32(1), shifts, strict=True):
-        np.multiply(hashes, factor, out=turned)  # an odd factor permutes the numbers modulo 2^32
-        np.add(turned, shift, out=turned)
-        np.minimum.reduceat(turned, starts, out=row)
-    return result.T
+# %% ../notebooks/10_data_quality.ipynb #07bfa2b5
+ROWS = 4  # of each band: 32 bands of 4 minima
 
 
 def near_duplicates(texts: Iterable[str], threshold: float = 0.5) -> Iterator[int]:

@@ -186,3 +186,18 @@ def _adamw(weights, first, second, step: int, rate: Tensor, decay: float) -> Non
         v = second[name].mul_(0.95).addcmul_(grad, grad, value=0.05)
         update = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt_().add_(1e-8))
         w.mul_(1 - rate * decay).sub_(update.mul_(rate))
+
+
+def rows_of(stream: np.ndarray, length: int) -> np.ndarray:
+    """(rows, length + 1): neighbouring windows of a stream that share one token; a shorter stream is repeated."""
+    stream = np.resize(stream, max(len(stream), length + 1))
+    starts = np.arange((len(stream) - 1) // length)[:, None] * length
+    return stream[starts + np.arange(length + 1)]
+
+
+def windows_of(stream: np.ndarray, count: int, length: int, seed: int) -> np.ndarray:
+    """(count, length + 1): `rows_of` a stream in random order, each once before any comes again."""
+    rows = rows_of(stream, length)
+    rng = np.random.default_rng(seed)
+    order = [rng.permutation(len(rows)) for _ in range(count // len(rows) + 1)]
+    return rows[np.concatenate(order)[:count]]

@@ -118,3 +118,29 @@ def repeated(hashes: np.ndarray, owners: np.ndarray) -> np.ndarray:
 def mean_of(values: np.ndarray, owners: np.ndarray, count: int) -> np.ndarray:
     """Mean of the values of each of `count` texts, 0 where there are none."""
     return np.bincount(owners, values, count) / np.maximum(np.bincount(owners, minlength=count), 1)
+
+
+HASHES = 128  # minima in a MinHash signature
+
+
+def signatures(texts: Sequence[str], shingle: int = 5, seed: int = 0) -> np.ndarray:
+    """MinHash of the sets of word n-grams, (texts, 128) uint32; a text shorter than n words is one shingle.
+
+    The share of equal entries of two rows estimates the Jaccard index of their sets. Source: Broder, 1997.
+    """
+    words = split_words(texts)
+    hashes, places = ngrams(words, shingle)
+    starts = np.searchsorted(places, words.starts)
+    short = np.flatnonzero(np.diff(starts) == 0)
+    sums = np.append(np.uint64(0), np.cumsum(words.hashes))
+    whole = sums[words.starts[short + 1]] - sums[words.starts[short]]
+    hashes = (np.insert(hashes, starts[short], mix(whole)) >> np.uint64(32)).astype(np.uint32)
+    starts = starts[:-1] + np.searchsorted(short, np.arange(len(texts)))
+    rng = np.random.default_rng(seed)
+    factors, shifts = rng.integers(0, 2**32, (2, HASHES), dtype=np.uint32)
+    result, turned = np.empty((HASHES, len(texts)), np.uint32), np.empty_like(hashes)
+    for row, factor, shift in zip(result, factors | np.uint32(1), shifts, strict=True):
+        np.multiply(hashes, factor, out=turned)  # an odd factor permutes the numbers modulo 2^32
+        np.add(turned, shift, out=turned)
+        np.minimum.reduceat(turned, starts, out=row)
+    return result.T

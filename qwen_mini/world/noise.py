@@ -153,3 +153,13 @@ def noise_texts(
         writers[i % len(writers)].write(rng.randint(60, 180), rng) for i in range(4 * count)
     ]
     return {kind: texts for kind, texts in noise.items() if texts}
+
+
+def careless(problem: tuple[str, str, str], rng: random.Random) -> tuple[str, str, str]:
+    """The problem (question, steps, answer) with one digit of its steps or answer changed."""
+    question, steps, answer = problem
+    text = f"{steps}\n{answer}"
+    at = rng.choice([i for i, c in enumerate(text) if c.isdigit()])
+    wrong = text[:at] + rng.choice([d for d in "0123456789" if d != text[at]]) + text[at + 1 :]
+    steps, _, answer = wrong.rpartition("\n")
+    return question, steps, answer
