@@ -293,8 +293,7 @@ def verify_arithmetic(question: str, steps: str, answer: str) -> bool:
     wanted = re.search(r"[-+*]|plus|minus|times|Add|Subtract|Multiply", question)
     if len(numbers) != 2 or not wanted:
         return False
-    a, b = numbers[::-1] if "Subtract" in question else numbers
-    kind = wanted.group().lower()
+    (a, b), kind = numbers[::-1] if "Subtract" in question else numbers, wanted.group().lower()
     truth = a + b if kind in "+plus add" else a - b if kind in "-minus subtract" else a * b
     equations = re.findall(r"([-+*\d]+)=(-?\d+)", steps)
     written = re.findall(r"=(-?\d+) write (\d+) (?:carry|borrow) (\d+)", steps)
@@ -369,55 +368,41 @@ def decontaminate(
     window of twice the item's length around it, because in a long document a subsequence is found by chance. Documents
     may come from an iterator without end: only a block of them and the index are in memory.
     """
+    if not 0 < share <= 1 or least < 1:
+        raise ValueError(
+            f"the rule needs 1 word or more and a share in (0, 1], got {least}, {share}"
+        )
     index = tests if isinstance(tests, TestIndex) else TestIndex(tests)
     for block in blocks(documents):
         yield from _contaminated(split_words(block), index, least, share).tolist()
 
 
 def _contaminated(words: Words, index: TestIndex, least: int, share: float) -> np.ndarray:
-    result = np.full(len(words.starts) - 1, -1)
+    """`decontaminate` of one block."""
+    result, starts, firsts = np.full(len(words.starts) - 1, -1), words.starts, index.words.starts
     hashes, places = ngrams(words, index.n)
     mine, theirs = index.hits(hashes)
     if not len(mine):
         return result
-    mine = places[mine]
-    item_of, text_of = index.words.texts[theirs], words.texts[mine]
-    sizes, lengths = np.diff(index.words.starts)[item_of], np.diff(words.starts)[text_of]
-    width = np.maximum(sizes // 2, 1)
-    begin = (mine - (theirs - index.words.starts[item_of])) // width * width - sizes // 4
-    key = np.unique(np.stack([sizes, item_of, text_of, begin]), axis=1)
-    sizes, item_of, text_of, begin = key
-    needed = np.maximum(
-        least, np.ceil(share * np.minimum(sizes, np.diff(words.starts)[text_of]) - 1e-9)
-    )
-    fits = np.minimum(sizes, np.diff(words.starts)[text_of]) >= least
-    sizes, item_of, text_of, begin, needed = (
-        x[fits] for x in (sizes, item_of, text_of, begin, needed)
-    )
-    for start in range(0, len(sizes), 2048):
-        part = slice(start, start + 2048)
-        a = _windows(
-            index.words.hashes,
-            index.words.starts[item_of[part]],
-            sizes[part],
-            index.words.starts[item_of[part] + 1],
-        )
-        low = np.maximum(begin[part], words.starts[text_of[part]])
-        b = _windows(
-            words.hashes,
-            low,
-            2 * sizes[part] - (low - begin[part]),
-            words.starts[text_of[part] + 1],
-        )
+    mine, item = places[mine], index.words.texts[theirs]
+    text, sizes = words.texts[mine], np.diff(firsts)[item]
+    width = np.maximum(sizes // 2, 1)  # hits of one alignment share a window
+    begin = (mine - (theirs - firsts[item])) // width * width - sizes // 4
+    sizes, item, text, begin = np.unique(np.stack([sizes, item, text, begin]), axis=1)
+    shorter = np.minimum(sizes, np.diff(starts)[text])
+    needed = np.maximum(least, np.ceil(share * shorter - 1e-9))
+    possible = np.flatnonzero(shorter >= least)
+    for part in np.array_split(possible, len(possible) // 2048 + 1):
+        i, t = item[part], text[part]
+        a = _windows(index.words, i, firsts[i], firsts[i + 1])
+        b = _windows(words, t, np.maximum(begin[part], starts[t]), begin[part] + 2 * sizes[part])
         found = lcs_lengths(a, b) >= needed[part]
-        result[text_of[part][found]] = item_of[part][found]
+        result[t[found]] = i[found]
     return result
 
 
-def _windows(
-    hashes: np.ndarray, begins: np.ndarray, sizes: np.ndarray, ends: np.ndarray
-) -> np.ndarray:
-    """(windows, widest) hashes of words from each begin on, at most `size` of them and none from `end` on; else 0."""
-    at = begins[:, None] + np.arange(sizes.max())
-    inside = at < np.minimum(begins + sizes, ends)[:, None]
-    return np.where(inside, hashes[np.minimum(at, len(hashes) - 1)], 0)
+def _windows(words: Words, texts: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """(windows, widest) hashes of words from each begin to its end or that of its text, then zeros."""
+    at = begins[:, None] + np.arange(max(0, (ends - begins).max(initial=0)))
+    inside = at < np.minimum(ends, words.starts[texts + 1])[:, None]
+    return np.where(inside, words.hashes[np.minimum(at, len(words.hashes) - 1)], np.uint64(0))
