@@ -4,6 +4,8 @@
 __all__ = [
     "ROWS",
     "MODEL",
+    "Texts",
+    "Shares",
     "near_duplicates",
     "model_scores",
     "Head",
@@ -57,9 +59,7 @@ def near_duplicates(texts: Iterable[str], threshold: float = 0.5) -> Iterator[in
     `threshold` of their 5-grams is common. A kept text costs about 3 KB of memory; texts themselves are not kept.
     """
     if not 0 < threshold <= 1:
-        raise ValueError(
-            f"threshold is a share of common n-grams above 0 and at most 1, got {threshold}"
-        )
+        raise ValueError(f"threshold is a share of common n-grams in (0, 1], got {threshold}")
     bands: dict[int, int] = {}
     kept: dict[int, np.ndarray] = {}
     number = 0
@@ -134,9 +134,7 @@ class Head:
         return logits[:, 0] - np.logaddexp.reduce(logits[:, 1:], axis=1)
 
 
-def softmax_regression(
-    x: np.ndarray, y: np.ndarray, decay: float = 1.0, steps: int = 60
-) -> np.ndarray:
+def softmax_regression(x: np.ndarray, y: np.ndarray, decay=1.0, steps: int = 60) -> np.ndarray:
     """Weights (features, classes) that minimise −Σ log p(y | x) + decay/2 · |w|², by L-BFGS."""
     features, labels = torch.tensor(x), torch.tensor(y)
     weights = torch.zeros(x.shape[1], int(y.max()) + 1, dtype=features.dtype, requires_grad=True)
@@ -157,7 +155,7 @@ def softmax_regression(
 def fit_head(
     scores: np.ndarray, domains: np.ndarray, kinds: Sequence[str], keep: float = 0.985
 ) -> Head:
-    """A head fitted to labelled texts (kinds: "clean" or a kind of noise); the threshold keeps a share of the clean ones."""
+    """A head fitted to texts of kind "clean" or of noise; the threshold keeps a share of the clean ones."""
     names = ["clean", *sorted(set(kinds) - {"clean"})]
     labels = np.array([names.index(kind) for kind in kinds])
     clean = labels == 0
@@ -226,12 +224,11 @@ def draw_mixtures(prior: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
 
 
 # %% ../notebooks/10_data_quality.ipynb #cb19d61b
+Texts, Shares = dict[str, list[str]], dict[str, float]  # by domain
+
+
 def rebalance(
-    documents: dict[str, list[str]],
-    shares: dict[str, float],
-    size: int,
-    seed: int = 0,
-    most_epochs: float = 4.0,
+    documents: Texts, shares: Shares, size: int, seed: int = 0, most_epochs: float = 4.0
 ) -> list[str]:
     """Texts of about `size` bytes in all, each domain with its share of them, in random order.
 
@@ -244,15 +241,13 @@ def rebalance(
         if not share:
             continue
         if not documents.get(domain):
-            raise ValueError(
-                f"the domain {domain!r} has a share but no text: give it texts or a share of 0"
-            )
+            raise ValueError(f"{domain!r} has a share but no text: give it texts or a share of 0")
         sizes = np.array([len(text.encode()) + 1 for text in documents[domain]])
         epochs = share * size / sizes.sum()
         if epochs > most_epochs:
             raise ValueError(
-                f"the share of {domain!r} would repeat its text {epochs:.1f} times, more than {most_epochs:g}: "
-                "lower the share or the size, or raise most_epochs"
+                f"the share of {domain!r} would repeat its text {epochs:.1f} times, more than "
+                f"{most_epochs:g}: lower the share or the size, or raise most_epochs"
             )
         order = np.concatenate([rng.permutation(len(sizes)) for _ in range(int(epochs) + 1)])
         count = int(np.searchsorted(np.cumsum(sizes[order]), share * size)) + 1
@@ -260,9 +255,8 @@ def rebalance(
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
-def within_epochs(
-    shares: dict[str, float], documents: dict[str, list[str]], size: int, most_epochs: float = 4.0
-) -> dict[str, float]:
+# %% ../notebooks/10_data_quality.ipynb #5b39e23e
+def within_epochs(shares: Shares, documents: Texts, size: int, most_epochs: float = 4.0) -> Shares:
     """Shares that repeat no domain more than `most_epochs` times; what is cut off goes to the others in proportion."""
     names = list(shares)
     most = [sum(len(t.encode()) + 1 for t in documents[d]) * most_epochs / size for d in names]
@@ -281,9 +275,7 @@ def within_epochs(
 def _check_shares(shares: dict[str, float]) -> None:
     total = sum(shares.values())
     if not shares or min(shares.values()) < 0 or abs(total - 1) > 1e-6:
-        raise ValueError(
-            f"shares must be 0 or more and sum to 1, but sum to {total:g}: divide each by their sum"
-        )
+        raise ValueError(f"shares must be 0 or more and sum to 1, but sum to {total:g}")
 
 
 # %% ../notebooks/10_data_quality.ipynb #6f3d0321
@@ -298,8 +290,7 @@ def verify_arithmetic(question: str, steps: str, answer: str) -> bool:
     equations = re.findall(r"([-+*\d]+)=(-?\d+)", steps)
     written = re.findall(r"=(-?\d+) write (\d+) (?:carry|borrow) (\d+)", steps)
     columns = all(int(n) % 10 == int(w) and abs(int(n) // 10) == int(c) for n, w, c in written)
-    sums = all(_value(left) == int(right) for left, right in equations)
-    return answer == str(truth) and columns and sums
+    return answer == str(truth) and columns and all(_value(a) == int(b) for a, b in equations)
 
 
 def _value(expression: str) -> int:
@@ -335,7 +326,7 @@ class TestIndex:
     def __init__(self, items: Sequence[str], n: int = 8):
         if n < 1 or not items:
             raise ValueError(
-                f"an index needs test items and n-grams of 1 word or more, got {len(items)} items, n = {n}"
+                f"an index needs test items and n of 1 or more, got {len(items)}, n = {n}"
             )
         self.n, self.words = n, split_words(items)
         hashes, places = ngrams(self.words, n)
@@ -377,6 +368,7 @@ def decontaminate(
         yield from _contaminated(split_words(block), index, least, share).tolist()
 
 
+# %% ../notebooks/10_data_quality.ipynb #505b22d0
 def _contaminated(words: Words, index: TestIndex, least: int, share: float) -> np.ndarray:
     """`decontaminate` of one block."""
     result, starts, firsts = np.full(len(words.starts) - 1, -1), words.starts, index.words.starts
