@@ -153,7 +153,7 @@ def softmax_regression(x: np.ndarray, y: np.ndarray, decay=1.0, steps: int = 60)
 
 # %% ../notebooks/10_data_quality.ipynb #5c6e8af9
 def fit_head(
-    scores: np.ndarray, domains: np.ndarray, kinds: Sequence[str], keep: float = 0.985
+    scores: np.ndarray, domains: np.ndarray, kinds: Sequence[str], keep: float = 0.975
 ) -> Head:
     """A head fitted to texts of kind "clean" or of noise; the threshold keeps a share of the clean ones."""
     names = ["clean", *sorted(set(kinds) - {"clean"})]
@@ -169,10 +169,18 @@ def fit_head(
         if len(rows) >= 20:
             center[domain], scale[domain] = rows.mean(0), rows.std(0) + 0.1 * general
     head = Head(center, scale, np.zeros((2 * scores.shape[1] + 1, len(names))))
-    weights = softmax_regression(head.features(scores, domains), labels)
-    head = dataclasses.replace(head, weights=weights)
-    odds = head.log_odds(scores, domains)[clean]
-    return dataclasses.replace(head, threshold=float(np.quantile(odds, 1 - keep)))
+    x, odds, fold = (
+        head.features(scores, domains),
+        np.empty(len(labels)),
+        np.arange(len(labels)) % 2,
+    )
+    for side in (0, 1):  # the threshold comes from texts that these weights have not seen
+        half = dataclasses.replace(
+            head, weights=softmax_regression(x[fold != side], labels[fold != side])
+        )
+        odds[fold == side] = half.log_odds(scores[fold == side], domains[fold == side])
+    threshold = float(np.quantile(odds[clean], 1 - keep))
+    return dataclasses.replace(head, weights=softmax_regression(x, labels), threshold=threshold)
 
 
 def quality_score(
