@@ -25,11 +25,10 @@ __all__ = [
 ]
 
 # %% ../notebooks/10_data_quality.ipynb #d587d212
-import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -161,9 +160,8 @@ def fit_head(
     clean = labels == 0
     if clean.all() or not clean.any():
         raise ValueError("a filter learns from clean texts and noise: give it both")
-    general = scores[clean].std(0) + 1e-6
-    center = np.tile(scores[clean].mean(0), (domains.max() + 100, 1))
-    scale = np.tile(general, (len(center), 1))
+    general, count = scores[clean].std(0) + 1e-6, domains.max() + 100
+    center, scale = np.tile(scores[clean].mean(0), (count, 1)), np.tile(general, (count, 1))
     for domain in np.unique(domains[clean]):
         rows = scores[clean & (domains == domain)]
         if len(rows) >= 20:
@@ -175,12 +173,11 @@ def fit_head(
         np.arange(len(labels)) % 2,
     )
     for side in (0, 1):  # the threshold comes from texts that these weights have not seen
-        half = dataclasses.replace(
-            head, weights=softmax_regression(x[fold != side], labels[fold != side])
-        )
-        odds[fold == side] = half.log_odds(scores[fold == side], domains[fold == side])
+        seen = fold != side
+        half = replace(head, weights=softmax_regression(x[seen], labels[seen]))
+        odds[~seen] = half.log_odds(scores[~seen], domains[~seen])
     threshold = float(np.quantile(odds[clean], 1 - keep))
-    return dataclasses.replace(head, weights=softmax_regression(x, labels), threshold=threshold)
+    return replace(head, weights=softmax_regression(x, labels), threshold=threshold)
 
 
 def quality_score(
@@ -205,16 +202,14 @@ def mixture_features(shares: np.ndarray) -> np.ndarray:
 
 
 def fit_mixture_law(shares: np.ndarray, losses: np.ndarray, decay: float = 0.01) -> np.ndarray:
-    """Ridge regression from shares (mixtures, domains) to losses (mixtures, domains): weights for `mixture_features`."""
+    """Ridge regression from shares to losses, both (mixtures, domains): weights for `mixture_features`."""
     x, mean = mixture_features(shares), losses.mean(0)
     weights = np.linalg.solve(x.T @ x + decay * np.eye(x.shape[1]), x.T @ (losses - mean))
     weights[-1] += mean
     return weights
 
 
-def best_shares(
-    weights: np.ndarray, prior: np.ndarray, tries: int = 20_000, seed: int = 0
-) -> np.ndarray:
+def best_shares(weights: np.ndarray, prior: np.ndarray, tries=20_000, seed=0) -> np.ndarray:
     """The mean of the 100 mixtures with the lowest predicted mean loss, of `tries` drawn around `prior`, (domains,).
 
     A mean, because the single lowest prediction is the luckiest one. Source: RegMix, arXiv 2407.01492.
@@ -235,19 +230,15 @@ def draw_mixtures(prior: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
 Texts, Shares = dict[str, list[str]], dict[str, float]  # by domain
 
 
-def rebalance(
-    documents: Texts, shares: Shares, size: int, seed: int = 0, most_epochs: float = 4.0
-) -> list[str]:
+def rebalance(documents: Texts, shares: Shares, size: int, seed=0, most_epochs=4.0) -> list[str]:
     """Texts of about `size` bytes in all, each domain with its share of them, in random order.
 
-    A domain that is too small is repeated, up to `most_epochs` times (arXiv 2305.16264: about as good as fresh text until
-    then). ValueError for shares that don't sum to 1, a domain without texts, or one that would have to be repeated more.
+    A domain that is too small is repeated, up to `most_epochs` times (arXiv 2305.16264: until then about as good as
+    fresh text). ValueError for shares that don't sum to 1, a domain without texts, or one to be repeated more often.
     """
     _check_shares(shares)
     rng, chosen = np.random.default_rng(seed), []
-    for domain, share in shares.items():
-        if not share:
-            continue
+    for domain, share in ((d, s) for d, s in shares.items() if s):
         if not documents.get(domain):
             raise ValueError(f"{domain!r} has a share but no text: give it texts or a share of 0")
         sizes = np.array([len(text.encode()) + 1 for text in documents[domain]])
@@ -264,7 +255,7 @@ def rebalance(
 
 
 # %% ../notebooks/10_data_quality.ipynb #5b39e23e
-def within_epochs(shares: Shares, documents: Texts, size: int, most_epochs: float = 4.0) -> Shares:
+def within_epochs(shares: Shares, documents: Texts, size: int, most_epochs=4.0) -> Shares:
     """Shares that repeat no domain more than `most_epochs` times; what is cut off goes to the others in proportion."""
     names = list(shares)
     most = [sum(len(t.encode()) + 1 for t in documents[d]) * most_epochs / size for d in names]
