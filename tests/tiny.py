@@ -95,6 +95,16 @@ rope_theta = 20000.0
 lengths = [512]
 shares = [1.0]
 
+[data_quality]
+start = "own"
+crawl_bytes = 20_000
+noise = 8
+documents = 20
+tokens = 2_048
+mixtures = 8
+mixture_tokens = 1_024
+test_items = 50
+
 [dual_chunk]
 factors = [1, 4]
 tries = 2

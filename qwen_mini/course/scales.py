@@ -174,6 +174,25 @@ class LongContext:
 
 
 @dataclass(frozen=True, config=STRICT)
+class DataQuality:
+    """Chapter 10: `crawl_bytes` of clean text in the crawl, `noise` texts of a kind and `documents` of a domain to learn from.
+
+    `tokens`, `mixture_tokens`: of every small model of an ablation, and of one of the `mixtures`; `start`: which base
+    model scores text.
+    """
+
+    crawl_bytes: Count
+    noise: Count
+    documents: Count
+    tokens: Count
+    mixtures: Annotated[int, Field(gt=7)]
+    mixture_tokens: Count
+    learning_rate: Positive = 1e-3
+    test_items: Count = 10_000
+    start: Literal["own", "shipped"] = "own"
+
+
+@dataclass(frozen=True, config=STRICT)
 class DualChunk:
     """How far chapter 13 measures: multiples of the trained length, and prompts per task and length."""
 
@@ -348,6 +367,7 @@ class ScaleConfig:
     pretraining: Pretraining
     scaling_laws: ScalingLaws
     long_context: LongContext
+    data_quality: DataQuality
     dual_chunk: DualChunk
     sparse_prefill: SparsePrefill
     sft: Sft

@@ -1,0 +1,70 @@
+"""A crawl whose labels are known: clean text in lopsided shares, planted noise, and near-copies (chapter 10)."""
+
+import hashlib
+import random
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from .noise import edited, noise_texts
+
+# Upper ends of four shares: to learn what clean text is, to learn the head, to crawl, to measure on.
+PARTS = {"seed": 0.35, "source": 0.5, "pool": 0.9, "test": 1.0}
+
+# How much of the crawl's clean text each domain has: dictionaries and two languages too much.
+CRAWL = {
+    "glosses": 0.32,
+    "wiki_es": 0.2,
+    "wiki_fr": 0.2,
+    "wiki_en": 0.12,
+    "python": 0.1,
+    "tasks": 0.05,
+    "chinese_english": 0.01,
+}
+
+
+def pieces(text: str, size: int = 1200) -> list[str]:
+    """A text in pieces of whole paragraphs, about `size` characters each; short ends are left out."""
+    parts = [""]
+    for paragraph in text.split("\n\n"):
+        if parts[-1] and len(parts[-1]) + len(paragraph) > size:
+            parts.append("")
+        parts[-1] = (parts[-1] + "\n\n" + paragraph if parts[-1] else paragraph)[:size]
+    return [part for part in parts if len(part) >= 200]
+
+
+def split_parts(documents: Mapping[str, Iterable]) -> dict[str, dict[str, list[str]]]:
+    """part -> domain -> texts: pieces of documents (with `.text`), all of a document in the part that its hash says."""
+    parts: dict[str, dict[str, list[str]]] = {part: {} for part in PARTS}
+    for domain, found in documents.items():
+        for document in found:
+            digest = hashlib.blake2b(document.text.encode(), digest_size=4).digest()
+            place = int.from_bytes(digest, "big") / 2**32
+            part = next(name for name, end in PARTS.items() if place < end)
+            parts[part].setdefault(domain, []).extend(pieces(document.text))
+    return parts
+
+
+def crawl_of(
+    parts: dict[str, dict[str, list[str]]], size: int, count: int, seed: int
+) -> list[tuple[str, str, str]]:
+    """Shuffled rows (text, domain, kind): about `size` bytes of clean text of the part "pool" by the shares of `CRAWL`,
+    `count` texts of each kind of noise, and eight near-copies each of a few texts.
+    """
+    rng, rows = random.Random(f"{seed}/crawl"), []
+    pool = parts["pool"]
+    total = sum(CRAWL.get(domain, 0.01) for domain in pool)
+    for domain, texts in pool.items():
+        ends = np.cumsum([len(text.encode()) + 1 for text in texts])
+        share = CRAWL.get(domain, 0.01) / total
+        kept = texts[: int(np.searchsorted(ends, size * share)) + 1]
+        rows += [(text, domain, "clean") for text in kept]
+    clean = {domain: [t for t, d, _ in rows if d == domain] for domain in pool}
+    words = " ".join(text for text, _, _ in rows[::50]).split()
+    copied = rng.sample(rows, max(4, len(rows) // 50))
+    for text, domain, _ in [row for row in copied for _ in range(8)]:
+        rows.append((edited(text, rng.choice((0, 0.02, 0.05)), words, rng), domain, "near-copies"))
+    for kind, texts in noise_texts(clean, parts["source"], count, 1, seed).items():
+        rows += [(text, "", kind) for text in texts]
+    rng.shuffle(rows)
+    return rows

@@ -1,0 +1,420 @@
+"""Data quality: MinHash, scores, mixtures, decontamination against plain versions and planted truth."""
+
+import itertools
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_mini.data_quality import (
+    TestIndex,
+    best_shares,
+    decontaminate,
+    draw_mixtures,
+    fit_head,
+    fit_mixture_law,
+    lcs_lengths,
+    mixture_features,
+    near_duplicates,
+    quality_score,
+    rebalance,
+    softmax_regression,
+    verify_arithmetic,
+    within_epochs,
+)
+from qwen_mini.kernels.mixtures import Ensemble, Shape, rows_of, train_ensemble, windows_of
+from qwen_mini.kernels.text_scores import Reference
+from qwen_mini.kernels.words import blocks, ngrams, signatures, split_words
+from qwen_mini.model import ModelConfig, Qwen, assign_weights
+from qwen_mini.world.crawl import crawl_of, split_parts
+from qwen_mini.world.noise import careless, edited, mojibake, noise_texts
+from qwen_mini.world.problems import FAMILIES
+
+TestIndex.__test__ = False  # a class of the chapter, not of pytest
+VOCABULARY = [a + b for a, b in itertools.product("bdfgklmnprstvz", "aeiou ") if b != " "] + [
+    a + b + c for a, b, c in itertools.product("bdfgklmn", "aeiou", "rstlnm")
+]
+
+
+def text_of(words: int, seed) -> str:
+    return " ".join(random.Random(seed).choices(VOCABULARY, k=words))
+
+
+# ---------------------------------------------------------------- words and n-grams
+def test_words_equal_a_regular_expression():
+    texts = ["The cat—sat. ON", "", "l'élève, ça 3,14", "ÀÉ àé", "...", "a\nb\tc", "x" * 300]
+    words = split_words(texts)
+    plain = [re.findall(r"\w+", text.lower()) for text in texts]
+    assert np.diff(words.starts).tolist() == [len(p) for p in plain]
+    flat = [word for p in plain for word in p]
+    same = words.hashes[:, None] == words.hashes
+    assert same.tolist() == [[a == b for b in flat] for a in flat]
+
+
+def test_every_chinese_character_is_a_word_and_punctuation_is_none():
+    assert np.diff(split_words(["大语言模型。你好，world"]).starts).tolist() == [8]
+    one, other = split_words(["The U.K.'s"]).hashes, split_words(["the  u k s"]).hashes
+    assert one.tolist() == other.tolist()
+
+
+def test_ngrams_stay_inside_a_text():
+    texts = ["a b c", "d e", "", "b c"]
+    hashes, places = ngrams(split_words(texts), 2)
+    assert places.tolist() == [0, 1, 3, 5]
+    assert hashes[1] == hashes[3] and len(set(hashes.tolist())) == 3
+    assert ngrams(split_words(["a"]), 5)[0].size == 0
+
+
+def test_blocks_hold_little_and_lose_nothing():
+    endless = (f"text {i}" for i in itertools.count())
+    first = next(blocks(endless, 100))
+    assert first == [f"text {i}" for i in range(len(first))] and len(first) < 20
+
+
+# ---------------------------------------------------------------- MinHash
+def jaccard(a: str, b: str) -> float:
+    sets = [set(zip(*(t.split()[i:] for i in range(5)), strict=False)) for t in (a, b)]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def test_signatures_estimate_jaccard():
+    text = text_of(300, 0)
+    copies = [
+        edited(text, share, VOCABULARY, random.Random(i))
+        for i, share in enumerate([0.02, 0.1] * 20)
+    ]
+    estimates = (signatures(copies) == signatures([text])).mean(1)
+    errors = estimates - [jaccard(text, copy) for copy in copies]
+    assert abs(errors.mean()) < 0.02 and errors.std() < 0.06
+
+
+def test_signatures_agree_with_datasketch():
+    datasketch = pytest.importorskip("datasketch")
+    text = text_of(200, 1)
+    copy = edited(text, 0.08, VOCABULARY, random.Random(1))
+    theirs = []
+    for one in (text, copy):
+        sketch = datasketch.MinHash(num_perm=128)
+        for words in zip(*(one.split()[i:] for i in range(5)), strict=False):
+            sketch.update(" ".join(words).encode())
+        theirs.append(sketch)
+    ours = signatures([text, copy])
+    true = jaccard(text, copy)
+    for estimate in ((ours[0] == ours[1]).mean(), theirs[0].jaccard(theirs[1])):
+        assert abs(estimate - true) < 4 * np.sqrt(0.25 / 128)
+
+
+def test_near_duplicates_names_the_first_of_a_group():
+    texts = [text_of(150, i) for i in range(40)]
+    copies = [edited(texts[7], 0.03, VOCABULARY, random.Random(i)) for i in range(5)]
+    found = list(near_duplicates([*texts, *copies, texts[3], "short", "short", ""]))
+    assert found == [-1] * 40 + [7] * 5 + [3, -1, 46, -1]
+
+
+def test_near_duplicates_reads_an_endless_stream():
+    stream = near_duplicates(text_of(400, i % 50) for i in itertools.count())
+    found = list(itertools.islice(stream, 500))
+    assert found[:50] == [-1] * 50 and found[50:] == [i % 50 for i in range(50, 500)]
+
+
+@pytest.mark.parametrize("threshold", [0, 1.5, -1])
+def test_a_threshold_that_is_no_share(threshold):
+    with pytest.raises(ValueError, match="share of common n-grams"):
+        list(near_duplicates(["a"], threshold))
+
+
+# ---------------------------------------------------------------- scores and head
+@pytest.fixture(scope="module")
+def parts():
+    """Two domains that differ in their words, in the parts of a crawl."""
+
+    class Text(str):
+        text = property(str)
+
+    rng = random.Random(0)
+    topics = {d: [rng.sample(VOCABULARY, 40) for _ in range(12)] for d in ("python", "wiki_en")}
+    documents = {
+        domain: [
+            Text(
+                " ".join(
+                    w + rng.choice(("", "", ",", ".")) for w in rng.choices(rng.choice(lists), k=90)
+                )
+            )
+            for _ in range(500)
+        ]
+        for domain, lists in topics.items()
+    }
+    return split_parts(documents)
+
+
+def test_scores_are_finite_and_know_the_domain(parts):
+    reference = Reference(parts["seed"])
+    texts = [
+        *parts["pool"]["python"][:50],
+        *parts["pool"]["wiki_en"][:50],
+        "",
+        "...",
+        "大" * 30,
+        "x",
+    ]
+    scores, domains = reference.scores(texts)
+    assert scores.shape == (104, 19) and np.isfinite(scores).all()
+    assert (domains[:100] == np.repeat([0, 1], 50)).mean() > 0.95
+
+
+def test_scores_do_not_depend_on_neighbours(parts):
+    reference = Reference(parts["seed"])
+    texts = parts["pool"]["python"][:6]
+    together = reference.scores(texts)[0]
+    alone = np.concatenate([reference.scores([text])[0] for text in texts])
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_filter_finds_planted_noise(parts):
+    reference = Reference(parts["seed"])
+    clean = [t for texts in parts["source"].values() for t in texts]
+    noise = noise_texts(parts["source"], parts["source"], 20, 0, 0)
+    texts = clean + [t for group in noise.values() for t in group]
+    kinds = ["clean"] * len(clean) + [k for k, group in noise.items() for _ in group]
+    scores, domains = reference.scores(texts)
+    head = fit_head(scores, domains, kinds)
+    fresh = noise_texts(parts["pool"], parts["source"], 20, 1, 1)
+    kept = quality_score(parts["pool"]["python"][:80], reference, head) > 0
+    assert kept.mean() > 0.85
+    for kind in ("keyword spam", "mojibake", "page parts", "code tables"):
+        assert (quality_score(fresh[kind], reference, head) > 0).mean() < 0.3, kind
+
+
+def test_softmax_regression_is_at_its_minimum():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((200, 4)), rng.integers(0, 3, 200)
+    w = torch.tensor(softmax_regression(x, y, steps=500), requires_grad=True)
+    loss = torch.nn.functional.cross_entropy(torch.tensor(x) @ w, torch.tensor(y), reduction="sum")
+    (loss + w.square().sum() / 2).backward()
+    assert w.grad.abs().max() < 1e-2
+
+
+def test_empty_input_is_one_sentence(parts):
+    with pytest.raises(ValueError, match="the clean seed is empty"):
+        Reference({"a": []})
+    with pytest.raises(ValueError, match="the clean seed is empty"):
+        Reference({})
+    with pytest.raises(ValueError, match="clean texts and noise"):
+        fit_head(np.ones((3, 2)), np.zeros(3, int), ["clean"] * 3)
+    with pytest.raises(ValueError, match="the corpus is empty"):
+        quality_score([], None, None)
+
+
+# ---------------------------------------------------------------- mixtures
+def test_the_mixture_law_recovers_itself():
+    rng = np.random.default_rng(0)
+    shares = draw_mixtures(np.ones(4) / 4, 200)
+    assert np.allclose(shares.sum(1), 1) and shares.min() >= 0
+    true = rng.standard_normal((9, 4))
+    law = fit_mixture_law(shares, mixture_features(shares) @ true, decay=1e-8)
+    np.testing.assert_allclose(
+        mixture_features(shares) @ law, mixture_features(shares) @ true, atol=1e-3
+    )
+
+
+def test_best_shares_finds_the_minimum():
+    shares = draw_mixtures(np.ones(3) / 3, 100)
+    wanted = np.array([0.6, 0.3, 0.1])
+    losses = -np.log(shares + 0.01) * wanted * 3  # lowest where shares are as wanted
+    best = best_shares(fit_mixture_law(shares, losses), np.ones(3) / 3)
+    assert abs(best - wanted).max() < 0.08
+
+
+def test_rebalance_gives_shares_in_bytes():
+    documents = {"a": ["x" * 99] * 50, "b": ["y" * 199] * 10}
+    texts = rebalance(documents, {"a": 0.25, "b": 0.75}, 8_000, seed=1)
+    sizes = [sum(len(t) + 1 for t in texts if t[0] == c) for c in "xy"]
+    assert sizes == [2_000, 6_000] and texts == rebalance(
+        documents, {"a": 0.25, "b": 0.75}, 8_000, 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"a": 0.5, "b": 0.6}, "sum to 1, but sum to 1.1"),
+        ({}, "sum to 1"),
+        ({"a": 1.5, "b": -0.5}, "0 or more"),
+        ({"a": 0.5, "c": 0.5}, "'c' has a share but no text"),
+        ({"a": 0.0, "b": 1.0}, "repeat its text 50.0 times"),
+    ],
+)
+def test_shares_that_cannot_be(shares, message):
+    with pytest.raises(ValueError, match=message):
+        rebalance({"a": ["x" * 9] * 1_000, "b": ["y" * 19]}, shares, 1_000)
+
+
+def test_within_epochs_cuts_what_would_repeat_too_much():
+    documents = {"a": ["x" * 99] * 100, "b": ["y" * 99], "c": ["z" * 99] * 100}
+    shares = within_epochs({"a": 0.2, "b": 0.6, "c": 0.2}, documents, 10_000)
+    assert sum(shares.values()) == pytest.approx(1) and shares["b"] < 0.041
+    assert shares["a"] == pytest.approx(shares["c"])
+    rebalance(documents, shares, 10_000)
+    with pytest.raises(ValueError, match="too small"):
+        within_epochs({"b": 1.0}, documents, 10_000)
+
+
+# ---------------------------------------------------------------- synthetic data
+def test_the_verifier_accepts_truth_and_refuses_most_slips():
+    rng = random.Random(0)
+    problems = [
+        FAMILIES[rng.choice(["addition", "subtraction", "multiplication"])](rng) for _ in range(400)
+    ]
+    assert all(verify_arithmetic(*problem) for problem in problems)
+    assert sum(verify_arithmetic(*careless(problem, rng)) for problem in problems) < 20
+    assert not verify_arithmetic("What now?", "", "3")
+
+
+# ---------------------------------------------------------------- decontamination
+def lcs_plain(a, b) -> int:
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, j in itertools.product(range(len(a)), range(len(b))):
+        table[i + 1][j + 1] = (
+            table[i][j] + 1 if a[i] == b[j] else max(table[i][j + 1], table[i + 1][j])
+        )
+    return table[-1][-1]
+
+
+def test_lcs_equals_the_table():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(1, 5, (40, 11)), rng.integers(1, 5, (40, 19))
+    assert lcs_lengths(a, b).tolist() == [lcs_plain(x, y) for x, y in zip(a, b, strict=True)]
+    a[:, 8:], b[:, 15:] = 0, 0  # padding matches nothing
+    assert lcs_lengths(a, b).tolist() == [
+        lcs_plain(x[:8], y[:15]) for x, y in zip(a, b, strict=True)
+    ]
+
+
+ITEM = [f"item{i}" for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (ITEM, True),
+        (ITEM[:13], True),  # the shorter one counts
+        (ITEM[:12], False),  # below 13 words
+        (ITEM[:24] + ["x"] * 16, True),  # 60 % of 40
+        (ITEM[:23] + ["x"] * 17, False),
+        ([w if i % 10 else "x" for i, w in enumerate(ITEM)], True),  # nine of ten
+        ([w if i % 2 else "x" for i, w in enumerate(ITEM)], False),
+        ([w.upper() + "," for w in ITEM], True),  # case and punctuation
+        (["before"] * 500 + ITEM + ["after"] * 3_000, True),
+        ([], False),
+    ],
+)
+def test_the_rule_of_the_report(words, found):
+    test = " ".join(ITEM)
+    assert list(decontaminate([" ".join(words)], [text_of(30, 1), test])) == [1 if found else -1]
+
+
+def test_a_long_document_is_not_flagged_by_chance():
+    rng = np.random.default_rng(0)
+    p = 1 / np.arange(1, 3_001)
+    draw = lambda n: " ".join(f"w{i}" for i in rng.choice(3_000, n, p=p / p.sum()))
+    items, documents = [draw(25) for _ in range(200)], [draw(5_000) for _ in range(40)]
+    assert max(decontaminate(documents, items)) == -1
+
+
+@pytest.mark.parametrize(("share", "least"), [(0.0, 1.0), (0.05, 0.99), (0.1, 0.95)])
+def test_recall_of_edited_copies(share, least):
+    rng = random.Random(0)
+    items = [text_of(rng.randint(20, 60), i) for i in range(300)]
+    leaks = (
+        f"{text_of(30, i + 1_000)} {edited(item, share, ['foo', 'bar'], rng)} {text_of(30, i + 2_000)}"
+        for i, item in enumerate(items)
+    )
+    found = list(decontaminate(leaks, items))
+    assert np.mean([f == i for i, f in enumerate(found)]) >= least
+
+
+def test_a_corpus_larger_than_memory_is_read_in_blocks():
+    item = " ".join(ITEM)
+    stream = decontaminate(
+        (item if i == 700 else text_of(200, i) for i in itertools.count()), [item]
+    )
+    found = list(itertools.islice(stream, 1_000))
+    assert found[700] == 0 and sum(f >= 0 for f in found) == 1
+
+
+def test_boilerplate_of_many_items_is_still_found():
+    items = [f"{' '.join(ITEM[:20])} number{i} other{i}" for i in range(500)]
+    assert next(decontaminate([items[-1]], items)) >= 0
+
+
+def test_bad_rules_and_empty_tests():
+    with pytest.raises(ValueError, match="an index needs test items"):
+        list(decontaminate(["a"], []))
+    with pytest.raises(ValueError, match="n = 0"):
+        TestIndex(["a"], 0)
+    with pytest.raises(ValueError, match="share in"):
+        list(decontaminate(["a"], ["b"], share=0))
+    assert list(decontaminate(["a b c"], ["d"])) == [-1]
+
+
+# ---------------------------------------------------------------- the ensemble
+def test_a_member_is_a_qwen():
+    shape = Shape(300, 32, 64, 2, 2)
+    ensemble = Ensemble(shape, [0, 1, 2])
+    for weight in ensemble.weights.values():
+        weight.mul_(5)
+    windows = torch.randint(0, 300, (3, 2, 17), generator=torch.Generator().manual_seed(0))
+    losses = ensemble.losses(windows)
+    scores, right = ensemble.token_scores(windows[1])
+    config = ModelConfig(300, 32, 64, 2, 2, 2, 16, 64, 1_000.0, tie_word_embeddings=True)
+    for i, loss in enumerate(losses):
+        qwen = Qwen(config).eval()
+        assign_weights(qwen, ensemble.state(i), "a member")
+        want = qwen(windows[i, :, :-1], targets=windows[i, :, 1:])
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            logits = qwen(windows[1, :, :-1])
+        nll = torch.nn.functional.cross_entropy(logits.mT, windows[1, :, 1:], reduction="none")
+        torch.testing.assert_close(scores[i], nll, rtol=1e-4, atol=1e-4)
+        assert torch.equal(right[i], logits.argmax(-1) == windows[1, :, 1:])
+
+
+def test_members_do_not_touch_each_other():
+    shape, rng = Shape(50, 16, 32, 1, 2), np.random.default_rng(0)
+    data = rng.integers(0, 50, (2, 4, 9))
+    both, alone = Ensemble(shape, [3, 4]), Ensemble(shape, [4])
+    train_ensemble(both, lambda step: data, 5, [1e-2, 3e-3])
+    train_ensemble(alone, lambda step: data[1:], 5, [3e-3])
+    for name, weight in both.weights.items():
+        torch.testing.assert_close(weight[1], alone.weights[name][0], rtol=1e-4, atol=1e-6)
+
+
+def test_training_lowers_the_loss_of_every_member():
+    data = np.tile(np.arange(9), (3, 4, 1))
+    losses = train_ensemble(
+        Ensemble(Shape(50, 16, 32, 1, 2), [0, 1, 2]), lambda step: data, 60, [1e-2] * 3
+    )
+    assert losses.shape == (60, 3) and (losses[-1] < 0.3 * losses[0]).all()
+
+
+def test_windows_cover_a_stream_before_any_comes_again():
+    stream = np.arange(101)
+    assert rows_of(stream, 10).shape == (10, 11) and rows_of(stream[:5], 10).shape == (1, 11)
+    drawn = windows_of(stream, 25, 10, 0)[:, 0]
+    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(0, 100, 10))
+
+
+# ---------------------------------------------------------------- noise
+def test_noise_is_what_it_says(parts):
+    assert sorted(noise_texts(parts["source"], {}, 3, 0, 0)["shuffled words"][0].split())
+    first, second = (noise_texts(parts["source"], parts["source"], 5, part, 0) for part in (0, 1))
+    assert not set(first["fluent junk"]) & set(second["fluent junk"])
+    assert not set(first.get("licences", ())) & set(second.get("licences", ()))
+    assert mojibake("déjà vu, très bien, où ça, à bientôt", random.Random(0)).count("Ã") >= 5
+    rows = crawl_of(parts, 20_000, 5, 0)
+    kinds = {kind for _, _, kind in rows}
+    assert {"clean", "near-copies", "fluent junk", "mojibake"} <= kinds
+    json.dumps(rows)
