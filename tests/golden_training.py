@@ -28,8 +28,8 @@ from qwen_mini import tasks as t
 from qwen_mini import training as tr
 from qwen_mini.corpus import needle_pieces, needle_rows, pack
 from qwen_mini.course.scales import Phase, Stage
-from qwen_mini.course.statistics import wilson_interval
 from qwen_mini.course.small_text import SmallText
+from qwen_mini.course.statistics import wilson_interval
 from qwen_mini.kernels.ensemble import Ensemble, EnsembleAdamW
 from qwen_mini.model import Qwen
 from qwen_mini.tokenizer import Tokenizer
