@@ -279,7 +279,7 @@ def _check_shares(shares: dict[str, float]) -> None:
 
 # %% ../notebooks/10_data_quality.ipynb #6f3d0321
 def verify_arithmetic(question: str, steps: str, answer: str) -> bool:
-    """Whether the answer is right and no equation of the steps is false; False for a question that it cannot recompute."""
+    """Whether the answer is right and no equation of the steps is false; False for other questions than sums."""
     numbers = [int(n) for n in re.findall(r"\d+", question)]
     wanted = re.search(r"[-+*]|plus|minus|times|Add|Subtract|Multiply", question)
     if len(numbers) != 2 or not wanted:

@@ -37,7 +37,7 @@ from .training import learning_rate_factor
 
 # %% ../notebooks/11_scaling_laws.ipynb #738f19a2
 def small_model(width: int, layers: int, vocab_size: int = 384, length: int = 64) -> ModelConfig:
-    """A rung of the ladder of sizes: `width` channels, feed-forward 8/3 as wide, heads of 32 channels but at least two."""
+    """A rung of the ladder: `width` channels, feed-forward 8/3 as wide, heads of 32 channels but at least two."""
     heads = max(2, width // 32)
     if width < 8 or width % (2 * heads) or layers < 1:
         raise ValueError(
@@ -295,7 +295,8 @@ def fit_loss_law(
 ) -> LossLaw:
     """Variable projection: for fixed exponents E, A and B are a linear least-squares problem, solved exactly.
 
-    That leaves two numbers to search, on a grid that is refined four times: no starting point, and a local minimum only if a valley is narrower than the grid.
+    That leaves two numbers to search, on a grid that is refined four times: no starting point, and a local
+    minimum only if a valley is narrower than the grid.
     Relative errors are minimised; coefficients are at least 0. `weights`: of the points (a bootstrap's counts).
     """
     N, D, L = (np.asarray(x, float) for x in (N, D, L))
