@@ -24,7 +24,6 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,14 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import GroupedQueryAttention
-from qwen_mini.course.folders import (
-    fuse_experts,
-    qwen2_moe_values,
-    read_json,
-    read_weights,
-    split_experts,
-)
+from .course import folders
 from .kernels.layers import fused_swiglu
 from .layers import SwiGLU
 from qwen_mini.model import (
@@ -48,17 +40,18 @@ from qwen_mini.model import (
     Qwen,
     assign_weights,
     count_parameters,
+    dense_layer,
     save_checkpoint,
 )
 
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #b398abd2
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class MoeConfig(ModelConfig):
     """A decoder with experts; names and meanings as in Hugging Face's `Qwen2MoeConfig`.
 
-    `intermediate_size` is the width of the layers that stay dense. `shared_expert_intermediate_size` may be 0: then there
-    is no shared expert, which Hugging Face's Qwen2Moe cannot express. ValueError for sizes that cannot be.
+    `intermediate_size` is the width of the layers that stay dense. Without a shared expert its size is 0, which Hugging
+    Face's Qwen2Moe cannot express. ValueError for sizes that cannot be.
     """
 
     num_experts: int = 8
@@ -71,24 +64,19 @@ class MoeConfig(ModelConfig):
     router_aux_loss_coef: float = 0.001
 
     def __post_init__(self):
-        sizes = "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"
-        for name in sizes:
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        least = {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 1}
+        least |= {"decoder_sparse_step": 1, "shared_expert_intermediate_size": 0}
+        for name, low in least.items():
+            if type(value := getattr(self, name)) is not int or value < low:
+                raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok must be at most num_experts ({self.num_experts}), got "
                 f"{self.num_experts_per_tok}: a token cannot use an expert twice"
             )
-        shared = self.shared_expert_intermediate_size
-        if type(shared) is not int or shared < 0:
+        if wrong := set(self.mlp_only_layers) - set(range(self.num_hidden_layers)):
             raise ValueError(
-                f"shared_expert_intermediate_size must be 0 (none) or more, got {shared!r}"
-            )
-        wrong = [i for i in self.mlp_only_layers if i not in range(self.num_hidden_layers)]
-        if wrong:
-            raise ValueError(
-                f"mlp_only_layers names layer {wrong[0]!r}, but the layers are 0 … {self.num_hidden_layers - 1}"
+                f"mlp_only_layers names {wrong.pop()!r}, which is the number of no layer"
             )
 
     def is_sparse(self, layer: int) -> bool:
@@ -98,14 +86,12 @@ class MoeConfig(ModelConfig):
     @classmethod
     def from_dict(cls, values: dict) -> "MoeConfig":
         """Read a `config.json` of model_type qwen2_moe; ValueError as in `ModelConfig.from_dict`."""
-        return cls(**qwen2_moe_values(values))
+        return cls(**folders.qwen2_moe_values(values))
 
     def to_dict(self) -> dict:
         """The `config.json` that `AutoModelForCausalLM` reads."""
         if not self.shared_expert_intermediate_size:
-            raise ValueError(
-                "Hugging Face's Qwen2Moe always has a shared expert: give it a size, or save the state dict"
-            )
+            raise ValueError("Qwen2Moe has a shared expert: give it a size, or save the state dict")
         names = {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"}
         return super().to_dict() | names | {"mlp_only_layers": list(self.mlp_only_layers)}
 
@@ -114,8 +100,8 @@ class MoeConfig(ModelConfig):
 class Router(nn.Linear):
     """Scores every expert for every token, and picks the best `num_experts_per_tok`.
 
-    `selection_bias`, (experts,) or None, is added to the probabilities where experts are *picked*, never where their outputs
-    are weighted (bias-based balancing, arXiv 2408.15664).
+    `selection_bias`, (experts,) or None, is added to the probabilities where experts are picked, not where they are
+    weighted (bias-based balancing, arXiv 2408.15664).
     """
 
     def __init__(self, config: MoeConfig):
@@ -131,10 +117,8 @@ class Router(nn.Linear):
         """
         logits = super().forward(x)
         probabilities = logits.softmax(-1, dtype=torch.float32)
-        scores = (
-            probabilities if self.selection_bias is None else probabilities + self.selection_bias
-        )
-        index = scores.topk(self.num_experts_per_tok).indices
+        bias = 0.0 if self.selection_bias is None else self.selection_bias
+        index = (probabilities + bias).topk(self.num_experts_per_tok).indices
         weights = probabilities.gather(-1, index)
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -147,10 +131,9 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(
-            torch.empty(num_experts, 2 * intermediate_size, hidden_size)
-        )
-        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        size = num_experts, hidden_size, intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * size[2], hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(size))
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -169,10 +152,8 @@ def padded_experts(x: Tensor, weights: Tensor, index: Tensor, experts: Experts) 
     chosen = index.flatten()  # row t · k + j is the j-th choice of token t
     load = torch.bincount(chosen, minlength=count)
     order = chosen.argsort(stable=True)
-    place = torch.empty_like(order)
-    place[order] = (
-        torch.arange(len(order), device=x.device) - (load.cumsum(0) - load)[chosen[order]]
-    )
+    start = load.cumsum(0) - load  # where each expert's run begins in that order
+    place = _inverse(order) - start[chosen]  # in the box of its expert
     slot = chosen * load.max() + place
     boxes = x.new_zeros(count * int(load.max()), x.shape[1])
     boxes = boxes.index_copy(0, slot, x.repeat_interleave(k, 0)).view(count, -1, x.shape[1])
@@ -180,6 +161,11 @@ def padded_experts(x: Tensor, weights: Tensor, index: Tensor, experts: Experts) 
     out = (F.silu(gate) * up) @ experts.down_proj.mT  # (experts, fullest load, hidden_size)
     out = out.flatten(0, 1)[slot].view(*index.shape, -1)
     return (out * weights.unsqueeze(-1)).sum(1)
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes another."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #5a6d830f
@@ -201,9 +187,7 @@ def grouped_experts(x: Tensor, weights: Tensor, index: Tensor, experts: Experts)
     gate = F.grouped_mm(rows, gate_weight.mT, offs=ends)
     up = F.grouped_mm(rows, up_weight.mT, offs=ends)
     out = F.grouped_mm(fused_swiglu(gate, up), experts.down_proj.mT, offs=ends)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=x.device)  # the inverse of the sort
-    return (out[back].view(*index.shape, -1) * weights.unsqueeze(-1)).sum(1)
+    return (out[_inverse(order)].view(*index.shape, -1) * weights.unsqueeze(-1)).sum(1)
 
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #1d299c83
@@ -236,14 +220,10 @@ class SparseMoeBlock(nn.Module):
 # %% ../notebooks/06_mixture_of_experts.ipynb #9fe54905
 def moe_layer(config: MoeConfig, number: int) -> DecoderLayer:
     """The decoder layer with this number (from 0): with experts or, where the config says so, dense."""
-    c = config
-    attention = GroupedQueryAttention(
-        c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    )
-    sparse = c.is_sparse(number)
-    return DecoderLayer(
-        c, attention, SparseMoeBlock(c) if sparse else SwiGLU(c.hidden_size, c.intermediate_size)
-    )
+    layer = dense_layer(config)
+    if config.is_sparse(number):
+        layer.mlp = SparseMoeBlock(config)
+    return layer
 
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #8d6ce4cc
@@ -252,8 +232,6 @@ class QwenMoe(Qwen):
 
     With `targets` it returns the language model's loss alone; `record_routing` and `load_balancing_loss` give the rest.
     """
-
-    config: MoeConfig
 
     def __init__(self, config: MoeConfig):
         number = itertools.count()
@@ -269,8 +247,8 @@ class QwenMoe(Qwen):
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def save_pretrained(self, folder, dtype=None, generation_config=None) -> None:
-        """Write a checkpoint folder for Hugging Face, as `Qwen.save_pretrained`, one tensor for each expert's matrix."""
-        named = split_experts(self.named_parameters())
+        """Write a checkpoint folder for Hugging Face, as `Qwen.save_pretrained`; each expert has its own tensors."""
+        named = folders.split_experts(self.named_parameters())
         view = SimpleNamespace(named_parameters=named.items, config=self.config)
         save_checkpoint(view, folder, dtype, generation_config)
 
@@ -280,10 +258,10 @@ class QwenMoe(Qwen):
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
-        config = MoeConfig.from_dict(read_json(path))
+        config = MoeConfig.from_dict(folders.read_json(path))
         with torch.device("meta"):
             model = cls(config)
-        state = fuse_experts(read_weights(folder, dtype), config.num_experts)
+        state = folders.fuse_experts(folders.read_weights(folder, dtype), config.num_experts)
         if config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
         assign_weights(model, state, f"{folder} does not fit its config.json")
@@ -299,7 +277,7 @@ def _published(layers, hidden, dense, heads, kv_heads, positions, experts) -> Mo
     )  # fmt: skip
 
 
-#: Public Qwen models with shared experts, from their configurations; the report gives no size of Qwen2.5-Turbo and -Plus.
+#: Public Qwen models with shared experts, from their configurations; the sizes of Turbo and Plus are not published.
 QWEN_MOE = {
     "Qwen1.5-MoE-A2.7B": _published(24, 2_048, 5_632, 16, 16, 8_192, (60, 4, 1_408, 5_632)),
     "Qwen2-57B-A14B": _published(28, 3_584, 18_944, 28, 4, 131_072, (64, 8, 2_560, 20_480)),
@@ -308,23 +286,15 @@ QWEN_MOE = {
 
 def count_moe_parameters(config: MoeConfig, active: bool = False, embedding: bool = True) -> int:
     """Exact number of parameters, or of those that compute one token (`active`); `embedding`: with tables and head."""
-    c = config
-    experts = (
-        (c.num_experts_per_tok if active else c.num_experts)
-        * 3
-        * c.hidden_size
-        * c.moe_intermediate_size
-    )
+    c, d = config, config.hidden_size
+    running = c.num_experts_per_tok if active else c.num_experts
+    experts = 3 * d * c.moe_intermediate_size * running + d * c.num_experts  # with the router
     shared = (
-        (3 * c.shared_expert_intermediate_size + 1) * c.hidden_size
-        if c.shared_expert_intermediate_size
-        else 0
+        (3 * d * c.shared_expert_intermediate_size + d) if c.shared_expert_intermediate_size else 0
     )
-    instead = (
-        experts + shared + c.num_experts * c.hidden_size - 3 * c.hidden_size * c.intermediate_size
-    )
-    return (
-        count_parameters(c, embedding) + sum(map(c.is_sparse, range(c.num_hidden_layers))) * instead
+    sparse = sum(map(c.is_sparse, range(c.num_hidden_layers)))
+    return count_parameters(c, embedding) + sparse * (
+        experts + shared - 3 * d * c.intermediate_size
     )
 
 
@@ -352,13 +322,13 @@ def expert_load(index: Tensor, num_experts: int, mask: Tensor | None = None) -> 
     """
     ones = torch.ones_like(index, dtype=torch.float32)
     ones = ones if mask is None else ones * mask.unsqueeze(-1)
-    zeros = ones.new_zeros(*index.shape[:-2], num_experts)
-    load = zeros.scatter_add(-1, index.flatten(-2), ones.flatten(-2))
+    load = ones.new_zeros(*index.shape[:-2], num_experts)
+    load.scatter_add_(-1, index.flatten(-2), ones.flatten(-2))
     return load / load.sum(-1, keepdim=True)
 
 
 def max_violation(load: Tensor) -> Tensor:
-    """MaxVio (arXiv 2408.15664): how far the fullest expert lies above an equal share, 0 for balance. (..., experts) → (...)."""
+    """MaxVio (arXiv 2408.15664): how much more than an equal share the fullest expert has; drops the last axis."""
     return load.amax(-1) * load.shape[-1] - 1
 
 
@@ -374,82 +344,58 @@ def load_balancing_loss(
     router_logits: (..., tokens, experts). f and P are taken over the tokens, and the loss is the mean over what stands
     before: that decides whether layers, sequences or batches must each be balanced by themselves, or only together.
     load: (..., experts), f of a wider scope, such as the whole batch. mask: (..., tokens), 0 for padding.
-    Hugging Face's loss is k times this one, over the tokens of all layers together. Source: arXiv 2101.03961, 2501.11873.
+    Hugging Face's loss is k times this one, over the tokens of all layers. Source: arXiv 2101.03961, 2501.11873.
     """
     experts = router_logits.shape[-1]
     if not 1 <= num_experts_per_tok <= experts:
         raise ValueError(
-            f"num_experts_per_tok must lie in 1 … {experts} (the experts), got {num_experts_per_tok}"
+            f"num_experts_per_tok must lie in 1 … {experts}, got {num_experts_per_tok}"
         )
     probabilities = router_logits.softmax(-1, dtype=torch.float32)
     if load is None:
         load = expert_load(router_logits.topk(num_experts_per_tok).indices, experts, mask)
-    if mask is None:
-        mean = probabilities.mean(-2)
-    else:
-        mean = (probabilities * mask.unsqueeze(-1)).sum(-2) / mask.sum(-1, keepdim=True)
+    mask = probabilities.new_ones(probabilities.shape[:-1]) if mask is None else mask
+    mean = (probabilities * mask.unsqueeze(-1)).sum(-2) / mask.sum(-1, keepdim=True)
     return experts * (load * mean).sum(-1).mean()
 
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #ad670769
 @torch.no_grad()
-def upcycle(
-    dense: Qwen,
-    *,
-    num_experts: int,
-    num_experts_per_tok: int,
-    moe_intermediate_size: int,
-    shared: bool = True,
-    fresh: float = 0.5,
-    seed: int = 0,
-    **others,
-) -> QwenMoe:
+def upcycle(dense: Qwen, fresh: float = 0.5, seed: int = 0, **experts) -> QwenMoe:
     """A `QwenMoe` that begins from the weights of a dense model (arXiv 2407.10671 §2.2.2).
 
-    Each layer's feed-forward part is copied as often as the experts need, the hidden channels of every copy are permuted
-    at random, and the copies are cut into experts. A share `fresh` of each expert's weights, drawn element by element,
-    is drawn anew. shared: the dense part stays whole as the shared expert. others: further fields of `MoeConfig`.
+    experts: fields that `MoeConfig` adds. Each layer's feed-forward part is copied as often as the experts need, the
+    hidden channels of every copy are permuted at random, and the copies are cut into experts. A share `fresh` of their
+    weights, element by element, is drawn anew. A shared expert gets channels of a permuted copy, unchanged.
     """
     if not 0 <= fresh <= 1:
         raise ValueError(f"fresh is a share of the weights, from 0 to 1, got {fresh}")
-    width = dense.config.intermediate_size
-    config = MoeConfig(
-        **dataclasses.asdict(dense.config), num_experts=num_experts, num_experts_per_tok=num_experts_per_tok,
-        moe_intermediate_size=moe_intermediate_size, shared_expert_intermediate_size=width if shared else 0, **others,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the new routers' draws leave the caller's generator alone
+    config = MoeConfig(**dataclasses.asdict(dense.config), **experts)
+    if config.shared_expert_intermediate_size > config.intermediate_size:
+        raise ValueError(f"a shared expert has at most the dense width, {config.intermediate_size}")
+    with torch.random.fork_rng(devices=[]):  # the caller's generator is left alone
         torch.manual_seed(seed)
         model = QwenMoe(config).to(dense.lm_head.weight.dtype)
-    model.load_state_dict(dense.state_dict(), strict=False)
-    for layer, source in zip(model.model.layers, dense.model.layers, strict=True):
-        if isinstance(layer.mlp, SparseMoeBlock):
-            _fill_experts(layer.mlp, source.mlp, fresh, generator)
+        model.load_state_dict(dense.state_dict(), strict=False)
+        for layer, source in zip(model.model.layers, dense.model.layers, strict=True):
+            if isinstance(layer.mlp, SparseMoeBlock):
+                _fill_experts(layer.mlp, source.mlp, fresh)
     return model
 
 
-def _fill_experts(
-    block: SparseMoeBlock, dense: SwiGLU, fresh: float, generator: torch.Generator
-) -> None:
+def _fill_experts(block: SparseMoeBlock, dense: SwiGLU, fresh: float) -> None:
     """Cut permuted copies of a dense layer into the experts of `block`, and draw a share of them anew."""
-    count, hidden, width = block.experts.down_proj.shape
+    count, _, width = block.experts.down_proj.shape
     source = dense.gate_proj.out_features
-    copies = -(-count * width // source)
-    channels = torch.cat([torch.randperm(source, generator=generator) for _ in range(copies)])
-    channels = channels[: count * width].view(count, width)
-    gate, up = (
-        dense.gate_proj.weight[channels],
-        dense.up_proj.weight[channels],
-    )  # (experts, width, hidden)
-    cut = {
-        "gate_up_proj": torch.cat([gate, up], 1),
-        "down_proj": dense.down_proj.weight.T[channels].mT,
-    }
-    for name, weight in cut.items():
-        anew = torch.rand(weight.shape, generator=generator) < fresh
-        noise = torch.randn(weight.shape, generator=generator) * weight.float().std()
-        getattr(block.experts, name).copy_(torch.where(anew, noise.to(weight.dtype), weight))
-    if block.shared_expert is not None:
-        block.shared_expert.load_state_dict(dense.state_dict())
+    copies = torch.cat([torch.randperm(source) for _ in range(-(-count * width // source))])
+    channels = copies[: count * width].view(count, width)
+    gate, up, down = dense.gate_proj.weight, dense.up_proj.weight, dense.down_proj.weight.T
+    gate_up = torch.cat([gate[channels], up[channels]], 1)  # (experts, 2 · width, hidden_size)
+    for name, cut in {"gate_up_proj": gate_up, "down_proj": down[channels].mT}.items():
+        noise = torch.randn(cut.shape).to(cut.dtype) * cut.std()
+        getattr(block.experts, name).copy_(torch.where(torch.rand(cut.shape) < fresh, noise, cut))
+    if (shared := block.shared_expert) is not None:
+        some = torch.randperm(source)[: shared.gate_proj.out_features]
+        shared.gate_proj.weight.copy_(gate[some])
+        shared.up_proj.weight.copy_(up[some])
+        shared.down_proj.weight.copy_(down[some].T)

@@ -109,8 +109,8 @@ class MoeScale:
 
     facts: Annotated[int, Field(ge=100, le=6_400)]  # names of two syllables out of 80
     fact_steps: Annotated[int, Field(ge=10)]
-    text_steps: Annotated[int, Field(ge=10)]
-    upcycle_steps: Annotated[int, Field(ge=10)]
+    text_steps: Annotated[int, Field(ge=5)]
+    upcycle_steps: Annotated[int, Field(ge=5)]
     seeds: Annotated[int, Field(gt=1)] = 3  # of one there is no interval
     looks: Annotated[int, Field(gt=1)] = 10
 
