@@ -24,7 +24,6 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -186,7 +185,8 @@ def grouped_experts(x: Tensor, weights: Tensor, index: Tensor, experts: Experts)
     gate_weight, up_weight = experts.gate_up_proj.split(width, 1)
     gate = F.grouped_mm(rows, gate_weight.mT, offs=ends)
     up = F.grouped_mm(rows, up_weight.mT, offs=ends)
-    out = F.grouped_mm(fused_swiglu(gate, up), experts.down_proj.mT, offs=ends)
+    hidden = fused_swiglu(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up
+    out = F.grouped_mm(hidden, experts.down_proj.mT, offs=ends)
     return (out[_inverse(order)].view(*index.shape, -1) * weights.unsqueeze(-1)).sum(1)
 
 
@@ -255,10 +255,7 @@ class QwenMoe(Qwen):
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32) -> "QwenMoe":
         """Load a Qwen2Moe checkpoint folder; errors as in `Qwen.from_pretrained`."""
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
-        config = MoeConfig.from_dict(folders.read_json(path))
+        config = MoeConfig.from_dict(folders.read_config_json(folder))
         with torch.device("meta"):
             model = cls(config)
         state = folders.fuse_experts(folders.read_weights(folder, dtype), config.num_experts)

@@ -156,6 +156,14 @@ def _sentence(problems: list[dict]) -> str:
     )
 
 
+def read_config_json(folder: str | Path) -> dict:
+    """The `config.json` of a checkpoint folder."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
+    return read_json(path)
+
+
 def read_json(path: Path) -> dict:
     """A JSON object; ValueError if the file is something else."""
     try:
