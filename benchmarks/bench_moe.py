@@ -1,7 +1,7 @@
 """A layer with experts, float32, forward and backward: against Hugging Face's block, and against a dense layer.
 
-Both blocks of Qwen2Moe have the same weights and get the same tokens. The dense layer is as wide as all that a token uses,
-shared expert included. Milliseconds, in turns in one process, best of several rounds.
+Both blocks of Qwen2Moe have the same weights and get the same tokens. The dense layer is as wide as all that a token
+uses, shared expert included. Milliseconds, in turns in one process, best of several rounds.
 """
 
 import json

@@ -337,7 +337,7 @@ def _():
         (loss + balance[0]).backward()
         gradients = {name: summary(p.grad) for name, p in model.named_parameters()}
         chosen = [index.flatten().tolist() for _, index in routes]
-        found[f"norm {norm}"] = [loss.item(), *map(float, balance), chosen, gradients]
+        found[f"norm {norm}"] = [loss.item(), *(b.item() for b in balance), chosen, gradients]
     return found
 
 
