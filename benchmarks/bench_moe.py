@@ -16,9 +16,10 @@ from qwen_mini.moe import MoeConfig, SparseMoeBlock
 
 # tokens, hidden size, experts, experts a token uses, width of one, width of the shared expert
 SHAPES = {
-    "8 experts, 2 a token": (4_096, 256, 8, 2, 256, 0),
-    "32 experts, 4 a token": (4_096, 256, 32, 4, 128, 0),
-    "60 experts, 4 a token, shared": (4_096, 256, 60, 4, 128, 512),
+    "8 experts, 2 a token, 4,096 tokens": (4_096, 256, 8, 2, 256, 0),
+    "32 experts, 4 a token, 4,096 tokens": (4_096, 256, 32, 4, 128, 0),
+    "60 experts, 4 a token, a shared one, 1,024 tokens": (1_024, 128, 60, 4, 48, 192),
+    "64 experts, 8 a token, 1,024 tokens": (1_024, 128, 64, 8, 44, 0),
 }
 ROUNDS = 9
 

@@ -45,6 +45,23 @@ from qwen_mini.model import (
 
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #b398abd2
+def _check_experts(config: "MoeConfig") -> None:
+    """ValueError for numbers of experts that do not fit each other."""
+    least = {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 1}
+    least |= {"decoder_sparse_step": 1, "shared_expert_intermediate_size": 0}
+    for name, low in least.items():
+        if type(value := getattr(config, name)) is not int or value < low:
+            raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+    if config.num_experts_per_tok > config.num_experts:
+        raise ValueError(
+            f"num_experts_per_tok must be at most num_experts ({config.num_experts}), got "
+            f"{config.num_experts_per_tok}: a token cannot use an expert twice"
+        )
+    if wrong := set(config.mlp_only_layers) - set(range(config.num_hidden_layers)):
+        raise ValueError(f"mlp_only_layers names {wrong.pop()!r}, which is the number of no layer")
+
+
+# %% ../notebooks/06_mixture_of_experts.ipynb #1529cb63
 @dataclasses.dataclass(frozen=True)
 class MoeConfig(ModelConfig):
     """A decoder with experts; names and meanings as in Hugging Face's `Qwen2MoeConfig`.
@@ -63,20 +80,7 @@ class MoeConfig(ModelConfig):
     router_aux_loss_coef: float = 0.001
 
     def __post_init__(self):
-        least = {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 1}
-        least |= {"decoder_sparse_step": 1, "shared_expert_intermediate_size": 0}
-        for name, low in least.items():
-            if type(value := getattr(self, name)) is not int or value < low:
-                raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
-        if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok must be at most num_experts ({self.num_experts}), got "
-                f"{self.num_experts_per_tok}: a token cannot use an expert twice"
-            )
-        if wrong := set(self.mlp_only_layers) - set(range(self.num_hidden_layers)):
-            raise ValueError(
-                f"mlp_only_layers names {wrong.pop()!r}, which is the number of no layer"
-            )
+        _check_experts(self)
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer (from 0) has experts: every `decoder_sparse_step`-th, unless `mlp_only_layers` names it."""
@@ -152,7 +156,7 @@ def padded_experts(x: Tensor, weights: Tensor, index: Tensor, experts: Experts) 
     load = torch.bincount(chosen, minlength=count)
     order = chosen.argsort(stable=True)
     start = load.cumsum(0) - load  # where each expert's run begins in that order
-    place = _inverse(order) - start[chosen]  # in the box of its expert
+    place = order.argsort() - start[chosen]  # in the box of its expert
     slot = chosen * load.max() + place
     boxes = x.new_zeros(count * int(load.max()), x.shape[1])
     boxes = boxes.index_copy(0, slot, x.repeat_interleave(k, 0)).view(count, -1, x.shape[1])
@@ -160,11 +164,6 @@ def padded_experts(x: Tensor, weights: Tensor, index: Tensor, experts: Experts) 
     out = (F.silu(gate) * up) @ experts.down_proj.mT  # (experts, fullest load, hidden_size)
     out = out.flatten(0, 1)[slot].view(*index.shape, -1)
     return (out * weights.unsqueeze(-1)).sum(1)
-
-
-def _inverse(order: Tensor) -> Tensor:
-    """The permutation that undoes another."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #5a6d830f
@@ -181,13 +180,17 @@ def grouped_experts(x: Tensor, weights: Tensor, index: Tensor, experts: Experts)
     load = torch.bincount(chosen, minlength=len(experts.down_proj))
     ends = load.cumsum(0, dtype=torch.int32)  # where each expert's run of rows ends
     order = chosen.argsort(stable=True)
-    rows = x[order.div(index.shape[1], rounding_mode="floor")]
+    token = order.div(index.shape[1], rounding_mode="floor")
+    rows = x.index_select(0, token)
     gate_weight, up_weight = experts.gate_up_proj.split(width, 1)
     gate = F.grouped_mm(rows, gate_weight.mT, offs=ends)
     up = F.grouped_mm(rows, up_weight.mT, offs=ends)
     hidden = fused_swiglu(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up
+    hidden = hidden * weights.flatten()[order].unsqueeze(
+        1
+    )  # before the last product, which is linear
     out = F.grouped_mm(hidden, experts.down_proj.mT, offs=ends)
-    return (out[_inverse(order)].view(*index.shape, -1) * weights.unsqueeze(-1)).sum(1)
+    return torch.zeros_like(x).index_add(0, token, out)
 
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #1d299c83
@@ -248,8 +251,8 @@ class QwenMoe(Qwen):
 
     def save_pretrained(self, folder, dtype=None, generation_config=None) -> None:
         """Write a checkpoint folder for Hugging Face, as `Qwen.save_pretrained`; each expert has its own tensors."""
-        named = folders.split_experts(self.named_parameters())
-        view = SimpleNamespace(named_parameters=named.items, config=self.config)
+        named = folders.split_experts(self.named_parameters()).items
+        view = SimpleNamespace(named_parameters=named, config=self.config)
         save_checkpoint(view, folder, dtype, generation_config)
 
     @classmethod
@@ -298,10 +301,7 @@ def count_moe_parameters(config: MoeConfig, active: bool = False, embedding: boo
 # %% ../notebooks/06_mixture_of_experts.ipynb #6dae6cf9
 @contextlib.contextmanager
 def record_routing(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """While open, a list that gets (router logits, chosen indices) of every sparse layer at every forward pass.
-
-    Both are (tokens, …): experts, and k.
-    """
+    """While open, a list that gets (router logits, chosen indices) of every sparse layer's forward pass."""
     seen: list[tuple[Tensor, Tensor]] = []
     keep = lambda _, __, found: seen.append((found[0], found[2]))
     handles = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, Router)]
@@ -393,6 +393,5 @@ def _fill_experts(block: SparseMoeBlock, dense: SwiGLU, fresh: float) -> None:
         getattr(block.experts, name).copy_(torch.where(torch.rand(cut.shape) < fresh, noise, cut))
     if (shared := block.shared_expert) is not None:
         some = torch.randperm(source)[: shared.gate_proj.out_features]
-        shared.gate_proj.weight.copy_(gate[some])
-        shared.up_proj.weight.copy_(up[some])
-        shared.down_proj.weight.copy_(down[some].T)
+        parts = {"gate_proj": gate[some], "up_proj": up[some], "down_proj": down[some].T}
+        shared.load_state_dict({f"{name}.weight": part for name, part in parts.items()})
