@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qwen_mini.course import stages
+from qwen_mini.course.nb import Notebook, source
 from qwen_mini.generation import generate
 from qwen_mini.layers import SwiGLU
 from qwen_mini.model import ModelConfig, Qwen
@@ -462,3 +464,67 @@ def test_it_trains():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+# ---------------------------------------------------------------- the notebook's exercises refuse wrong answers
+WRONG = {
+    "most_experts": [
+        "return memory // (3 * hidden_size * f)",  # as wide as the dense layer
+        "return memory // (2 * hidden_size * (f // k))",  # two matrices
+        "return -(-memory // (3 * hidden_size * (f // k)))",  # rounded up
+    ],
+    "kept_choices": [
+        "return torch.ones_like(index, dtype=torch.bool)",  # nothing is dropped
+        # one too many
+        "h = F.one_hot(index.flatten(), num_experts); "
+        "return ((h.cumsum(0) * h).sum(-1) <= capacity + 1).view_as(index)",
+        # all first choices before all second ones
+        "h = F.one_hot(index.T.flatten(), num_experts); "
+        "return ((h.cumsum(0) * h).sum(-1) <= capacity).view(index.shape[1], -1).T",
+        # the last ones are kept
+        "h = F.one_hot(index.flatten().flip(0), num_experts); "
+        "return ((h.cumsum(0) * h).sum(-1) <= capacity).flip(0).view_as(index)",
+    ],
+    "balance_loss": [
+        "return load_balancing_loss(router_logits, k)",  # padding counts
+        "return k * load_balancing_loss(router_logits, k, mask=mask)",  # grows with k
+        "return load_balancing_loss(router_logits[mask > 0].softmax(-1), k)",  # softmax twice
+        "return load_balancing_loss(router_logits.detach(), k, mask=mask).requires_grad_()",  # no gradient
+    ],
+    "routed_mse": [
+        "return F.mse_loss(block(x), targets).item(), 1.0",  # nothing trained
+        "return 0.0, 0.9",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exercises():
+    """Function → its answer and its check, as the notebook has them."""
+    path = Path(__file__).parent.parent / "notebooks" / "06_mixture_of_experts.ipynb"
+    cells = [source(cell) for cell in Notebook(path).cells if cell["cell_type"] == "code"]
+    found = {}
+    for answer, check in itertools.pairwise(cells):
+        if "# BEGIN SOLUTION" in answer:
+            found[answer.partition("def ")[2].partition("(")[0]] = answer, check
+    return found
+
+
+def attempt(answer: str, check: str) -> None:
+    names = {
+        "torch": torch, "F": F, "Experts": Experts, "MoeConfig": MoeConfig, "SparseMoeBlock": SparseMoeBlock,
+        "load_balancing_loss": load_balancing_loss, "record_routing": record_routing,
+        "sizes": dataclasses.asdict(dataclasses.replace(DENSE, num_hidden_layers=2)),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    exec(answer + "\n" + check, names)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_checks_of_exercises_take_the_right_answer_and_no_wrong_one(name, exercises):
+    answer, check = exercises[name]
+    attempt(answer, check)
+    head = answer.partition("# BEGIN SOLUTION")[0].rstrip()
+    for wrong in WRONG[name]:
+        with pytest.raises((AssertionError, RuntimeError)):
+            attempt(f"{head}\n    {wrong}", check)
