@@ -15,6 +15,7 @@ from qwen_mini import attention as a
 from qwen_mini import dual_chunk as d
 from qwen_mini import generation as g
 from qwen_mini import layers
+from qwen_mini import moe as m
 from qwen_mini import sparse_prefill as s
 from qwen_mini.kernels.attention import TiledAttention
 from qwen_mini.kernels.cache import KVCache
@@ -308,6 +309,71 @@ def _():
 def _():
     pieces = g.stream(tiny(), tokenizer(), "The river", 30, temperature=1.0, generator=seeded(2))
     return list(pieces)
+
+
+# ---------------------------------------------------------------- mixture of experts
+MOE = m.MoeConfig(
+    **dataclasses.asdict(SMALL), num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12,
+    shared_expert_intermediate_size=20,
+)  # fmt: skip
+
+
+@golden("moe", "initial weights")
+def _():
+    torch.manual_seed(0)
+    return {name: summary(p.detach()) for name, p in m.QwenMoe(MOE).named_parameters()}
+
+
+@golden("moe", "logits, routing and gradients")
+def _():
+    found = {}
+    for norm, only in ((False, ()), (True, (0,))):
+        config = dataclasses.replace(MOE, norm_topk_prob=norm, mlp_only_layers=only)
+        model, rows = tiny(config, kind=m.QwenMoe), ids(2, 20, high=61)
+        with m.record_routing(model) as routes:
+            loss = model(rows[:, :-1], targets=rows[:, 1:])
+        logits = torch.stack([one for one, _ in routes])
+        balance = [m.load_balancing_loss(x, 2) for x in (logits, logits.flatten(0, 1))]
+        (loss + balance[0]).backward()
+        gradients = {name: summary(p.grad) for name, p in model.named_parameters()}
+        chosen = [index.flatten().tolist() for _, index in routes]
+        found[f"norm {norm}"] = [loss.item(), *(b.item() for b in balance), chosen, gradients]
+    return found
+
+
+@golden("moe", "ways to compute")
+def _():
+    experts, x = m.Experts(6, 16, 8), rand(30, 16)
+    with torch.no_grad():
+        for number, p in enumerate(experts.parameters()):
+            p.copy_(0.3 * rand(*p.shape, seed=number))
+    weights, index = rand(30, 6, seed=7).softmax(-1).topk(2)
+    with torch.no_grad():
+        return [
+            summary(way(x, weights, index, experts))
+            for way in (m.padded_experts, m.grouped_experts)
+        ]
+
+
+@golden("moe", "upcycling")
+def _():
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)
+    found = {}
+    for share in (0.0, 0.5):
+        model = m.upcycle(
+            tiny(SMALL), fresh=share, seed=1, shared_expert_intermediate_size=20, **experts
+        )
+        found[str(share)] = {name: summary(p.detach()) for name, p in model.named_parameters()}
+    return found
+
+
+@golden("moe", "sizes and loads")
+def _():
+    load = m.expert_load(torch.tensor([[0, 1], [0, 2], [3, 1]]), 4)
+    sizes = {
+        n: [m.count_moe_parameters(c, a) for a in (False, True)] for n, c in m.QWEN_MOE.items()
+    }
+    return {"sizes": sizes, "load": load.tolist(), "violation": m.max_violation(load).item()}
 
 
 # ---------------------------------------------------------------- dual chunks

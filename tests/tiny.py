@@ -31,6 +31,14 @@ rope_theta = 1000.0
 rms_norm_eps = 1e-6
 tie_word_embeddings = true
 initializer_range = 0.02
+[moe]
+facts = 100
+fact_steps = 10
+text_steps = 10
+upcycle_steps = 10
+seeds = 2
+looks = 2
+
 [corpus]
 sources = ["python"]
 max_bytes_per_source = 150_000

@@ -6,6 +6,8 @@ a refusal.
 
 import dataclasses
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,43 @@ def qwen2_values(values: dict) -> dict[str, Any]:
         raise ValueError(f"config.json {_sentence(error.errors())}") from None
 
 
+# Keys that Qwen2Moe adds, with what transformers takes where a file says nothing; None: the file must say it.
+MOE_KEYS = {
+    "num_experts": None,
+    "num_experts_per_tok": None,
+    "moe_intermediate_size": None,
+    "shared_expert_intermediate_size": None,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": (),
+    "router_aux_loss_coef": 0.001,
+}
+
+
+def qwen2_moe_values(values: dict) -> dict[str, Any]:
+    """The sizes in a `config.json` of a Qwen2Moe checkpoint: those of `qwen2_values`, and `MOE_KEYS`.
+
+    Whether numbers of experts fit each other is for the caller to say.
+    """
+    if values.get("model_type") != "qwen2_moe":
+        raise ValueError(
+            f"not a Qwen2Moe checkpoint: config.json says model_type {values.get('model_type')!r}, not 'qwen2_moe'"
+        )
+    if values.get("qkv_bias", True) is not True:
+        raise ValueError(
+            "config.json asks for attention without biases, which Qwen's models do not have"
+        )
+    told = MOE_KEYS | {key: values[key] for key in MOE_KEYS if values.get(key) is not None}
+    if missing := [key for key, value in told.items() if value is None]:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    if not isinstance(told["mlp_only_layers"], list | tuple):
+        raise ValueError("config.json key 'mlp_only_layers' should be a list of layer numbers")
+    told["mlp_only_layers"] = tuple(told["mlp_only_layers"])
+    other = {*MOE_KEYS, "model_type", "qkv_bias", "output_router_logits"}
+    dense = {key: value for key, value in values.items() if key not in other}
+    return qwen2_values(dense | {"model_type": "qwen2"}) | told
+
+
 def _refuse_more(values: dict) -> None:
     """ValueError for what other models have, and this one does not."""
     for rope in (values.get("rope_parameters") or {}, values.get("rope_scaling") or {}):
@@ -115,6 +154,14 @@ def _sentence(problems: list[dict]) -> str:
     return (
         f"key {key!r} {problem['msg'].removeprefix('Input ')}, got {str(problem['input'])[:60]!r}"
     )
+
+
+def read_config_json(folder: str | Path) -> dict:
+    """The `config.json` of a checkpoint folder."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
+    return read_json(path)
 
 
 def read_json(path: Path) -> dict:
@@ -183,3 +230,51 @@ def read_weights(folder: str | Path, dtype) -> dict:
                     f"{path}: tensor {key} holds numbers that are not finite: the checkpoint is damaged"
                 )
     return state
+
+
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def split_experts(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Parameters under their names on disk, where every matrix of an expert is a tensor of its own.
+
+    In memory `experts.gate_up_proj` holds those of all experts, gate rows before up rows, and `experts.down_proj` too.
+    """
+    state = {}
+    for name, tensor in named:
+        stem, fused, kind = name.partition(".experts.")
+        if not fused:
+            state[name] = tensor
+            continue
+        for number, expert in enumerate(tensor):
+            parts = {"down": expert}
+            if kind == "gate_up_proj":
+                parts = dict(zip(("gate", "up"), expert.chunk(2), strict=True))
+            for part, weight in parts.items():
+                state[f"{stem}.experts.{number}.{part}_proj.weight"] = weight
+    return state
+
+
+def fuse_experts(state: dict[str, Any], count: int) -> dict[str, Any]:
+    """The way back, for `count` experts a layer; ValueError names a tensor that is missing or surplus."""
+    import torch
+
+    fused, loose = {}, {}
+    for name, tensor in state.items():
+        if found := EXPERT.fullmatch(name):
+            loose.setdefault(found[1], {})[name] = tensor
+        else:
+            fused[name] = tensor
+    for stem, parts in loose.items():
+        names = {
+            kind: [f"{stem}.{number}.{kind}_proj.weight" for number in range(count)]
+            for kind in ("gate", "up", "down")
+        }
+        expected = set().union(*names.values())
+        if wrong := sorted(expected ^ parts.keys()):
+            state_of = "missing" if wrong[0] in expected else "surplus"
+            raise ValueError(f"tensor {wrong[0]} is {state_of}: config.json says {count} experts")
+        stacks = {kind: torch.stack([parts[name] for name in names[kind]]) for kind in names}
+        fused[f"{stem}.gate_up_proj"] = torch.cat([stacks["gate"], stacks["up"]], 1)
+        fused[f"{stem}.down_proj"] = stacks["down"]
+    return fused

@@ -101,6 +101,21 @@ class Model:
 
 
 @dataclass(frozen=True, config=STRICT)
+class MoeScale:
+    """What chapter 06 compares experts on: a phone book of `facts`, and text; `seeds` runs of every arm.
+
+    `fact_steps`, `text_steps`, `upcycle_steps`: training steps of a run; `looks`: how often it is measured on the way.
+    """
+
+    facts: Annotated[int, Field(ge=100, le=6_400)]  # names of two syllables out of 80
+    fact_steps: Annotated[int, Field(ge=10)]
+    text_steps: Annotated[int, Field(ge=5)]
+    upcycle_steps: Annotated[int, Field(ge=5)]
+    seeds: Annotated[int, Field(gt=1)] = 3  # of one there is no interval
+    looks: Annotated[int, Field(gt=1)] = 10
+
+
+@dataclass(frozen=True, config=STRICT)
 class Corpus:
     """What is read and made; `max_bytes_per_source` 0 means everything."""
 
@@ -363,6 +378,7 @@ class ScaleConfig:
     run: Run
     tokenizer: TokenizerScale
     model: Model
+    moe: MoeScale
     corpus: Corpus
     pretraining: Pretraining
     scaling_laws: ScalingLaws
