@@ -321,7 +321,7 @@ def expert_load(index: Tensor, num_experts: int, mask: Tensor | None = None) -> 
     ones = ones if mask is None else ones * mask.unsqueeze(-1)
     load = ones.new_zeros(*index.shape[:-2], num_experts)
     load.scatter_add_(-1, index.flatten(-2), ones.flatten(-2))
-    return load / load.sum(-1, keepdim=True)
+    return load / load.sum(-1, keepdim=True).clamp_min(1)
 
 
 def max_violation(load: Tensor) -> Tensor:
@@ -352,7 +352,7 @@ def load_balancing_loss(
     if load is None:
         load = expert_load(router_logits.topk(num_experts_per_tok).indices, experts, mask)
     mask = probabilities.new_ones(probabilities.shape[:-1]) if mask is None else mask
-    mean = (probabilities * mask.unsqueeze(-1)).sum(-2) / mask.sum(-1, keepdim=True)
+    mean = (probabilities * mask.unsqueeze(-1)).sum(-2) / mask.sum(-1, keepdim=True).clamp_min(1)
     return experts * (load * mean).sum(-1).mean()
 
 
