@@ -8,7 +8,10 @@ import re
 import numpy as np
 import pytest
 import torch
+from tiny import answered
 
+from qwen_mini.course import home
+from qwen_mini.course.nb import Notebook
 from qwen_mini.data_quality import (
     TestIndex,
     best_shares,
@@ -418,3 +421,45 @@ def test_noise_is_what_it_says(parts):
     kinds = {kind for _, _, kind in rows}
     assert {"clean", "near-copies", "fluent junk", "mojibake"} <= kinds
     json.dumps(rows)
+
+
+# ---------------------------------------------------------------- exercises
+BOOK = Notebook(home() / "notebooks" / "10_data_quality.ipynb")
+EXERCISES = [
+    (code, BOOK.code[index + 1]) for index, code in enumerate(BOOK.code) if "BEGIN SOLUTION" in code
+]
+WRONG = [
+    (0, "return (1 / 128) ** (1 / r)"),
+    (0, "return (1 - 0.5 ** (1 / 128)) ** (1 / r)"),
+    (1, "return lcs_plain(train, test) >= 13"),
+    (1, "return lcs_plain(train, test) >= 0.6 * min(len(train), len(test))"),
+    (1, "c = lcs_plain(train, test); return c >= 13 and c >= 0.6 * max(len(train), len(test))"),
+    (2, "return np.asarray(sizes) / np.sum(sizes)"),
+    (2, "return np.asarray(sizes, dtype=float) ** tau"),
+    (3, "return text.count('harbour') / 10"),
+    (3, "return min(1.0, len(text) / 1_000)"),
+    (3, "words = text.lower().split(); return len(set(words)) / max(1, len(words))"),
+]
+
+
+def room() -> dict:
+    """What the exercises find defined above them."""
+    space = {"itertools": itertools, "np": np, "re": re}
+    exec(next(code for code in BOOK.code if "def lcs_plain(" in code), space)
+    return space
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_solution_of_an_exercise_passes(number):
+    space = room()
+    for code in EXERCISES[number]:
+        exec(code, space)
+
+
+@pytest.mark.parametrize("number, body", WRONG)
+def test_a_wrong_answer_is_refused(number, body):
+    solution, check = EXERCISES[number]
+    space = room()
+    exec(answered(solution, body), space)
+    with pytest.raises(AssertionError):
+        exec(check, space)

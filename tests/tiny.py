@@ -1,6 +1,8 @@
 """A scale whose stages train in a second, and what tests ask of such runs."""
 
 import dataclasses
+import re
+import textwrap
 from pathlib import Path
 
 import torch
@@ -226,3 +228,10 @@ def needle_share(*question, **options) -> float:
     """The mean score of a model at a task of the mini-RULER; arguments as for `long_context.task_scores`."""
     scores = task_scores(*question, **options)
     return sum(scores) / len(scores)
+
+
+def answered(code: str, body: str) -> str:
+    """The cell of an exercise with another body between its marks."""
+    before, rest = re.split(r"[ ]*# BEGIN SOLUTION\n", code)
+    after = rest.split("# END SOLUTION")[1]
+    return before + textwrap.indent(body, "    " if "def " in before else "") + after
