@@ -9,7 +9,7 @@ import torch
 from tiny import answered
 
 from qwen_mini import scaling_laws
-from qwen_mini.course import cli, home, load_scale, plan, small_text
+from qwen_mini.course import cli, home, load_scale, plan, records, small_text
 from qwen_mini.course.nb import Notebook
 from qwen_mini.kernels.ensemble import Ensemble, EnsembleAdamW
 from qwen_mini.model import Qwen, count_parameters, flops_per_token
@@ -337,12 +337,14 @@ def test_impossible_sizes_are_one_sentence(N, D):
         recommend(N, D, LAWS)
 
 
-def test_the_shipped_laws_recommend_what_a_run_can_use():
+def test_the_shipped_laws_recommend_what_a_run_can_use(monkeypatch):
+    monkeypatch.setattr(records, "_book", None)  # as outside a notebook
     said = recommend(1e5, 5e5)
     assert 1e-4 < said.learning_rate < 1e-1 and said.batch_tokens % 64 == 0 and 1 < said.loss < 6
 
 
 def test_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(records, "_book", None)
     monkeypatch.setattr(plan, "measured_speed", lambda: 5e10)
     assert cli.main(["plan", "--params", "1e6", "--tokens", "2e7"]) == 0
     said = capsys.readouterr().out

@@ -98,7 +98,7 @@ def experiments(calls: Mapping[str, functools.partial], *, tolerance: float | st
             f"the record {_book.name}/{next(iter(missing))} of scale {_book.scale} is missing, or is of other inputs: "
             f"make it with `qwen-mini run {_book.name} --scale {_book.scale}`"
         )
-    named = os.environ.get("QWEN_MINI_VERIFY", "").split(":")
+    named = os.environ.get("QWEN_MINI_VERIFY", "").split("\n")
     doubted = {
         name: call
         for name, call in calls.items()

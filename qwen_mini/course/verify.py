@@ -31,7 +31,7 @@ def verify(root: Path, wanted: list[str], longest: float = LONGEST) -> int:
     for precision in sorted(set(known[name] for name in names)):
         group = [name for name in names if known[name] == precision]
         books = select(root, sorted({name.partition("/")[0] for name in group}))
-        with _variables(QWEN_MINI_VERIFY=":".join(group), QWEN_MINI_DTYPE=precision):
+        with _variables(QWEN_MINI_VERIFY="\n".join(group), QWEN_MINI_DTYPE=precision):
             results = runner.run(books, SCALE, keep_going=True, records_only=True)
         fine = fine and all(result.ok for result in results)
         said = "".join(
