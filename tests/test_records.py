@@ -275,18 +275,18 @@ def test_differences_within_the_tolerance(stored, found, tolerance, same):
 
 
 def test_verifying_compares_and_names_what_does_not_hold(monkeypatch, capsys):
-    experiment("a", measure, x=2)
-    monkeypatch.setenv("QWEN_MINI_VERIFY", "99_probe/a")
-    experiment("a", measure, x=2)
-    assert "verified 99_probe/a" in capsys.readouterr().out
-    record = json.loads(path_of("a").read_text())
+    experiment("a: b", measure, x=2)
+    monkeypatch.setenv("QWEN_MINI_VERIFY", "99_probe/a: b")
+    experiment("a: b", measure, x=2)
+    assert "verified 99_probe/a: b" in capsys.readouterr().out
+    record = json.loads(path_of("a: b").read_text())
     record["result"]["value"] = 9.0
     record = records.sealed(record)
-    records.write(path_of("a"), record)
+    records.write(path_of("a: b"), record)
     with pytest.raises(
-        BadRecord, match=r"99_probe/a does not verify: result\.value was 9.0 and is 3.0"
+        BadRecord, match=r"99_probe/a: b does not verify: result\.value was 9.0 and is 3.0"
     ):
-        experiment("a", measure, x=2)
+        experiment("a: b", measure, x=2)
 
 
 def test_another_notebooks_record_can_be_read():
