@@ -1,6 +1,8 @@
-"""Scales: one TOML file each, read into frozen dataclasses that accept no unknown, missing or impossible value.
+"""Scales: one TOML file each, read into frozen dataclasses that accept no unknown or impossible value.
 
-What is the same at most scales is a default here; a file holds what differs.
+The defaults are those of `laptop`, the scale of the committed outputs, but for the few that `laptop.toml` states, where
+the other scales agree. A file holds what differs: from the defaults, or from the scale that it names as its `base`. Its
+`start` says for all stages what they start from. What follows from other keys, `_derived` fills in.
 """
 
 import dataclasses
@@ -8,8 +10,9 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -18,7 +21,6 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
@@ -29,6 +31,9 @@ FOLDER = Path(__file__).parent / "scales"
 CONTROL_TOKENS = 22
 UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for it
 STRICT = ConfigDict(strict=True, extra="forbid")
+DERIVED = (
+    None  # the default of what follows from other keys; no file can say it, for TOML has no null
+)
 
 MOST_LAYERS = 1_000  # no public model has as many; a wrong number would build for hours
 
@@ -40,6 +45,11 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Inside = Annotated[float, Field(gt=0, lt=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+HeadDim = Annotated[int, Field(gt=0, lt=2**12, multiple_of=2)]  # channels are rotated in pairs
+VocabSize = Annotated[int, Field(ge=256 + CONTROL_TOKENS, lt=2**24)]
+Start = Literal[
+    "own", "shipped"
+]  # a stage of the scale itself, or the one that ships with the course
 
 
 class ScaleError(CourseError):
@@ -61,8 +71,8 @@ class Run:
     bfloat16 faster where the processor has instructions for it. It is provenance, and part of no key.
     """
 
-    memory_gib: Positive
-    dtype: Literal["float32", "bfloat16"]
+    memory_gib: Positive = 8.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
     threads: CountOrNone = 0
     jobs: Count = 1
 
@@ -71,33 +81,26 @@ class Run:
 class TokenizerScale:
     """`vocab_size` counts every id, the 22 control tokens included."""
 
-    vocab_size: Annotated[int, Field(ge=256 + CONTROL_TOKENS)]
-    training_bytes: Count
+    vocab_size: VocabSize = 1024
+    training_bytes: Count = 4_000_000
 
 
 @dataclass(frozen=True, config=STRICT)
 class Model:
     """The architecture, with the field names of Hugging Face's `Qwen2Config`."""
 
-    vocab_size: Size
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Annotated[int, Field(gt=0, le=MOST_LAYERS)]
-    num_attention_heads: Size
-    num_key_value_heads: Size
-    head_dim: Annotated[int, Field(gt=0, lt=2**12, multiple_of=2)]  # channels are rotated in pairs
-    max_position_embeddings: Size
-    rope_theta: Positive
+    vocab_size: Size = DERIVED  # the tokenizer's
+    hidden_size: Size = 128
+    intermediate_size: Size = 384
+    num_hidden_layers: Annotated[int, Field(gt=0, le=MOST_LAYERS)] = 5
+    num_attention_heads: Size = 4
+    num_key_value_heads: Size = 2
+    head_dim: HeadDim = DERIVED  # hidden_size / num_attention_heads
+    max_position_embeddings: Size = DERIVED  # the longest window of pre-training
+    rope_theta: Positive = 1000.0
     rms_norm_eps: Positive = 1e-6
     tie_word_embeddings: bool = True
     initializer_range: Positive = 0.02
-
-    @field_validator("num_key_value_heads")
-    def _heads_share_keys(cls, groups: int, earlier) -> int:
-        heads = earlier.data.get("num_attention_heads", groups)  # which may be wrong itself
-        if heads % groups:
-            raise ValueError(f"must divide the {heads} query heads, got {groups}")
-        return groups
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -107,25 +110,30 @@ class MoeScale:
     `fact_steps`, `text_steps`, `upcycle_steps`: training steps of a run; `looks`: how often it is measured on the way.
     """
 
-    facts: Annotated[int, Field(ge=100, le=6_400)]  # names of two syllables out of 80
-    fact_steps: Annotated[int, Field(ge=10)]
-    text_steps: Annotated[int, Field(ge=5)]
-    upcycle_steps: Annotated[int, Field(ge=5)]
+    facts: Annotated[int, Field(ge=100, le=6_400)] = 6_000  # names of two syllables out of 80
+    fact_steps: Annotated[int, Field(ge=10)] = 600
+    text_steps: Annotated[int, Field(ge=5)] = 260
+    upcycle_steps: Annotated[int, Field(ge=5)] = 50
     seeds: Annotated[int, Field(gt=1)] = 3  # of one there is no interval
     looks: Annotated[int, Field(gt=1)] = 10
+
+
+# What the sources hold, and the two domains that the course makes beside needles.
+_SOURCES = ("wiki_en", "wiki_fr", "wiki_es", "glosses", "chinese_english", "python")
+_DOMAINS = (*_SOURCES, "tasks", "chat")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Corpus:
     """What is read and made; `max_bytes_per_source` 0 means everything."""
 
-    sources: Annotated[tuple[str, ...], Field(min_length=1)]
-    heldout_fraction: Inside
-    max_heldout_bytes: Count
-    task_documents: CountOrNone
-    chat_documents: CountOrNone
-    needle_rows: CountOrNone
-    needle_lengths: tuple[Count, ...]
+    sources: Annotated[tuple[str, ...], Field(min_length=1)] = _SOURCES
+    heldout_fraction: Inside = 0.03
+    max_heldout_bytes: Count = 200_000
+    task_documents: CountOrNone = 40_000
+    chat_documents: CountOrNone = 12_000
+    needle_rows: CountOrNone = 16_000
+    needle_lengths: tuple[Count, ...] = DERIVED  # the windows of pre-training
     max_bytes_per_source: CountOrNone = 0
 
 
@@ -134,21 +142,32 @@ class Phase:
     """One phase of pre-training: `tokens` in windows of `length`, drawn from the domains by the shares of `mixture`."""
 
     tokens: Count
-    length: Count
+    length: Size
     mixture: Annotated[dict[str, Positive], AfterValidator(_sum_to_one)]
+
+
+# Short windows first: retrieval is learned at length 64 and then carried to 128 and 256.
+_PHASES = tuple(
+    Phase(tokens, length, dict(zip(_DOMAINS, shares, strict=True)) | {f"needles_{length}": needles})
+    for tokens, length, needles, shares in (
+        (1_638_400, 64, 0.25, (0.20, 0.10, 0.08, 0.09, 0.03, 0.13, 0.08, 0.04)),
+        (2_457_600, 128, 0.20, (0.22, 0.11, 0.08, 0.10, 0.03, 0.14, 0.08, 0.04)),
+        (18_432_000, 256, 0.08, (0.26, 0.13, 0.10, 0.12, 0.02, 0.17, 0.08, 0.04)),
+    )
+)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Pretraining:
     """The training loop's numbers; `matrix_learning_rate` is read by the optimizer `muon` alone."""
 
-    batch_tokens: Count
-    optimizer: Literal["adamw", "muon"]
-    learning_rate: Positive
-    min_lr_ratio: Share
-    warmup_steps: CountOrNone
-    schedule: Literal["cosine", "wsd"]
-    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    batch_tokens: Count = 4096
+    optimizer: Literal["adamw", "muon"] = "muon"
+    learning_rate: Positive = 3e-3
+    min_lr_ratio: Share = 0.05
+    warmup_steps: CountOrNone = 50
+    schedule: Literal["cosine", "wsd"] = "wsd"
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = _PHASES
     matrix_learning_rate: Positive = 0.02
     decay_fraction: Share = 0.2
     beta1: BelowOne = 0.9
@@ -169,18 +188,25 @@ class Stage:
     shares: Annotated[tuple[Positive, ...], AfterValidator(_sum_to_one)]
 
 
+# Twice as long in every stage, 40 % at the stage's longest window and 60 % in shorter ones.
+_STAGES = (
+    Stage(802_816, 10_000.0, (512, 256, 128), (0.4, 0.4, 0.2)),
+    Stage(2_801_664, 30_000.0, (1024, 512, 256, 128), (0.4, 0.2, 0.3, 0.1)),
+)
+
+
 @dataclass(frozen=True, config=STRICT)
 class LongContext:
     """Context extension by training, of the scale's own model or (`start`) of the one that ships with the course."""
 
-    batch_tokens: Count
-    learning_rate: Positive
-    warmup_steps: CountOrNone
-    needle_share: Inside
-    needle_rows: Count
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    batch_tokens: Count = DERIVED  # as in pre-training
+    learning_rate: Positive = 1.2e-3
+    warmup_steps: CountOrNone = 10
+    needle_share: Inside = 0.3
+    needle_rows: Count = 1_500
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = _STAGES
     matrix_learning_rate: Positive = 0.004
-    start: Literal["own", "shipped"] = "own"
+    start: Start = "own"
 
     @property
     def trained_length(self) -> int:
@@ -196,31 +222,33 @@ class DataQuality:
     model scores text.
     """
 
-    crawl_bytes: Count
-    noise: Count
-    documents: Count
-    tokens: Count
-    mixtures: Annotated[int, Field(gt=7)]
-    mixture_tokens: Count
+    crawl_bytes: Count = 1_200_000
+    noise: Count = 120
+    documents: Count = 300
+    tokens: Count = 204_800
+    mixtures: Annotated[int, Field(gt=7)] = 32
+    mixture_tokens: Count = 102_400
     learning_rate: Positive = 1e-3
     test_items: Count = 10_000
-    start: Literal["own", "shipped"] = "own"
+    start: Start = "own"
 
 
 @dataclass(frozen=True, config=STRICT)
 class DualChunk:
     """How far chapter 13 measures: multiples of the trained length, and prompts per task and length."""
 
-    factors: tuple[Count, ...]
-    tries: Count
+    factors: tuple[Count, ...] = (1, 2, 4, 8, 16)
+    tries: Count = 16
 
 
 @dataclass(frozen=True, config=STRICT)
 class SparsePrefill:
     """How far chapter 14 measures: prompt lengths in tokens, tokens per prefill chunk, prompts per length and depth."""
 
-    lengths: Annotated[tuple[Count, ...], Field(min_length=2)]
-    tries: Count
+    lengths: Annotated[tuple[Count, ...], Field(min_length=2)] = tuple(
+        4**n for n in (6, 7, 8, 9, 10)
+    )
+    tries: Count = 1
     chunk_tokens: Count = 49_152
 
 
@@ -232,31 +260,38 @@ class Sweep:
     """Runs of one model at every batch and rate, measured after each number of tokens."""
 
     model: Shape
-    batches: Annotated[tuple[Count, ...], Field(min_length=1)]
-    tokens: Annotated[tuple[Count, ...], Field(min_length=1)]
-    rates: Annotated[tuple[Positive, ...], Field(min_length=3)]
+    batches: Annotated[tuple[Count, ...], Field(min_length=1)] = (64, 128, 256)
+    tokens: Annotated[tuple[Count, ...], Field(min_length=1)] = (60_000, 120_000, 240_000)
+    rates: Annotated[tuple[Positive, ...], Field(min_length=3)] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+
+
+# The last one: longer runs of the smallest, for which batch is best changes with the tokens.
+_LONGER = Sweep((24, 2), (256, 512), (480_000, 960_000), (2e-3, 4e-3, 8e-3, 1.6e-2))
+_SWEEPS = (Sweep((24, 2)), Sweep((32, 2), (128,)), Sweep((48, 2)), _LONGER)
 
 
 @dataclass(frozen=True, config=STRICT)
 class ScalingLaws:
     """Chapter 11's grids; a model is a pair of width and layers, budgets are FLOPs, the rest are tokens.
 
+    Small models, so that a grid of them takes minutes; the held-out run is larger than what it is predicted from.
+
     `sweeps`: what the laws of rate and batch are fitted to; `ladder`: the sizes that share each of `budgets` (those
     whose tokens per parameter lie within `ratio`); `heldout_model`, `heldout_tokens`: the run that is
     predicted first; `widths`, `width_tokens`: of the transfer by muP; `moe_models`, `moe_tokens`: of the experts.
     """
 
-    sweeps: Annotated[tuple[Sweep, ...], Field(min_length=1)]
-    ladder: tuple[Shape, ...]
-    budgets: tuple[Positive, ...]
-    ratio: tuple[Positive, Positive]
-    heldout_model: Shape
-    heldout_tokens: Count
-    widths: tuple[Count, ...]
-    width_tokens: Count
-    moe_models: tuple[Shape, ...]
-    moe_tokens: Count
-    vocab_size: Annotated[int, Field(ge=256 + CONTROL_TOKENS)] = 384
+    sweeps: Annotated[tuple[Sweep, ...], Field(min_length=1)] = _SWEEPS
+    ladder: tuple[Shape, ...] = ((16, 2), (24, 2), (32, 2), (48, 2), (64, 2), (80, 3), (96, 4))
+    budgets: tuple[Positive, ...] = (3e10, 1e11, 3e11, 1e12)
+    ratio: tuple[Positive, Positive] = (0.3, 160.0)
+    heldout_model: Shape = (64, 3)
+    heldout_tokens: Count = 480_000
+    widths: tuple[Count, ...] = (32, 64, 96)
+    width_tokens: Count = 48_000
+    moe_models: tuple[Shape, ...] = ((24, 2), (48, 2))
+    moe_tokens: Count = 240_000
+    vocab_size: VocabSize = 384
     length: Count = 64
 
 
@@ -268,12 +303,12 @@ class Sft:
     rates at the end, of those at the beginning.
     """
 
-    demonstrations: Count
-    epochs: Count
-    batch_rows: Count
-    learning_rate: Positive
-    matrix_learning_rate: Positive
-    warmup_steps: CountOrNone
+    demonstrations: Count = 400
+    epochs: Count = 5
+    batch_rows: Count = 16
+    learning_rate: Positive = 1.2e-3
+    matrix_learning_rate: Positive = 0.01
+    warmup_steps: CountOrNone = 10
     min_lr_ratio: Share = 0.1
     replay: NotNegative = 0.25
     replay_weight: NotNegative = 0.3
@@ -287,15 +322,15 @@ class RewardModelScale:
     `center`: the weight that keeps rewards around zero.
     """
 
-    demonstrations: Count
-    problems: Count
-    learning_rate: Positive
+    demonstrations: Count = 150
+    problems: Count = 110
+    learning_rate: Positive = 1e-3
     warmup_steps: CountOrNone = 3
     samples: Annotated[int, Field(gt=1)] = 8  # of one there is no pair
     epochs: Count = 1
     batch_pairs: Count = 32
     center: NotNegative = 0.01
-    start: Literal["own", "shipped"] = "own"
+    start: Start = "own"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -305,18 +340,18 @@ class Dpo:
     `alpha`, `keep`: the Online Merging Optimizer's.
     """
 
-    problems: Count
-    pairs_per_problem: Count
-    batch_pairs: Count
-    beta: Positive
-    learning_rate: Positive
-    warmup_steps: CountOrNone
-    alpha: Share
+    problems: Count = 120
+    pairs_per_problem: Count = 4
+    batch_pairs: Count = 32
+    beta: Positive = 1.0
+    learning_rate: Positive = 1e-4
+    warmup_steps: CountOrNone = 3
+    alpha: Share = 3e-4
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5
     samples: Annotated[int, Field(gt=1)] = 8
     max_new_tokens: Count = 128
     epochs: Count = 1
-    start: Literal["own", "shipped"] = "own"
+    start: Start = "own"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -327,9 +362,9 @@ class Grpo:
     weight of the KL term, 0 for none.
     """
 
-    steps: Count
-    queries: Count
-    learning_rate: Positive
+    steps: Count = 28
+    queries: Count = 64
+    learning_rate: Positive = 3e-4
     warmup_steps: CountOrNone = 5
     group_size: Annotated[int, Field(gt=1)] = 8  # of one there is nothing to compare
     micro_groups: Count = 6
@@ -339,7 +374,7 @@ class Grpo:
     epsilon: Positive = 0.2
     epsilon_high: Positive = 0.28
     beta: NotNegative = 0.0
-    start: Literal["own", "shipped"] = "own"
+    start: Start = "own"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -354,17 +389,17 @@ class Measure:
     training runs that are compared; `side_steps`: of the small runs that show what goes wrong.
     """
 
-    eval_every: Count
-    eval_tokens: Count
-    needle_tries: Count
-    sft_problems: Count
-    sft_fresh: Count
-    ablation_demonstrations: Count
-    long_rows: Count
-    reward_heldout: Count
-    dpo_heldout: Count
-    grpo_heldout: Count
-    side_steps: Count
+    eval_every: Count = 500
+    eval_tokens: Count = 8_192
+    needle_tries: Count = 20
+    sft_problems: Count = 20
+    sft_fresh: Count = 24
+    ablation_demonstrations: Count = 100
+    long_rows: Count = 300
+    reward_heldout: Count = 40
+    dpo_heldout: Count = 20
+    grpo_heldout: Count = 17
+    side_steps: Count = 4
     best_of: Annotated[int, Field(gt=1)] = 64
     dpo_seeds: Count = 3
     grpo_seeds: Count = 3
@@ -394,50 +429,86 @@ class ScaleConfig:
 
     @model_validator(mode="after")
     def _fits_together(self):
-        for holds, section, key, reason in _rules(self):
+        unwatched = SimpleNamespace(**vars(self))
+        for (section, key), value in _derived(unwatched).items():
+            if getattr(vars(self)[section], key) is DERIVED:
+                object.__setattr__(vars(self)[section], key, value)
+        for holds, section, key, reason in _rules(unwatched):
             if not holds:
                 raise ValueError(f"[{section}] key {key!r} {reason}")
         return self
 
+    def __getattribute__(self, name: str):
+        if name in SECTIONS and _readers:
+            _readers[-1](self, name)
+        return object.__getattribute__(self, name)
+
     @property
     def digest(self) -> str:
         """Of the model and the tokenizer: two scale files of one name with other models are told apart by it."""
-        text = json.dumps(
-            [dataclasses.asdict(self.model), dataclasses.asdict(self.tokenizer)], sort_keys=True
-        )
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _digest([dataclasses.asdict(self.model), dataclasses.asdict(self.tokenizer)])
 
     def only(self, *sections: str) -> "Sections":
         """These sections alone, as the input of an experiment: reading another one is an error."""
         return Sections(self, sections)
 
 
-def _rules(config: ScaleConfig) -> Iterator[tuple[bool, str, str, str]]:
+SECTIONS = tuple(field.name for field in dataclasses.fields(ScaleConfig))[2:]  # not name and run
+_readers: list[Callable[[ScaleConfig, str], None]] = []
+
+
+def tell_reads(reader: Callable[[ScaleConfig, str], None]) -> None:
+    """From now on `reader(config, section)` is called before a section of any scale is read."""
+    _readers[:] = [reader]
+
+
+def section_digests(config: ScaleConfig) -> dict[str, str]:
+    """Section → digest of its settings; of the machine there is none."""
+    return {name: _digest(dataclasses.asdict(vars(config)[name])) for name in SECTIONS}
+
+
+def _digest(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _derived(config) -> dict[tuple[str, str], object]:
+    """Section and key → what follows from other keys, where a file does not say it."""
+    lengths = {phase.length for phase in config.pretraining.phases}
+    return {
+        ("model", "vocab_size"): config.tokenizer.vocab_size,
+        ("model", "head_dim"): config.model.hidden_size // config.model.num_attention_heads,
+        ("model", "max_position_embeddings"): max(lengths),
+        ("corpus", "needle_lengths"): tuple(sorted(lengths)),
+        ("long_context", "batch_tokens"): config.pretraining.batch_tokens,
+    }
+
+
+def _rules(config) -> Iterator[tuple[bool, str, str, str]]:
     """What several keys must fulfil together: whether they do, section and key to change, and what it must be."""
     model, training, extension = config.model, config.pretraining, config.long_context
+    heads, groups = model.num_attention_heads, model.num_key_value_heads
+    reason = f"must divide the {heads} query heads, got {groups}"
+    yield heads % groups == 0, "model", "num_key_value_heads", reason
+    fits = 0 < model.head_dim < 2**12 and model.head_dim % 2 == 0
+    reason = (
+        f"must be even and below 4,096, got {model.head_dim} from hidden_size / num_attention_heads"
+    )
+    yield fits, "model", "head_dim", reason
     ids, reach = config.tokenizer.vocab_size, model.max_position_embeddings
     reason = f"must be at least the tokenizer's {ids}, got {model.vocab_size}"
     yield model.vocab_size >= ids, "model", "vocab_size", reason
-    yield (
-        training.schedule != "wsd" or training.decay_fraction > 0,
-        "pretraining",
-        "decay_fraction",
-        ("must be above 0 for wsd"),
-    )
+    fits = training.schedule != "wsd" or training.decay_fraction > 0
+    yield fits, "pretraining", "decay_fraction", "must be above 0 for wsd"
     for phase in training.phases:
         reason = f"must reach the longest training window, {phase.length}, got {reach}"
         yield phase.length <= reach, "model", "max_position_embeddings", reason
-        reason = f"must be a multiple of length x grad_accumulation = {phase.length} x {training.grad_accumulation}"
-        fits = training.batch_tokens % (phase.length * training.grad_accumulation) == 0
+        parts = training.grad_accumulation
+        fits = training.batch_tokens % (phase.length * parts) == 0
+        reason = f"must be a multiple of length x grad_accumulation = {phase.length} x {parts}"
         yield fits, "pretraining", "batch_tokens", reason
     for number, stage in enumerate(extension.stages):
-        fits = len(stage.shares) == len(stage.lengths)
-        yield (
-            fits,
-            f"long_context.stages.{number}",
-            "shares",
-            "must hold one share for every length",
-        )
+        where, fits = f"long_context.stages.{number}", len(stage.shares) == len(stage.lengths)
+        yield fits, where, "shares", "must hold one share for every length"
         fits = all(extension.batch_tokens % length == 0 for length in stage.lengths)
         yield fits, "long_context", "batch_tokens", "must be a multiple of every window length"
     factors = set(config.dual_chunk.factors)
@@ -452,11 +523,9 @@ class Sections:
     """Some sections of a scale, `config.only("model", "sft")`; `name` and `run` are there, too, and count for no key."""
 
     def __init__(self, config: ScaleConfig, names: tuple[str, ...]):
-        known = [field.name for field in dataclasses.fields(config)]
-        if unknown := sorted(set(names) - set(known)):
-            raise ScaleError(
-                f"a scale has no section {unknown[0]!r}: use some of {', '.join(known[2:])}"
-            )
+        if unknown := sorted(set(names) - {"name", "run", *SECTIONS}):
+            known = ", ".join(SECTIONS)
+            raise ScaleError(f"a scale has no section {unknown[0]!r}: use some of {known}")
         self.sections = {name: getattr(config, name) for name in ("name", "run", *names)}
 
     def __getattr__(self, name: str):
@@ -509,20 +578,43 @@ def load_scale(scale: str | Path) -> ScaleConfig:
     """Read and check a scale by name (`"quick"`) or by the path of a TOML file, whose stem becomes the name."""
     path = scale_file(scale)
     where = path.name if path.parent == FOLDER else str(path)
+    table = {name: {} for name in ("run", *SECTIONS)} | _table(path, where) | {"name": path.stem}
+    try:
+        # as JSON, where a list may be a tuple and 1 a float, but nothing else is converted
+        return TypeAdapter(ScaleConfig).validate_json(json.dumps(table, default=str))
+    except ValidationError as error:
+        unknown_first = sorted(error.errors(), key=lambda one: one["type"] != UNKNOWN)
+        raise ScaleError(f"{where}: {_sentence(unknown_first[0])}") from None
+
+
+def _table(path: Path, where: str) -> dict:
+    """What a file says, over what its base says; its `start` goes to every section that has one."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ScaleError(f"{where} is not valid TOML: {error}") from None
     if "name" in table:  # results go to runs/<name>
         raise ScaleError(f"{where}: has an unknown key 'name': a scale has the name of its file")
-    try:
-        # as JSON, where a list may be a tuple and 1 a float, but nothing else is converted
-        return TypeAdapter(ScaleConfig).validate_json(
-            json.dumps(table | {"name": path.stem}, default=str)
-        )
-    except ValidationError as error:
-        unknown_first = sorted(error.errors(), key=lambda one: one["type"] != UNKNOWN)
-        raise ScaleError(f"{where}: {_sentence(unknown_first[0])}") from None
+    if "start" in table:
+        starting = [
+            field for field in dataclasses.fields(ScaleConfig) if hasattr(field.type, "start")
+        ]
+        start = table.pop("start")
+        table = _over(table, {field.name: {"start": start} for field in starting})
+    if "base" not in table:
+        return table
+    if (base := table.pop("base")) not in scale_names():
+        known = ", ".join(scale_names())
+        raise ScaleError(f"{where}: key 'base' should be one of {known}, got {base!r}")
+    return _over(table, _table(scale_file(base), where))
+
+
+def _over(above, below):
+    """`above`, and in tables what only `below` says."""
+    if not isinstance(above, dict) or not isinstance(below, dict):
+        return above
+    common = {key: _over(above[key], below[key]) for key in above.keys() & below.keys()}
+    return below | above | common
 
 
 def _sentence(problem: dict) -> str:
