@@ -10,6 +10,7 @@ import torch
 from conftest import small_config
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny import whole_file
 
 from qwen_mini.course import (
     CourseError,
@@ -24,7 +25,6 @@ from qwen_mini.course import (
     stages,
     training,
 )
-from qwen_mini.course.scales import FOLDER
 from qwen_mini.model import Qwen
 from qwen_mini.tokenizer import Tokenizer
 from qwen_mini.training import Trainer, load_training_state, save_training_state
@@ -231,7 +231,7 @@ def test_training_states(tmp_path):
 
 
 def test_scales(tmp_path):
-    lines = (FOLDER / "quick.toml").read_text(encoding="utf-8").splitlines()
+    lines = ['base = "gpu"', 'start = "own"', *whole_file(load_scale("quick")).splitlines()]
     path = tmp_path / "own.toml"
     values = '"text" [] {} true -1 0 inf nan 1e400 1000000000000000000000000000000 1979-05-27 [[]] {a=1}'.split()
     for number, line in enumerate(lines):

@@ -1,6 +1,7 @@
 """A scale whose stages train in a second, and what tests ask of such runs."""
 
 import dataclasses
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -191,6 +192,25 @@ grpo_heldout = 1
 grpo_seeds = 1
 side_steps = 1
 """
+
+
+def toml(value) -> str:
+    """A value as TOML writes it; a dict becomes an inline table."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {toml(one)}' for key, one in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml, value))}]"
+    return json.dumps(value) if isinstance(value, str | bool) else repr(value)
+
+
+def whole_file(config) -> str:
+    """A scale as a file that says everything, a line per key."""
+    sections = dataclasses.asdict(config)
+    del sections["name"]
+    return "".join(
+        f"[{section}]\n" + "".join(f"{key} = {toml(value)}\n" for key, value in values.items())
+        for section, values in sections.items()
+    )
 
 
 def tiny_scale(folder: Path, dtype: str = "float32") -> str:

@@ -15,14 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from .errors import CourseError
@@ -31,10 +24,7 @@ FOLDER = Path(__file__).parent / "scales"
 CONTROL_TOKENS = 22
 UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for it
 STRICT = ConfigDict(strict=True, extra="forbid")
-DERIVED = (
-    None  # the default of what follows from other keys; no file can say it, for TOML has no null
-)
-
+DERIVED = None  # the default of a key that follows from others; TOML cannot say it
 MOST_LAYERS = 1_000  # no public model has as many; a wrong number would build for hours
 
 Count = Annotated[int, Field(gt=0)]
@@ -47,9 +37,7 @@ Inside = Annotated[float, Field(gt=0, lt=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 HeadDim = Annotated[int, Field(gt=0, lt=2**12, multiple_of=2)]  # channels are rotated in pairs
 VocabSize = Annotated[int, Field(ge=256 + CONTROL_TOKENS, lt=2**24)]
-Start = Literal[
-    "own", "shipped"
-]  # a stage of the scale itself, or the one that ships with the course
+Start = Literal["own", "shipped"]  # the scale's own stage, or that which ships with the course
 
 
 class ScaleError(CourseError):
@@ -427,16 +415,15 @@ class ScaleConfig:
     grpo: Grpo
     measure: Measure
 
-    @model_validator(mode="after")
-    def _fits_together(self):
-        unwatched = SimpleNamespace(**vars(self))
+    def __post_init__(self):
+        sections = vars(self)
+        unwatched = SimpleNamespace(**sections)
         for (section, key), value in _derived(unwatched).items():
-            if getattr(vars(self)[section], key) is DERIVED:
-                object.__setattr__(vars(self)[section], key, value)
+            if getattr(sections[section], key) is DERIVED:
+                object.__setattr__(sections[section], key, value)
         for holds, section, key, reason in _rules(unwatched):
             if not holds:
                 raise ValueError(f"[{section}] key {key!r} {reason}")
-        return self
 
     def __getattribute__(self, name: str):
         if name in SECTIONS and _readers:
@@ -453,7 +440,8 @@ class ScaleConfig:
         return Sections(self, sections)
 
 
-SECTIONS = tuple(field.name for field in dataclasses.fields(ScaleConfig))[2:]  # not name and run
+SECTIONS = tuple(ScaleConfig.__annotations__)[2:]  # not name and run
+STARTING = [name for name, kind in ScaleConfig.__annotations__.items() if hasattr(kind, "start")]
 _readers: list[Callable[[ScaleConfig, str], None]] = []
 
 
@@ -490,9 +478,7 @@ def _rules(config) -> Iterator[tuple[bool, str, str, str]]:
     reason = f"must divide the {heads} query heads, got {groups}"
     yield heads % groups == 0, "model", "num_key_value_heads", reason
     fits = 0 < model.head_dim < 2**12 and model.head_dim % 2 == 0
-    reason = (
-        f"must be even and below 4,096, got {model.head_dim} from hidden_size / num_attention_heads"
-    )
+    reason = f"must be even and below 4,096; hidden_size / num_attention_heads is {model.head_dim}"
     yield fits, "model", "head_dim", reason
     ids, reach = config.tokenizer.vocab_size, model.max_position_embeddings
     reason = f"must be at least the tokenizer's {ids}, got {model.vocab_size}"
@@ -533,9 +519,8 @@ class Sections:
             raise AttributeError(name)
         if name not in self.sections:
             declared = ", ".join(list(self.sections)[2:])
-            raise ScaleError(
-                f"the section {name!r} was read, but only {declared} declared: add it to config.only(…)"
-            )
+            said = f"only {declared} declared: add it to config.only(…)"
+            raise ScaleError(f"the section {name!r} was read, but {said}")
         return self.sections[name]
 
 
@@ -554,24 +539,19 @@ def scale_names() -> list[str]:
 
 def scale_file(scale: str | Path) -> Path:
     """The TOML file of a scale: a known name, or the path of a file of your own."""
-    path = FOLDER / f"{scale}.toml"
-    if str(scale) in scale_names():
-        return path
-    own = Path(scale)
-    if own.suffix == ".toml" and own.is_file():
-        if own.stem in scale_names() and own.resolve().parent != FOLDER:
-            raise ScaleError(
-                f"{own} has the name of a scale of the course, and both would share runs/{own.stem}: rename the file"
-            )
-        if not re.fullmatch(r"[\w-]+", own.stem):  # it names the folder of the results
-            raise ScaleError(
-                f"{own} needs a name of letters, digits, _ and - before .toml: rename the file"
-            )
-        return own.resolve()
-    known = ", ".join(scale_names())
-    raise ScaleError(
-        f"there is no scale {str(scale)!r}: use one of {known}, or the path of a .toml file"
-    )
+    names, own = scale_names(), Path(scale)
+    if str(scale) in names:
+        return FOLDER / f"{scale}.toml"
+    if own.suffix != ".toml" or not own.is_file():
+        known = f"{', '.join(names)}, or the path of a .toml file"
+        raise ScaleError(f"there is no scale {str(scale)!r}: use one of {known}")
+    if own.stem in names and own.resolve().parent != FOLDER:
+        shared = f"the name of a scale of the course, and both would share runs/{own.stem}"
+        raise ScaleError(f"{own} has {shared}: rename the file")
+    if not re.fullmatch(r"[\w-]+", own.stem):  # it names the folder of the results
+        needed = "a name of letters, digits, _ and - before .toml"
+        raise ScaleError(f"{own} needs {needed}: rename the file")
+    return own.resolve()
 
 
 def load_scale(scale: str | Path) -> ScaleConfig:
@@ -596,11 +576,8 @@ def _table(path: Path, where: str) -> dict:
     if "name" in table:  # results go to runs/<name>
         raise ScaleError(f"{where}: has an unknown key 'name': a scale has the name of its file")
     if "start" in table:
-        starting = [
-            field for field in dataclasses.fields(ScaleConfig) if hasattr(field.type, "start")
-        ]
-        start = table.pop("start")
-        table = _over(table, {field.name: {"start": start} for field in starting})
+        start = {"start": table.pop("start")}
+        table = _over(table, dict.fromkeys(STARTING, start))
     if "base" not in table:
         return table
     if (base := table.pop("base")) not in scale_names():
@@ -621,17 +598,11 @@ def _sentence(problem: dict) -> str:
     """`[model] key 'hidden_size' should be greater than 0, got 0`."""
     *section, key = problem["loc"] or ("",)
     inside = f"[{'.'.join(map(str, section))}] " if section else ""
-    reason = (
-        problem["ctx"]["error"]
-        if problem["type"] == "value_error"
-        else problem["msg"].removeprefix("Input ")
-    )
-    if not problem["loc"]:  # of several keys together
-        return str(reason)
     if problem["type"] == UNKNOWN:
         return f"{inside}has an unknown key {key!r}"
     if problem["type"] == "missing":
         return f"{inside}lacks the key {key!r}"
-    return f"{inside}key {key!r} {reason}" + (
-        "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
-    )
+    if problem["type"] == "value_error":  # of several keys together, where no key is named
+        reason = problem["ctx"]["error"]
+        return f"{inside}key {key!r} {reason}" if problem["loc"] else str(reason)
+    return f"{inside}key {key!r} {problem['msg'].removeprefix('Input ')}, got {problem['input']!r}"
