@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from authoring import checks, digits, sync
-from qwen_mini.course import nb, outputs, records, runner, stale, versions
+from qwen_mini.course import nb, outputs, records, runner, scales, stale, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 START = 'from qwen_mini import course\nconfig = course.start("{name}", scale=scale, seed=seed)'
@@ -36,11 +36,7 @@ def write(root, name, *cells, prose="# Title", parameters='scale = "laptop"\nsee
 
 def stamp(path):
     """Note that the outputs belong to the code as it is."""
-    facts = {
-        "scale": "laptop",
-        "code": nb.Notebook(path).code_digest,
-        "settings": outputs.settings_digest(),
-    }
+    facts = {"scale": "laptop", "code": nb.Notebook(path).code_digest, "sections": {}}
     edit(path, lambda data: data["metadata"].update(qwen_mini=facts))
 
 
@@ -253,6 +249,30 @@ def test_outputs_of_other_records_are_found(project):
     assert checks.results_are_current(project) == []
     record(project, key="other")
     only(checks.results_are_current(project), "01_one", "the record 01_one/a is newer")
+
+
+def test_outputs_are_stale_where_a_section_that_was_read_has_another_value(
+    project, tmp_path, monkeypatch
+):
+    path = project / "notebooks" / "01_one.ipynb"
+    read = {"laptop/sft": scales.section_digest(scales.load_scale("laptop"), "sft")}
+    edit(path, lambda data: data["metadata"]["qwen_mini"].update(sections=read))
+    assert checks.results_are_current(project) == []
+    monkeypatch.setattr(scales, "FOLDER", shutil.copytree(scales.FOLDER, tmp_path / "scales"))
+    laptop = scales.FOLDER / "laptop.toml"
+    usual = laptop.read_text(encoding="utf-8")
+    for changed, reason in {
+        "[dpo]\nbeta = 0.5\n": "",  # not read
+        "[run]\nmemory_gib = 9.0\n": "",
+        "[sft]\nepochs = 9\n": "its outputs are of other settings: laptop/sft",
+    }.items():
+        section = changed.split("\n")[0] + "\n"
+        kept = usual.replace(section, changed) if section in usual else usual + changed
+        laptop.write_text(kept, encoding="utf-8")
+        found = {one.what: one.reason for one in stale.stale_outputs(project)}
+        assert found.get("01_one", "") == reason, changed
+    edit(path, lambda data: data["metadata"]["qwen_mini"].pop("sections"))
+    assert "do not say which settings" in stale.stale_outputs(project)[0].reason
 
 
 def test_a_raised_version_makes_exactly_what_depends_on_it_stale(project):

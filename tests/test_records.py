@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pickle
 import statistics
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_mini.course import CourseError, load_scale, records
+from qwen_mini.course import CourseError, load_scale, records, stages, training
 from qwen_mini.course.records import (
     BadRecord,
     differs,
@@ -20,6 +21,7 @@ from qwen_mini.course.records import (
     plain,
     record_path,
 )
+from qwen_mini.course.scales import SECTIONS
 
 FACTOR = 3
 CALLS = []
@@ -357,6 +359,33 @@ def test_used_keys_are_noted():
     used = json.loads(records.used_file("quick", "99_probe").read_text())
     assert used["records"] == {"a": key(x=2)}
     assert os.environ.get("QWEN_MINI_RECORDS") is None
+
+
+def sections_read():
+    return set(json.loads(records.used_file("quick", "99_probe").read_text()).get("sections", {}))
+
+
+def test_sections_of_scales_that_are_read_are_noted():
+    config, gpu = load_scale("quick"), load_scale("gpu")
+    assert config.name and config.run.threads and pickle.dumps(config)
+    assert sections_read() == set()  # loading is not reading, and the machine decides nothing
+    config.model.hidden_size  # noqa: B018
+    config.only("sft")
+    gpu.dpo.beta  # noqa: B018
+    assert sections_read() == {"quick/model", "quick/sft", "gpu/dpo"}
+    probe = stages.Stage(config, "probe", 0, {}, {}, lambda made, _: made.config.grpo and Path())
+    probe.make()  # what a training reads is in its key
+    assert sections_read() == {"quick/model", "quick/sft", "gpu/dpo"}
+    training.handle("long_context", config, 0)  # whose key is made of it
+    assert {"quick/long_context", "quick/pretraining"} < sections_read()
+    key(x=config)
+    assert len(sections_read()) == 1 + len(SECTIONS)
+
+
+def test_what_runs_beside_a_notebook_notes_no_section(monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    load_scale("quick").model  # noqa: B018
+    assert sections_read() == set()
 
 
 def test_a_function_of_pythons_own_library_is_no_part_of_the_key():

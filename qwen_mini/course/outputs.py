@@ -4,7 +4,6 @@ import itertools
 import json
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
@@ -15,8 +14,6 @@ from .nb import Notebook
 from .paths import home, runs
 from .progress import MARK
 from .runner import executed_path
-from .scales import load_scale
-from .stages import digest
 
 SCALE = "laptop"  # what committed outputs, records and checkpoints are made at
 LIVE = "live"  # the tag of a cell whose text differs from processor to processor
@@ -31,7 +28,7 @@ def copy_outputs(nb: Notebook, scale_name: str = SCALE) -> bool:
     book.metadata = nbformat.from_dict(
         {key: value for key, value in book.metadata.items() if key == "kernelspec"}
     )
-    made_of = {"scale": scale_name, "settings": settings_digest(), "code": nb.code_digest}
+    made_of = {"scale": scale_name, "code": nb.code_digest}
     book.metadata["qwen_mini"] = made_of | used(nb, scale_name)
     for cell in book.cells:
         cell.metadata = nbformat.from_dict(
@@ -43,11 +40,6 @@ def copy_outputs(nb: Notebook, scale_name: str = SCALE) -> bool:
     return _write_if_changed(nb.path, nbformat.writes(book) + "\n")
 
 
-def settings_digest() -> str:
-    """Of all settings of the scale that outputs are made at, but the machine's."""
-    return digest({key: value for key, value in asdict(load_scale(SCALE)).items() if key != "run"})
-
-
 def executed_outputs(nb: Notebook, scale_name: str = SCALE) -> dict[str, list]:
     """Cell id → the cleaned outputs of the notebook's last execution at a scale."""
     executed = nbformat.read(executed_path(scale_name, nb), as_version=4)
@@ -55,9 +47,9 @@ def executed_outputs(nb: Notebook, scale_name: str = SCALE) -> dict[str, list]:
 
 
 def used(nb: Notebook, scale_name: str = SCALE) -> dict[str, dict[str, str]]:
-    """The keys of the stages and records that the notebook used when it ran last, and of other notebooks' records."""
+    """Keys of the stages and records that the notebook used when it ran last, and digests of the sections it read."""
     found = json.loads(records.used_file(scale_name, nb.name).read_text(encoding="utf-8"))
-    return {"stages": {}, "records": {}} | {
+    return {"stages": {}, "records": {}, "sections": {}} | {
         kind: dict(sorted(keys.items())) for kind, keys in sorted(found.items())
     }
 

@@ -30,8 +30,8 @@ from .paths import home, runs, shown
 from .processes import side_by_side
 from .progress import Progress, clock
 from .provenance import provenance
-from .scales import ScaleConfig, Sections
-from .stages import Stage, digest, weights_hash
+from .scales import SECTIONS, ScaleConfig, Sections, section_digest, tell_reads
+from .stages import Stage, digest, making, weights_hash
 from .syntax import normalised
 from .versions import imported_chapters, other_versions, versions, versions_of
 
@@ -54,6 +54,7 @@ class Book:
     dtype: str
     module: str | None
     process: int
+    sections: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 _book: Book | None = None
@@ -69,6 +70,7 @@ def open_notebook(notebook: str, config: ScaleConfig, seed: int, fresh: bool = F
     fresh = fresh or asked_anew()
     _book = Book(notebook, config.name, seed, fresh, config.run.dtype, module, os.getpid())
     artifacts.write_file(used_file(config.name, notebook), "{}\n")
+    tell_reads(note_section)
 
 
 def asked_anew() -> bool:
@@ -295,7 +297,7 @@ def _find(name: str, key: str) -> dict | None:
 
 
 def used_file(scale: str, notebook: str) -> Path:
-    """Which stages and records a notebook used when it ran last."""
+    """Which stages, records and sections of scales a notebook used when it ran last."""
     return runs() / scale / "notebooks" / f"{notebook}.used.json"
 
 
@@ -310,6 +312,16 @@ def note_stage(stage: Stage) -> None:
     """Remember that the running notebook used a stage; what runs beside it notes nothing."""
     if _book is not None and _book.process == os.getpid() and _book.scale == stage.scale:
         _note("stages", {stage.name: stage.key})
+
+
+def note_section(config: ScaleConfig, name: str) -> None:
+    """Remember that the running notebook, or a chapter's function for it, read a section of a scale."""
+    place = f"{config.name}/{name}"
+    if _book is None or _book.process != os.getpid() or making():
+        return
+    if place not in _book.sections:
+        _book.sections[place] = section_digest(config, name)
+        _note("sections", _book.sections)
 
 
 # --- verifying ---------------------------------------------------------------------------------------------------
@@ -499,7 +511,8 @@ class Trace:
             case Sections():
                 return ["scale", _sections(value.sections, "name", "run")]
             case ScaleConfig():
-                return ["scale", _sections(vars(value), "name", "run", "measure")]
+                part = value.only(*SECTIONS).sections
+                return ["scale", _sections(part, "name", "run", "measure")]
             case types.FunctionType() | type():
                 return self.function(value)
             case functools.partial():

@@ -450,9 +450,9 @@ def tell_reads(reader: Callable[[ScaleConfig, str], None]) -> None:
     _readers[:] = [reader]
 
 
-def section_digests(config: ScaleConfig) -> dict[str, str]:
-    """Section → digest of its settings; of the machine there is none."""
-    return {name: _digest(dataclasses.asdict(vars(config)[name])) for name in SECTIONS}
+def section_digest(config: ScaleConfig, name: str) -> str:
+    """Of a section's settings: it tells whether they are those that a notebook read."""
+    return _digest(dataclasses.asdict(vars(config)[name]))
 
 
 def _digest(content) -> str:

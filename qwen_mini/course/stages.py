@@ -69,9 +69,7 @@ class Stage:
         """The finished folder, made now if nobody has made it; the running notebook notes that it used it."""
         from . import records
 
-        if (
-            "making" not in _now
-        ):  # what a training reads is in its key; a notebook that finds the result does not see it
+        if not making():
             records.note_stage(self)
         found = self.find()
         if "alone" in _now:
@@ -110,6 +108,11 @@ class Stage:
 _now: list[
     str
 ] = []  # "making" while this process makes a stage, "alone" while the others of its group wait for it
+
+
+def making() -> bool:
+    """Whether this process makes a stage: what that reads is in its key, and who finds the result does not see it."""
+    return "making" in _now
 
 
 @contextlib.contextmanager

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .nb import Notebook, notebooks
-from .outputs import SCALE, settings_digest
+from .outputs import SCALE
 from .paths import PACKAGE
 from .records import BadRecord, read
-from .scales import load_scale
+from .scales import SECTIONS, load_scale, scale_names, section_digest
 from .training import STAGES, handle
 from .versions import other_versions
 
@@ -57,15 +57,20 @@ def stale_outputs(root: Path) -> list[Stale]:
     records = {
         name: record["key"] for name, record in _records(root).items() if isinstance(record, dict)
     }
+    scales = map(load_scale, scale_names())
+    sections = {f"{s.name}/{name}": section_digest(s, name) for s in scales for name in SECTIONS}
     return [
         Stale(nb.name, reason)
         for nb in notebooks(root)
-        if (reason := _why_stale(nb, stages, records))
+        if (reason := _why_stale(nb, stages, records, sections))
     ]
 
 
-def _why_stale(nb: Notebook, stages: dict[str, str], records: dict[str, str]) -> str:
-    """Why a notebook has to be rendered, '' if it need not; `stages`, `records`: the keys of those that are shipped."""
+def _why_stale(nb: Notebook, stages: dict, records: dict, sections: dict[str, str]) -> str:
+    """Why a notebook has to be rendered, '' if it need not.
+
+    `stages`, `records`: the keys of those that are shipped; `sections`: digest of each of every scale, as it is now.
+    """
     facts = nb.data["metadata"].get("qwen_mini", {})
     if not any(cell.get("outputs") for cell in nb.cells):
         return "it has no outputs"
@@ -73,8 +78,11 @@ def _why_stale(nb: Notebook, stages: dict[str, str], records: dict[str, str]) ->
         return f"its outputs are of scale {facts.get('scale')}, not {SCALE}"
     if facts.get("code") != nb.code_digest:
         return "its outputs are of other code"
-    if facts.get("settings") != settings_digest():
-        return f"its outputs are of other settings of {SCALE}"
+    if "sections" not in facts:
+        return "its outputs do not say which settings they are of"
+    for place, digest in facts["sections"].items():
+        if sections.get(place) != digest:
+            return f"its outputs are of other settings: {place}"
     for name, key in facts.get("stages", {}).items():
         if stages.get(name, key) != key:  # a stage that is not shipped is made where it is needed
             return f"the stage {name} is newer"
