@@ -233,9 +233,7 @@ class DualChunk:
 class SparsePrefill:
     """How far chapter 14 measures: prompt lengths in tokens, tokens per prefill chunk, prompts per length and depth."""
 
-    lengths: Annotated[tuple[Count, ...], Field(min_length=2)] = tuple(
-        4**n for n in (6, 7, 8, 9, 10)
-    )
+    lengths: Annotated[tuple[Count, ...], Field(min_length=2)] = (4**6, 4**7, 4**8, 4**9, 4**10)
     tries: Count = 1
     chunk_tokens: Count = 49_152
 
@@ -590,8 +588,7 @@ def _over(above, below):
     """`above`, and in tables what only `below` says."""
     if not isinstance(above, dict) or not isinstance(below, dict):
         return above
-    common = {key: _over(above[key], below[key]) for key in above.keys() & below.keys()}
-    return below | above | common
+    return below | {key: _over(value, below.get(key)) for key, value in above.items()}
 
 
 def _sentence(problem: dict) -> str:
