@@ -53,6 +53,7 @@ from random import Random
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .attention import causal_attention
 from .corpus import corpus_inputs, open_prepared, prepare_corpus
@@ -75,7 +76,7 @@ from .world.needles import needle_statement, passkey_prompt, recall_row
 
 
 # %% ../notebooks/12_long_context.ipynb #ce977765
-def long_rows(tokenizer: Tokenizer, length: int, limit: int = 8) -> torch.Tensor:
+def long_rows(tokenizer: Tokenizer, length: int, limit: int = 8) -> Tensor:
     """(rows, length + 1) token ids of unseen long text, one document a row."""
     documents = long_documents(4 * (length + 1), limit=limit)
     encoded = [ids[: length + 1] for ids in tokenizer.encode_batch(documents)]
@@ -86,16 +87,14 @@ def long_rows(tokenizer: Tokenizer, length: int, limit: int = 8) -> torch.Tensor
 
 
 @torch.inference_mode()
-def position_losses(model: Qwen, rows: torch.Tensor) -> torch.Tensor:
+def position_losses(model: Qwen, rows: Tensor) -> Tensor:
     """−log p in nats of every token but the first, at its position: rows (n, length + 1) → (n, length)."""
     losses, rows = [], rows.to(model.lm_head.weight.device)
     for row in rows.split(1):  # one at a time: logits of long rows are large
         hidden = model.hidden_states(row[:, :-1])[0]
-        chunks = [
-            F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
-            for h, t in zip(hidden.split(1_024), row[0, 1:].split(1_024), strict=True)
-        ]
-        losses.append(torch.cat(chunks))
+        parts = zip(hidden.split(1_024), row[0, 1:].split(1_024), strict=True)
+        logits = ((model.lm_head(h).float(), targets) for h, targets in parts)
+        losses.append(torch.cat([F.cross_entropy(*part, reduction="none") for part in logits]))
     return torch.stack(losses).cpu()
 
 
@@ -315,8 +314,7 @@ def _word_list(
 def common_words(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random) -> Example:
     """cwe: five words stand ten times as often as all the others; name them, in any order."""
     words = rng.sample(pieces.words, min(len(pieces.words), 9 + length // 40))
-    room = length - 5 - len(pieces.what_is)
-    total = 10 * 5 + len(words) - 5
+    room, total = length - 5 - len(pieces.what_is), 10 * 5 + len(words) - 5
     counts = {word: room * (10 if i < 5 else 1) // total for i, word in enumerate(words)}
     prompt = _word_list(length - 5, counts, pieces.what_is, words[-1], rng)
     return Example(prompt, rng.sample(words[:5], 5), [(word,) for word in words[:5]])
@@ -420,10 +418,8 @@ def ask_all(
     style: str = "prose",
 ) -> list[bool]:
     """Which of the keys that `haystack` hid are answered rightly from the cache."""
-    return [
-        ask(model, cache, needle_question(pieces, key, style), len(value), attention) == list(value)
-        for key, value, _ in planted
-    ]
+    asked = ((needle_question(pieces, key, style), value) for key, value, _ in planted)
+    return [ask(model, cache, q, len(value), attention) == list(value) for q, value in asked]
 
 
 # %% ../notebooks/12_long_context.ipynb #fd105025
@@ -604,14 +600,10 @@ def extension_stage(
 
 
 def extend_context(
-    config: ScaleConfig,
-    seed: int = 0,
-    stage: str = "long_context",
-    settings: LongContext | None = None,
-    stop_after: int | None = None,
+    config: ScaleConfig, seed: int = 0, stop_after: int | None = None, **options
 ) -> Path:
-    """The folder of `extension_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
-    return extension_stage(config, seed, stage, settings).run(stop_after)
+    """The folder of `extension_stage`, trained now if it is not there; `stop_after` as in `pretrain`."""
+    return extension_stage(config, seed, **options).run(stop_after)
 
 
 def extended_checkpoint(config: ScaleConfig, seed: int = 0) -> Path | Stage:

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .. import __version__
@@ -205,6 +205,18 @@ def write_file(path: str | os.PathLike, content: bytes | str) -> Path:
             finally:
                 Path(aside).unlink(missing_ok=True)
     return path
+
+
+def write_lines(path: Path, records: Iterable) -> None:
+    """A file of JSON values, one a line, into a folder that `write_stage` gave."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def read_lines(path: Path) -> list:
+    """What `write_lines` wrote."""
+    with path.open(encoding="utf-8") as file:  # lines end at \n alone, whatever a text holds
+        return [json.loads(line) for line in file]
 
 
 def check_writable(scale_name: str) -> None:

@@ -225,7 +225,7 @@ def metrics(folder: Path) -> list[dict]:
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         raise CourseError(f"{shown(path)} is missing: the folder holds no finished stage")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return artifacts.read_lines(path)
 
 
 def thinned(records: list[dict], most: int = MOST_METRICS) -> list[dict]:
@@ -243,7 +243,7 @@ def ship(found: Path, name: str) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(found, aside)
     if (aside / "metrics.jsonl").exists():
-        _write_metrics(aside, thinned(metrics(found)))
+        artifacts.write_lines(aside / "metrics.jsonl", thinned(metrics(found)))
     artifacts.count_files(aside)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
@@ -317,7 +317,7 @@ def _write(made: Stage, trainer, tokenizer, records: list[dict], dtype, begun: f
         }
         finished_model(trainer).save_pretrained(folder, torch.bfloat16, generation_config=ends)
         tokenizer.save_pretrained(folder)
-        _write_metrics(folder, records)
+        artifacts.write_lines(folder / "metrics.jsonl", records)
         _add_provenance(folder, made, dtype, begun)
 
 
@@ -334,11 +334,6 @@ def _add_provenance(folder: Path, made: Stage, dtype, begun: float) -> None:
     """How it was made; the body's own manifest is completed by `write_stage`."""
     facts = {"provenance": provenance(dtype) | {"seconds": round(time.monotonic() - begun)}}
     (folder / "manifest.json").write_text(json.dumps(facts), encoding="utf-8")
-
-
-def _write_metrics(folder: Path, records: list[dict]) -> None:
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def _of_all_ranks(value) -> list:
