@@ -21,6 +21,7 @@ from .paths import shown
 from .processes import generators_kept
 from .provenance import provenance
 from .ranks import is_first, world
+from .scales import LongContext, Pretraining, ScaleConfig, Sft
 from .versions import versions_of
 
 SAVE_EVERY = 30.0  # seconds between training states
@@ -69,9 +70,8 @@ class Stage:
         """The finished folder, made now if nobody has made it; the running notebook notes that it used it."""
         from . import records
 
-        if (
-            "making" not in _now
-        ):  # what a training reads is in its key; a notebook that finds the result does not see it
+        # what a training reads is in its key; a notebook that finds the result does not see it
+        if "making" not in _now:
             records.note_stage(self)
         found = self.find()
         if "alone" in _now:
@@ -90,16 +90,13 @@ class Stage:
         take part, and the first one writes.
         """
         if os.environ.get("QWEN_MINI_RECORDS") == "only" and not os.environ.get("QWEN_MINI_VERIFY"):
-            raise artifacts.MissingStage(
-                f"the stage {self.name!r} is not there, or is of other settings: make it with "
-                f"`qwen-mini outputs`, or ask for more than records"
-            )
+            remedy = "make it with `qwen-mini outputs`, or ask for more than records"
+            what = f"the stage {self.name!r} is not there, or is of other settings"
+            raise artifacts.MissingStage(f"{what}: {remedy}")
         artifacts.check_writable(self.scale)
         before = self.find()
-        lock = (
-            artifacts.stage_lock(self.scale, self.name) if is_first() else contextlib.nullcontext()
-        )
-        with lock:
+        own = artifacts.stage_lock(self.scale, self.name)
+        with own if is_first() else contextlib.nullcontext():
             # whoever had to wait may find it made; under torchrun all ranks do as the first one found
             if found := _of_all_ranks(self.find() if not before else None)[0]:
                 return found
@@ -107,9 +104,8 @@ class Stage:
                 return self.work(self, stop_after)
 
 
-_now: list[
-    str
-] = []  # "making" while this process makes a stage, "alone" while the others of its group wait for it
+# "making" while this process makes a stage, "alone" while the others of its group wait for it
+_now: list[str] = []
 
 
 @contextlib.contextmanager
@@ -146,9 +142,8 @@ def data_stage(
 
     `starts`: what `fill` reads; a stage that is not there is made before, by all processes together.
     """
-    return Stage(
-        config, name, seed, inputs, versions_of(*modules), lambda self, _: _fill(self, fill, starts)
-    )
+    work = lambda self, _: _fill(self, fill, starts)  # noqa: E731
+    return Stage(config, name, seed, inputs, versions_of(*modules), work)
 
 
 def origin(start: "Path | Stage") -> str:
@@ -207,12 +202,12 @@ OPTIMIZER = (
 ).split()
 
 
-def optimizer_inputs(settings) -> dict:
+def optimizer_inputs(settings: Pretraining) -> dict:
     """Every number of the settings that a `Trainer` reads, for the inputs of a stage."""
     return {name: getattr(settings, name) for name in OPTIMIZER}
 
 
-def decaying(config, settings, **changes):
+def decaying(config: ScaleConfig, settings: Sft | LongContext, **changes) -> Pretraining:
     """The scale's pre-training settings with another stage's rates: warm-up, then linear; and other changes."""
     names = ("learning_rate", "matrix_learning_rate", "warmup_steps")
     rates = {name: getattr(settings, name) for name in names}
@@ -228,9 +223,9 @@ def metrics(folder: Path) -> list[dict]:
     return artifacts.read_lines(path)
 
 
-def thinned(records: list[dict], most: int = MOST_METRICS) -> list[dict]:
+def thinned(records: list[dict]) -> list[dict]:
     """Every n-th record, the first and the last, and those that hold more than numbers (evaluations, views)."""
-    every = max(1, math.ceil(len(records) / most))
+    every = max(1, math.ceil(len(records) / MOST_METRICS))
     special = lambda record: any(isinstance(value, dict) for value in record.values())  # noqa: E731
     last = len(records) - 1
     return [r for i, r in enumerate(records) if i % every == 0 or i == last or special(r)]
@@ -262,10 +257,7 @@ def _fill(made: Stage, fill: Callable[[Path], None], starts: tuple) -> Path:
         begun = time.monotonic()
         # what trains inside under torchrun would wait for the other processes without end
         alone = _while("alone") if world()[1] > 1 else contextlib.nullcontext()
-        with (
-            artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder,
-            alone,
-        ):
+        with _written(made) as folder, alone:
             fill(folder)
             _add_provenance(folder, made, hardware.pick_dtype(made.config.run.dtype), begun)
     return _agreed(made)
@@ -308,26 +300,22 @@ def _write(made: Stage, trainer, tokenizer, records: list[dict], dtype, begun: f
     import torch
     from qwen_mini.training import finished_model
 
-    with artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder:
+    with _written(made) as folder:
         chats = made.inputs.get("chat", False)
         stops = [tokenizer.im_end_id, tokenizer.endoftext_id] if chats else tokenizer.endoftext_id
-        ends = {
-            "eos_token_id": stops,
-            "pad_token_id": tokenizer.control_tokens[tokenizer.pad_token],
-        }
+        pad = tokenizer.control_tokens[tokenizer.pad_token]
+        ends = {"eos_token_id": stops, "pad_token_id": pad}
         finished_model(trainer).save_pretrained(folder, torch.bfloat16, generation_config=ends)
         tokenizer.save_pretrained(folder)
         artifacts.write_lines(folder / "metrics.jsonl", records)
         _add_provenance(folder, made, dtype, begun)
 
 
-def _facts(made: Stage) -> dict:
-    return {
-        "key": made.key,
-        "seed": made.seed,
-        "versions": made.versions,
-        "scale_digest": made.config.digest,
-    }
+def _written(made: Stage) -> contextlib.AbstractContextManager[Path]:
+    """The folder that becomes the stage; its manifest says what it was made from."""
+    facts = {"key": made.key, "seed": made.seed, "versions": made.versions}
+    facts["scale_digest"] = made.config.digest
+    return artifacts.write_stage(made.scale, made.name, made.inputs, **facts)
 
 
 def _add_provenance(folder: Path, made: Stage, dtype, begun: float) -> None:
@@ -366,10 +354,9 @@ def _compare_ranks(made: Stage, stands: str) -> None:
     if len(set(seen)) > 1:
         one_key = len({key for key, _ in seen}) == 1
         told = sorted({how if one_key else f"{how}, with the key {key}," for key, how in seen})
-        raise CourseError(
-            f"these processes do not see the same folder: {made.name} is {' for one of them, but '.join(told)} for "
-            "another; put QWEN_MINI_RUNS on a disk that all of them share"
-        )
+        seen = f"{made.name} is {' for one of them, but '.join(told)} for another"
+        remedy = "put QWEN_MINI_RUNS on a disk that all of them share"
+        raise CourseError(f"these processes do not see the same folder: {seen}; {remedy}")
 
 
 def _agreed(made: Stage) -> Path:
@@ -378,7 +365,6 @@ def _agreed(made: Stage) -> Path:
     folder = made.find()
     if folder is None:
         where = shown(artifacts.stage_dir(made.scale, made.name))
-        raise CourseError(
-            f"the stage {made.name!r} was made by another process, but is not in {where}"
-        )
+        made_there = f"the stage {made.name!r} was made by another process"
+        raise CourseError(f"{made_there}, but is not in {where}")
     return folder
