@@ -367,16 +367,10 @@ def generate(
 
 # %% ../notebooks/05_generation.ipynb #9235e024
 def sample_group(
-    model: Qwen,
-    prompt: Sequence[int],
-    group_size: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    **options,
+    model: Qwen, prompt: Sequence[int], group_size: int, max_new_tokens: int, **options
 ) -> list[Completion]:
-    """`group_size` samples of one prompt, computed once; options as in `generate`."""
-    [group] = sample_groups(model, [prompt], group_size, max_new_tokens, temperature, **options)
-    return group
+    """`group_size` samples of one prompt, computed once, at temperature 1; options as in `generate`."""
+    return sample_groups(model, [prompt], group_size, max_new_tokens, **options)[0]
 
 
 def sample_groups(

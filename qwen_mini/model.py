@@ -80,31 +80,15 @@ class ModelConfig:
 
 
 # %% ../notebooks/04_model.ipynb #d25f9c78
-def _published(
-    layers: int,
-    hidden: int,
-    intermediate: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    tied: bool,
-    vocab: int,
-    eps: float = 1e-6,
-    positions: int = 32_768,
-) -> ModelConfig:
-    sizes = (vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, positions)
-    return ModelConfig(*sizes, 1_000_000.0, eps, tied)
-
-
 #: Table 1 of the report; widths, eps, positions from the published base configurations.
 QWEN2_5 = {
-    "0.5B": _published(24, 896, 4_864, 14, 2, 64, True, 151_936),
-    "1.5B": _published(28, 1_536, 8_960, 12, 2, 128, True, 151_936, positions=131_072),
-    "3B": _published(36, 2_048, 11_008, 16, 2, 128, True, 151_936),
-    "7B": _published(28, 3_584, 18_944, 28, 4, 128, False, 152_064, positions=131_072),
-    "14B": _published(48, 5_120, 13_824, 40, 8, 128, False, 152_064, 1e-5, 131_072),
-    "32B": _published(64, 5_120, 27_648, 40, 8, 128, False, 152_064, 1e-5, 131_072),
-    "72B": _published(80, 8_192, 29_568, 64, 8, 128, False, 152_064, 1e-5, 131_072),
+    "0.5B": ModelConfig(151_936, 896, 4_864, 24, 14, 2, 64, tie_word_embeddings=True),
+    "1.5B": ModelConfig(151_936, 1_536, 8_960, 28, 12, 2, 128, 131_072, tie_word_embeddings=True),
+    "3B": ModelConfig(151_936, 2_048, 11_008, 36, 16, 2, 128, tie_word_embeddings=True),
+    "7B": ModelConfig(152_064, 3_584, 18_944, 28, 28, 4, 128, 131_072),
+    "14B": ModelConfig(152_064, 5_120, 13_824, 48, 40, 8, 128, 131_072, rms_norm_eps=1e-5),
+    "32B": ModelConfig(152_064, 5_120, 27_648, 64, 40, 8, 128, 131_072, rms_norm_eps=1e-5),
+    "72B": ModelConfig(152_064, 8_192, 29_568, 80, 64, 8, 128, 131_072, rms_norm_eps=1e-5),
 }
 
 

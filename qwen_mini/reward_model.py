@@ -63,6 +63,7 @@ from .course import CourseError, artifacts, hardware, stages
 from .course.ranks import world
 from .course.scales import Dpo, Grpo, Pretraining, RewardModelScale, ScaleConfig
 from .course.stages import Stage
+from .long_context import frozen_model
 from .model import ModelConfig, Qwen
 from .sft import Answer, Row, RowSampler, draw_examples, evaluate_tasks
 from .sft import length_batches, make_rows, optimizer_settings, rows_stage
@@ -404,10 +405,8 @@ def frozen(folder: str | Path, dtype: torch.dtype) -> Qwen:
 
 
 def policy_of(config: ScaleConfig, start: Path | Stage) -> tuple[Qwen, Tokenizer]:
-    """A checkpoint to sample from, `frozen` in the scale's precision, and its tokenizer."""
-    folder = stages.folder_of(start)
-    policy = frozen(folder, hardware.pick_dtype(config.run.dtype))
-    return policy, Tokenizer.from_pretrained(folder)
+    """A checkpoint to sample from, in the scale's precision, and its tokenizer."""
+    return frozen_model(start, config), Tokenizer.from_pretrained(stages.folder_of(start))
 
 
 # %% ../notebooks/17_reward_model.ipynb #d2b14bef

@@ -424,13 +424,9 @@ def judge(example: Example, outcome: Outcome) -> str:
 
 # %% ../notebooks/15_tasks.ipynb #7142bc5f
 add_task(
-    "function",
-    "coding",
-    functools.partial(program, tests=_hidden_tests),
-    **TASK_WORDINGS["function"],
-    check=passes_tests,
-    form=_compiles,
-)
+    "function", "coding", functools.partial(program, tests=_hidden_tests),
+    **TASK_WORDINGS["function"], check=passes_tests, form=_compiles,
+)  # fmt: skip
 
 
 def verify_many(pairs: Iterable[tuple[Example, str]]) -> list[Verdict]:
