@@ -49,9 +49,8 @@ def visible(
 
     document_ids: (batch, queries), key_documents: (batch, keys); None: all tokens are of one document.
     """
-    mask = torch.arange(keys - queries, keys, device=device)[:, None] >= torch.arange(
-        keys, device=device
-    )
+    places = torch.arange(keys, device=device)
+    mask = places[keys - queries :, None] >= places
     if document_ids is None:
         return mask[None, None]
     return mask & (document_ids[:, None, :, None] == key_documents[:, None, None, :])
@@ -131,10 +130,9 @@ class GroupedQueryAttention(nn.Module):
     ):
         super().__init__()
         if num_attention_heads % num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({num_key_value_heads})"
-            )
+            many = f"num_attention_heads ({num_attention_heads})"
+            few = f"num_key_value_heads ({num_key_value_heads})"
+            raise ValueError(f"{many} must be a multiple of {few}")
         self.head_dim = head_dim
         self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim)
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim)
@@ -150,11 +148,8 @@ class GroupedQueryAttention(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """x: (batch, length, hidden_size); `attention`: a function like `causal_attention`. Returns the shape of x."""
-        q, k, v = (
-            projection(x)
-            .unflatten(-1, (-1, self.head_dim))
-            .transpose(1, 2)  # (batch, heads, length, head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        rows = (projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        heads = (row.unflatten(-1, (-1, self.head_dim)) for row in rows)
+        q, k, v = (head.transpose(1, 2) for head in heads)  # (batch, heads, length, head_dim)
         out = attention(q, k, v, position_ids, document_ids, cache)
         return self.o_proj(out.transpose(1, 2).flatten(2))

@@ -9,7 +9,6 @@ __all__ = [
     "shuffled",
     "deduplicate",
     "take_bytes",
-    "read_corpus",
     "load_corpus",
     "is_heldout",
     "split_by_hash",
@@ -21,15 +20,11 @@ __all__ = [
     "pack",
     "unpack",
     "document_numbers",
-    "chat_turn",
     "chat_messages",
     "write_documents",
-    "add_packed",
-    "write_rest",
     "write_chat",
     "write_needles",
     "prepare_corpus",
-    "write_corpus",
     "open_corpus",
     "open_prepared",
 ]
@@ -46,18 +41,9 @@ from pathlib import Path
 import numpy as np
 
 from . import course
-from qwen_mini.course.corpus_files import (
-    Corpus,
-    CorpusWriter,
-    Document,
-    Source,
-    available_sources,
-    corpus_manifest,
-    is_current,
-    prepared_folders,
-    read_documents,
-    recipe,
-)
+from .course.corpus_files import Corpus, CorpusWriter, Document, Source, available_sources
+from .course.corpus_files import corpus_manifest, is_current, prepared_folders
+from .course.corpus_files import read_documents, recipe
 from .tokenizer import Tokenizer
 from .world.conversations import CHAT_FORMS, SYSTEM_PROMPTS, TASK_REPLIES
 from .world.needles import needle_pieces, needle_rows
@@ -110,7 +96,7 @@ def take_bytes(documents: Iterable[Document], limit: int) -> list[Document]:
 HUB_HEAD = 1_000_000_000  # bytes of a streamed source that are held in memory; `prepare_corpus` streams the rest
 
 
-def read_corpus(
+def _read_corpus(
     sources: list[Source], max_bytes: int = 0, seed: int = 0
 ) -> dict[str, list[Document]]:
     """domain -> documents of these sources, shuffled, cut to `max_bytes` a source, without exact duplicates."""
@@ -130,7 +116,7 @@ def read_corpus(
 
 def load_corpus(config: ScaleConfig, seed: int = 0) -> dict[str, list[Document]]:
     """domain -> documents of the scale's sources; prints one line if a source had to be left out."""
-    return read_corpus(available_sources(config)[0], config.corpus.max_bytes_per_source, seed)
+    return _read_corpus(available_sources(config)[0], config.corpus.max_bytes_per_source, seed)
 
 
 # %% ../notebooks/07_corpus.ipynb #3fe357db
@@ -157,9 +143,8 @@ def split_by_hash(
 
 
 # %% ../notebooks/07_corpus.ipynb #3ad85532
-HELDOUT_PROBLEMS = (
-    0.05  # share of all questions whose wording no training text shows, at every scale
-)
+# share of all questions whose wording no training text shows, at every scale
+HELDOUT_PROBLEMS = 0.05
 
 
 def draw_problem(
@@ -180,9 +165,8 @@ def task_documents(count: int, seed: int, heldout: bool) -> list[Document]:
     for _ in range(count):
         families = [rng.choice(list(FAMILIES))] if rng.random() < 0.5 else FAMILIES
         problems = [draw_problem(rng, heldout, families) for _ in range(rng.randint(1, 4))]
-        documents.append(
-            Document("\n\n".join(render_problem(problem, rng) for problem in problems), "tasks")
-        )
+        text = "\n\n".join(render_problem(problem, rng) for problem in problems)
+        documents.append(Document(text, "tasks"))
     return documents
 
 
@@ -201,9 +185,8 @@ def split_corpus(
         some = max(16, int(settings.task_documents * settings.heldout_fraction))
         heldout["tasks"] = deduplicate(task_documents(some, seed, True))
         train["tasks"] = deduplicate(task_documents(settings.task_documents, seed, False))
-    return train, {
-        domain: take_bytes(side, settings.max_heldout_bytes) for domain, side in heldout.items()
-    }
+    most = settings.max_heldout_bytes
+    return train, {domain: take_bytes(side, most) for domain, side in heldout.items()}
 
 
 # %% ../notebooks/07_corpus.ipynb #3b77044e
@@ -240,15 +223,8 @@ def prepare_tokenizer(
 # %% ../notebooks/07_corpus.ipynb #80c9d6b2
 def pack(documents: list[list[int]], endoftext_id: int, dtype: str = "<u2") -> np.ndarray:
     """One stream of tokens: every document followed by `endoftext_id`, nothing else, nothing lost."""
-    lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
-    ends = np.cumsum(lengths + 1) - 1
-    stream = np.full(int(lengths.sum()) + len(documents), endoftext_id, dtype=dtype)
-    is_text = np.ones(len(stream), dtype=bool)
-    is_text[ends] = False
-    stream[is_text] = np.fromiter(
-        itertools.chain.from_iterable(documents), dtype=dtype, count=int(lengths.sum())
-    )
-    return stream
+    ended = itertools.chain.from_iterable((*document, endoftext_id) for document in documents)
+    return np.fromiter(ended, dtype, sum(map(len, documents)) + len(documents))
 
 
 def unpack(stream: np.ndarray, endoftext_id: int) -> list[np.ndarray]:
@@ -267,7 +243,7 @@ def document_numbers(windows: np.ndarray, endoftext_id: int) -> np.ndarray:
 Messages = list[dict[str, str]]
 
 
-def chat_turn(
+def _chat_turn(
     rng: random.Random, domain: str, records: dict[str, list], heldout: bool
 ) -> tuple[str, str]:
     """One question and its answer: a problem with its steps (domain "tasks"), or a form filled from a record."""
@@ -284,22 +260,18 @@ def chat_messages(
 ) -> list[Messages]:
     """`count` conversations of one or two turns about the records of these documents, and about problems."""
     rng = random.Random(f"{seed}/chat/{heldout}")
-    records = {
-        d: [r for document in documents.get(d, ()) for r in document.records] for d in CHAT_FORMS
-    }
+    of = lambda domain: [r for document in documents.get(domain, ()) for r in document.records]
+    records = {domain: of(domain) for domain in CHAT_FORMS}
     weights = {"tasks": 0.35, **{d: CHAT_FORMS[d][0] for d in CHAT_FORMS if records[d]}}
     conversations = []
     for _ in range(count):
         system = rng.choice(SYSTEM_PROMPTS)
         messages = [] if system is None else [{"role": "system", "content": system}]
-        for domain in rng.choices(
-            list(weights), list(weights.values()), k=rng.choice((1, 1, 1, 2))
-        ):
-            question, answer = chat_turn(rng, domain, records, heldout)
-            messages += [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": answer},
-            ]
+        turns = rng.choice((1, 1, 1, 2))
+        for domain in rng.choices(list(weights), list(weights.values()), k=turns):
+            question, answer = _chat_turn(rng, domain, records, heldout)
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer})
         conversations.append(messages)
     return conversations
 
@@ -312,15 +284,13 @@ def write_documents(
     streams = {}
     for domain, documents in side.items():
         texts = [document.text for document in documents]
-        streams[domain] = add_packed(
-            writer, domain, split, texts, writer.tokenizer.encode_batch(texts)
-        )
-    return [stream for domain, stream in streams.items() if domain != "tasks"] or list(
-        streams.values()
-    )
+        ids = writer.tokenizer.encode_batch(texts)
+        streams[domain] = _add_packed(writer, domain, split, texts, ids)
+    real = [stream for domain, stream in streams.items() if domain != "tasks"]
+    return real or list(streams.values())
 
 
-def add_packed(
+def _add_packed(
     writer: CorpusWriter, domain: str, split: str, texts: list[str], ids: list[list[int]]
 ) -> np.ndarray:
     """Pack documents and add them to one side of a domain; returns their stream."""
@@ -329,25 +299,18 @@ def add_packed(
     return stream
 
 
-def write_rest(
-    writer: CorpusWriter,
-    source: Source,
-    config: ScaleConfig,
-    written: Iterable[Document],
-    block: int = 10_000,
+def _write_rest(
+    writer: CorpusWriter, source: Source, config: ScaleConfig, written: list[Document]
 ) -> None:
-    """Stream what `read_corpus` did not hold in memory of a Hugging Face source, block by block, into train."""
+    """Stream what `_read_corpus` did not hold in memory of a Hugging Face source, block by block, into train."""
     seen = {document_key(document.text) for document in written}
-    total, documents = (
-        sum(len(document.text.encode()) for document in written),
-        read_documents(source),
-    )
-    limit = config.corpus.max_bytes_per_source or float("inf")
-    while total < limit and (part := list(itertools.islice(documents, block))):
+    total = sum(len(document.text.encode()) for document in written)
+    documents, limit = read_documents(source), config.corpus.max_bytes_per_source or float("inf")
+    while total < limit and (part := list(itertools.islice(documents, 10_000))):
         fresh = [d for d in deduplicate(part, seen) if d.text]
         texts = [d.text for d in fresh if not is_heldout(d.text, config.corpus.heldout_fraction)]
         total += sum(len(text.encode()) for text in texts)
-        add_packed(writer, source.domain, "train", texts, writer.tokenizer.encode_batch(texts))
+        _add_packed(writer, source.domain, "train", texts, writer.tokenizer.encode_batch(texts))
 
 
 # %% ../notebooks/07_corpus.ipynb #aa81ba71
@@ -357,38 +320,30 @@ def write_chat(
     """The domain "chat": conversations about train documents for train, about held-out documents for held-out."""
     settings, tokenizer = config.corpus, writer.tokenizer
     some = max(16, int(settings.chat_documents * settings.heldout_fraction))
-    sides = {
-        "heldout": chat_messages(some, heldout, seed, True),
-        "train": chat_messages(settings.chat_documents, train, seed, False),
-    }
+    measured = chat_messages(some, heldout, seed, True)
+    trained = chat_messages(settings.chat_documents, train, seed, False)
     seen: set[bytes] = set()  # held-out first: what it has, train may not have
-    for split, conversations in sides.items():
+    for split, conversations in (("heldout", measured), ("train", trained)):
         known = {tokenizer.apply_chat_template(messages): messages for messages in conversations}
         fresh = deduplicate((Document(text, "chat") for text in known), seen)
-        texts = [
-            d.text
-            for d in take_bytes(fresh, settings.max_heldout_bytes if split == "heldout" else 0)
-        ]
-        add_packed(
-            writer, "chat", split, texts, [tokenizer.encode_chat(known[text]) for text in texts]
-        )
+        most = settings.max_heldout_bytes if split == "heldout" else 0
+        texts = [document.text for document in take_bytes(fresh, most)]
+        ids = [tokenizer.encode_chat(known[text]) for text in texts]
+        _add_packed(writer, "chat", split, texts, ids)
 
 
 def write_needles(
     writer: CorpusWriter, config: ScaleConfig, filler: dict[str, list[np.ndarray]], seed: int
 ) -> None:
     """The domains "needles_<length>": train rows over train text, held-out rows over held-out text."""
-    pieces = needle_pieces(writer.tokenizer)
+    pieces, end = needle_pieces(writer.tokenizer), writer.tokenizer.endoftext_id
     rows = {"train": config.corpus.needle_rows}
     rows["heldout"] = max(16, int(rows["train"] * config.corpus.heldout_fraction))
     for split, streams in filler.items():
-        text = np.concatenate(
-            [stream[stream != writer.tokenizer.endoftext_id] for stream in streams]
-        )
+        text = np.concatenate([stream[stream != end] for stream in streams])
         for length in config.corpus.needle_lengths:
-            made = needle_rows(
-                rows[split], length, text, pieces, f"{seed}/needles/{length}/{split}", writer.dtype
-            )
+            key = f"{seed}/needles/{length}/{split}"
+            made = needle_rows(rows[split], length, text, pieces, key, writer.dtype)
             writer.add_rows(f"needles_{length}", split, *made)
 
 
@@ -404,15 +359,15 @@ def prepare_corpus(config: ScaleConfig, seed: int = 0) -> Path:
     with course.artifacts.stage_lock(config.name, "corpus"):  # whoever comes second finds it made
         made = [folder, course.artifacts.stage_dir(config.name, "tokenizer")]
         if not all(is_current(stage, inputs) for stage in made):
-            write_corpus(config, sources, left_out, seed, inputs)
+            _write_corpus(config, sources, left_out, seed, inputs)
     return folder
 
 
-def write_corpus(
+def _write_corpus(
     config: ScaleConfig, sources: list[Source], left_out: dict, seed: int, inputs: dict
 ) -> None:
     """Read, split, train the tokenizer and write the stage "corpus"."""
-    documents = read_corpus(sources, config.corpus.max_bytes_per_source, seed)
+    documents = _read_corpus(sources, config.corpus.max_bytes_per_source, seed)
     train, heldout = split_corpus(documents, config, seed)
     tokenizer = prepare_tokenizer(config, train, inputs)
     with course.artifacts.write_stage(config.name, "corpus", inputs) as aside:
@@ -421,7 +376,7 @@ def write_corpus(
         filler = {split: write_documents(writer, split, side) for split, side in sides}
         for source in sources:
             if source.kind == "huggingface":
-                write_rest(writer, source, config, documents[source.domain])
+                _write_rest(writer, source, config, documents[source.domain])
         if config.corpus.chat_documents:
             write_chat(writer, config, train, heldout, seed)
         if config.corpus.needle_rows:

@@ -3,12 +3,10 @@
 # %% auto #0
 __all__ = [
     "WORDINGS_ASKED",
-    "WORDINGS_OF_PAIRS",
     "AREAS",
     "PREFERRED",
     "dpo_loss",
     "build_pairs",
-    "preferred_problems",
     "preferred_stage",
     "read_preferred",
     "target_logprobs",
@@ -17,9 +15,7 @@ __all__ = [
     "pair_batch",
     "pair_logprobs",
     "reference_logprobs",
-    "at_random",
     "largest",
-    "merge_update",
     "OnlineMergingAdamW",
     "fresh_pairs",
     "preference_steps",
@@ -33,29 +29,22 @@ __all__ = [
 
 # %% ../notebooks/18_dpo.ipynb #96522c5f
 import dataclasses
-import json
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from .course import hardware, stages
+from .course import artifacts, hardware, stages
 from .course.ranks import world
 from .course.scales import Dpo, ScaleConfig
 from .course.stages import Stage
 from .long_context import extended_checkpoint
 from .model import Qwen
-from qwen_mini.reward_model import (
-    Pair,
-    Step,
-    adamw_settings,
-    frozen,
-    load_answers,
-    pair_plan,
-    write_answers,
-)
+from .reward_model import Pair, Step, adamw_settings, load_answers, pair_plan, policy_of
+from .reward_model import write_answers
 from .sft import Answer, Row, draw_examples, evaluate_tasks, start_checkpoint, to_batch
 from .tasks import TASKS, Example
 from .tokenizer import Tokenizer
@@ -64,14 +53,14 @@ from .training import Batch, Trainer
 
 # %% ../notebooks/18_dpo.ipynb #7e9b2b86
 def dpo_loss(
-    chosen: torch.Tensor,
-    rejected: torch.Tensor,
-    reference_chosen: torch.Tensor,
-    reference_rejected: torch.Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
     beta: float = 0.1,
     kind: str = "sigmoid",
     label_smoothing: float = 0.0,
-) -> torch.Tensor:
+) -> Tensor:
     """Loss of every pair, (pairs,), from log-probabilities of whole responses, *summed* over their tokens.
 
     kind: "sigmoid" −(1−ε) log σ(βΔ) − ε log σ(−βΔ) with ε = `label_smoothing` (arXiv 2305.18290); "hinge" max(0,
@@ -91,7 +80,7 @@ def dpo_loss(
 # %% ../notebooks/18_dpo.ipynb #7879e7e6
 WORDINGS_ASKED = ("shown", "asked")  # with demonstrations, and without
 # more groups are mixed where there are no demonstrations
-WORDINGS_OF_PAIRS = ("asked", *WORDINGS_ASKED)
+_WORDINGS_OF_PAIRS = ("asked", *WORDINGS_ASKED)
 
 
 def build_pairs(
@@ -116,9 +105,7 @@ def build_pairs(
             couples.sort(key=lambda c: abs(len(c[0].tokens) - len(c[1].tokens)))
         used: set[int] = set()
         for good, bad in couples:
-            if len(used) == 2 * most:
-                break
-            if not {id(good), id(bad)} & used:
+            if len(used) < 2 * most and not {id(good), id(bad)} & used:
                 used |= {id(good), id(bad)}
                 pairs.append(Pair(prompt, good.tokens, bad.tokens))
     return pairs
@@ -129,7 +116,7 @@ AREAS = ("mathematics", "coding", "instruction following", "logic")  # of the re
 PREFERRED = tuple(name for name, task in TASKS.items() if task.area in AREAS)
 
 
-def preferred_problems(count: int, seed: int = 0) -> list[Example]:
+def _preferred_problems(count: int, seed: int = 0) -> list[Example]:
     """`count` problems of every task of the report's areas, half without demonstrations."""
     return draw_examples(count, f"{seed}/look", wordings=WORDINGS_ASKED, tasks=PREFERRED)
 
@@ -142,38 +129,31 @@ def preferred_stage(config: ScaleConfig, seed: int = 0) -> Stage:
     inputs = {"sampled": sampled, "start": stages.origin(start)}
 
     def fill(folder: Path):
-        source, dtype = stages.folder_of(start), hardware.pick_dtype(config.run.dtype)
-        policy = frozen(source, dtype)
-        tokenizer, asked = Tokenizer.from_pretrained(source), preferred_problems(sampled[0], seed)
-        write_answers(folder, evaluate_tasks(policy, tokenizer, asked, 1.0, *sampled[1:], seed))
+        policy, queries = policy_of(config, start), _preferred_problems(sampled[0], seed)
+        write_answers(folder, evaluate_tasks(*policy, queries, 1.0, *sampled[1:], seed))
 
     return stages.data_stage(config, "preferred", ("dpo",), seed, inputs, fill, (start,))
 
 
 def read_preferred(made: Stage) -> list[list[Answer]]:
     """The answers of the stage `preferred`, sampled now if they are not there."""
-    return load_answers(made.folder(), preferred_problems(made.inputs["sampled"][0], made.seed))
+    return load_answers(made.folder(), _preferred_problems(made.inputs["sampled"][0], made.seed))
 
 
 # %% ../notebooks/18_dpo.ipynb #d57aeeb3
 def target_logprobs(
-    model: Qwen,
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    mask: torch.Tensor,
-    temperature: float = 1.0,
-) -> torch.Tensor:
+    model: Qwen, hidden: Tensor, targets: Tensor, mask: Tensor, temperature: float = 1.0
+) -> Tensor:
     """log p of `targets` (rows, length) from final hidden states (rows, length, hidden_size); 0 outside of `mask`.
 
     The head runs on the masked positions only, and in float32: a sum over an answer adds its roundings up.
     """
-    head = model.lm_head.weight.float()
-    logits = F.linear(hidden[mask].float() / temperature, head)
+    logits = F.linear(hidden[mask].float() / temperature, model.lm_head.weight.float())
     found = -F.cross_entropy(logits, targets[mask], reduction="none")
     return torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, found)
 
 
-def token_logprobs(model: Qwen, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+def token_logprobs(model: Qwen, batch: Batch, temperature: float = 1.0) -> Tensor:
     """log p of every target under softmax(logits / temperature), (rows, length); 0 where the weight is 0."""
     device = model.model.embed_tokens.weight.device
     hidden = model.hidden_states(batch.input_ids.to(device))
@@ -192,12 +172,12 @@ def pair_batch(pairs: Sequence[Pair]) -> Batch:
     return to_batch(rows + [response_row(p.prompt, p.rejected) for p in pairs])
 
 
-def pair_logprobs(model: Qwen, pairs: Sequence[Pair]) -> torch.Tensor:
+def pair_logprobs(model: Qwen, pairs: Sequence[Pair]) -> Tensor:
     """(2, pairs): log-probability of each chosen and each rejected response, all in one batch."""
     return token_logprobs(model, pair_batch(pairs)).sum(1).view(2, -1)
 
 
-def reference_logprobs(model: Qwen, batches: Sequence[Sequence[Pair]]) -> list[torch.Tensor]:
+def reference_logprobs(model: Qwen, batches: Sequence[Sequence[Pair]]) -> list[Tensor]:
     """`pair_logprobs` of every batch, detached.
 
     Give the batches of the training. In 16 bits another padding rounds otherwise, and so do the fused layers of
@@ -207,7 +187,7 @@ def reference_logprobs(model: Qwen, batches: Sequence[Sequence[Pair]]) -> list[t
 
 
 # %% ../notebooks/18_dpo.ipynb #6e8c88ce
-def at_random(x: torch.Tensor, keep: float, key: int, rescale: bool = True) -> torch.Tensor:
+def _at_random(x: Tensor, keep: float, key: int, rescale: bool = True) -> Tensor:
     """A share `keep` of the entries, drawn by `key` and divided by `keep` if `rescale`; the others 0."""
     if keep == 1:
         return x.clone()
@@ -216,7 +196,7 @@ def at_random(x: torch.Tensor, keep: float, key: int, rescale: bool = True) -> t
     return x * kept / (keep if rescale else 1.0)
 
 
-def largest(x: torch.Tensor, keep: float) -> torch.Tensor:
+def largest(x: Tensor, keep: float) -> Tensor:
     """The share `keep` of the entries that are largest, the others 0."""
     count = int(keep * x.numel())
     if count < 1 or count == x.numel():
@@ -225,9 +205,7 @@ def largest(x: torch.Tensor, keep: float) -> torch.Tensor:
     return torch.zeros_like(x).flatten().index_copy_(0, top, x.flatten()[top]).view_as(x)
 
 
-def merge_update(
-    change: torch.Tensor, delta: torch.Tensor, alpha: float, vote: str | bool = False
-) -> torch.Tensor:
+def _merge_update(change: Tensor, delta: Tensor, alpha: float, vote: str | bool = False) -> Tensor:
     """(1 − α) Δ + α τ. vote: a part is left out whose sign loses, "weighted" with α or "plain"."""
     ours, theirs = (1 - alpha) * change, alpha * delta
     if not vote:
@@ -252,7 +230,7 @@ class OnlineMergingAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable,
-        bases: Sequence[torch.Tensor],
+        bases: Sequence[Tensor],
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
@@ -280,12 +258,12 @@ class OnlineMergingAdamW(torch.optim.Optimizer):
             for p, base in zip(params, bases, strict=True)
         }
 
-    def _thin(self, x: torch.Tensor, p: torch.Tensor, step: int) -> torch.Tensor:
+    def _thin(self, x: Tensor, p: Tensor, step: int) -> Tensor:
         """F. What is kept depends on seed, parameter and step alone: a resumed run draws the same."""
         if self.method == "ties":
             return largest(x, self.keep)
         key = (self.seed * 1_000_003 + step) * 10_007 + self.numbers[p]
-        return at_random(x, self.keep, key, self.rescale)
+        return _at_random(x, self.keep, key, self.rescale)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -304,7 +282,7 @@ class OnlineMergingAdamW(torch.optim.Optimizer):
                 size = lr * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
                 change = -size * m / (v.sqrt() + group["eps"])
                 kept = self._thin(change, p, t)
-                p.add_(merge_update(kept, self.deltas[p], self.alpha, vote))
+                p.add_(_merge_update(kept, self.deltas[p], self.alpha, vote))
                 p.mul_(1 - lr * group["weight_decay"])
 
 
@@ -314,7 +292,7 @@ def fresh_pairs(model: Qwen, tokenizer: Tokenizer, settings: Dpo, seed: int = 0)
 
     Two problems of three are in wordings without demonstrations.
     """
-    problems = draw_examples(settings.problems, f"{seed}/preferences", wordings=WORDINGS_OF_PAIRS)
+    problems = draw_examples(settings.problems, f"{seed}/preferences", wordings=_WORDINGS_OF_PAIRS)
     new = settings.max_new_tokens
     answers = evaluate_tasks(model, tokenizer, problems, 1.0, settings.samples, new, seed)
     return build_pairs(tokenizer, answers, seed, settings.pairs_per_problem)
@@ -329,9 +307,8 @@ def preference_steps(
     reward β·(log π − log π_ref) is right, and the mean change of both log-probabilities.
     """
     plan = pair_plan(pairs, settings.batch_pairs, settings.epochs, seed)
-    batches = [
-        [pairs[i] for i in plan.share(number, *world())] for number in range(plan.total_steps)
-    ]
+    shares = (plan.share(number, *world()) for number in range(plan.total_steps))
+    batches = [[pairs[i] for i in share] for share in shares]
     reference = reference_logprobs(trainer.model, batches)
 
     def step(number: int) -> dict[str, float]:
@@ -342,8 +319,7 @@ def preference_steps(
             moved = now.detach() - then
             facts["accuracy"] = (moved[0] > moved[1]).float().mean().item()
             facts["chosen"], facts["rejected"] = moved.mean(1).tolist()
-            whole = len(plan.plan[number])
-            yield dpo_loss(*now, *then, settings.beta).sum() / whole
+            yield dpo_loss(*now, *then, settings.beta).sum() / len(plan.plan[number])
 
         return trainer.step(losses()) | facts
 
@@ -401,19 +377,15 @@ def pairs_stage(
     inputs = {name: getattr(settings, name) for name in sampled} | {"start": stages.origin(start)}
 
     def fill(folder: Path):
-        source, dtype = stages.folder_of(start), hardware.pick_dtype(config.run.dtype)
-        policy = frozen(source, dtype)
-        pairs = fresh_pairs(policy, Tokenizer.from_pretrained(source), settings, seed)
-        lines = [json.dumps(dataclasses.asdict(pair)) + "\n" for pair in pairs]
-        (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+        pairs = fresh_pairs(*policy_of(config, start), settings, seed)
+        artifacts.write_lines(folder / "pairs.jsonl", map(dataclasses.asdict, pairs))
 
     return stages.data_stage(config, stage, ("dpo",), seed, inputs, fill, (start,))
 
 
 def read_pairs(folder: Path) -> list[Pair]:
     """The pairs of a stage of `pairs_stage`."""
-    lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
-    return [Pair(**json.loads(line)) for line in lines]
+    return [Pair(**facts) for facts in artifacts.read_lines(folder / "pairs.jsonl")]
 
 
 # %% ../notebooks/18_dpo.ipynb #d15f7942
@@ -447,21 +419,15 @@ def dpo_stage(
 
     def begin(dtype: torch.dtype):
         folder, pairs = stages.folder_of(start), read_pairs(sampled.folder())
-        merging = {"alpha": settings.alpha, "keep": settings.keep}
-        origin = stages.folder_of(base)
-        rest = (settings, seed, dtype, origin)
-        trainer, step = make_trainer(config, folder, pairs, *rest, **merging)
+        merging = {"alpha": settings.alpha, "keep": settings.keep, "base": stages.folder_of(base)}
+        trainer, step = make_trainer(config, folder, pairs, settings, seed, dtype, **merging)
         return trainer, step, Tokenizer.from_pretrained(folder)
 
     return stages.stage(config, stage, ("dpo",), seed, inputs, begin)
 
 
 def optimize_preferences(
-    config: ScaleConfig,
-    seed: int = 0,
-    stage: str = "dpo",
-    settings: Dpo | None = None,
-    stop_after: int | None = None,
+    config: ScaleConfig, seed: int = 0, stop_after: int | None = None, **options
 ) -> Path:
-    """The folder of `dpo_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
-    return dpo_stage(config, seed, stage, settings).run(stop_after)
+    """The folder of `dpo_stage`, trained now if it is not there; options as there, `stop_after` as in `pretrain`."""
+    return dpo_stage(config, seed, **options).run(stop_after)

@@ -15,11 +15,8 @@ __all__ = [
     "attention_by_rows",
     "merge",
     "temperature_of",
-    "chunk_tables",
     "chunk_runs",
-    "check_chunks",
     "dual_chunk_attention",
-    "decode_dual_chunk",
     "position_scheme",
 ]
 
@@ -29,6 +26,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .attention import causal_attention, visible
 from .course.scales import Model
@@ -37,7 +35,7 @@ from .layers import rope_frequencies, rope_tables, rotate
 
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #e0041819
-def ntk_frequencies(head_dim: int, base: float, factor: float) -> torch.Tensor:
+def ntk_frequencies(head_dim: int, base: float, factor: float) -> Tensor:
     """`rope_frequencies` at the NTK-aware base for a context `factor` times as long, (head_dim / 2,)."""
     return rope_frequencies(head_dim, base * factor ** (head_dim / (head_dim - 2)))
 
@@ -57,14 +55,7 @@ def yarn_range(
     return max(math.floor(pair_of(beta_fast)), 0), min(math.ceil(pair_of(beta_slow)), head_dim - 1)
 
 
-def yarn_frequencies(
-    head_dim: int,
-    base: float,
-    factor: float,
-    original_length: int,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-) -> torch.Tensor:
+def yarn_frequencies(head_dim: int, base: float, factor: float, original_length: int) -> Tensor:
     """Angular speeds under YaRN, (head_dim / 2,), for `factor` times the trained `original_length`.
 
     The ramp is linear in the index of the pair, as in every implementation (the paper's is linear in the number of
@@ -72,7 +63,7 @@ def yarn_frequencies(
     """
     if factor < 1:
         raise ValueError(f"factor must be at least 1 (the trained length itself), got {factor}")
-    low, high = yarn_range(head_dim, base, original_length, beta_fast, beta_slow)
+    low, high = yarn_range(head_dim, base, original_length)
     pairs = torch.arange(head_dim // 2, dtype=torch.float32)
     ramp = ((pairs - low) / (high - low if high > low else 1e-3)).clamp(0, 1)
     plain = rope_frequencies(head_dim, base)
@@ -86,16 +77,16 @@ def yarn_temperature(factor: float) -> float:
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #b6167124
 def yarn_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    position_ids: torch.Tensor | None = None,
-    document_ids: torch.Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
     cache: LayerCache | None = None,
     *,
-    frequencies: torch.Tensor,
+    frequencies: Tensor,
     temperature: float = 1.0,
-) -> torch.Tensor:
+) -> Tensor:
     """`causal_attention` at YaRN's frequencies, its logits multiplied by `temperature`²; same arguments and shapes."""
     rest = (k, v, position_ids, document_ids, cache)
     return causal_attention(q * temperature**2, *rest, frequencies=frequencies)
@@ -107,62 +98,44 @@ def stride_of(chunk_size: int) -> int:
     return chunk_size - chunk_size // 4
 
 
-def query_positions(
-    positions: torch.Tensor, stride: int, chunk_size: int
-) -> tuple[torch.Tensor, ...]:
+def query_positions(positions: Tensor, stride: int, chunk_size: int) -> tuple[Tensor, ...]:
     """The query's RoPE position towards keys of its own chunk, of the chunk before, and of all others."""
     inside = positions % stride
-    return (
-        inside,
-        (inside + stride).clamp(max=chunk_size),
-        torch.full_like(inside, min(2 * stride - 1, chunk_size)),
-    )
+    farthest = torch.full_like(inside, min(2 * stride - 1, chunk_size))
+    return inside, (inside + stride).clamp(max=chunk_size), farthest
 
 
-def dual_chunk_positions(length: int, stride: int, chunk_size: int) -> torch.Tensor:
+def dual_chunk_positions(length: int, stride: int, chunk_size: int) -> Tensor:
     """Relative position of every query (row) and key (column), (length, length); −1 where a query may not look."""
     positions = torch.arange(length)
     behind = positions[:, None] // stride - positions // stride  # how many chunks the key lies back
-    intra, succ, inter = (
-        p[:, None] - positions % stride for p in query_positions(positions, stride, chunk_size)
-    )
+    roles = query_positions(positions, stride, chunk_size)
+    intra, succ, inter = (p[:, None] - positions % stride for p in roles)
     matrix = torch.where(behind == 0, intra, torch.where(behind == 1, succ, inter))
     return matrix.masked_fill(positions[:, None] < positions, -1)
 
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #19e0cb16
 def naive_dual_chunk_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    frequencies: torch.Tensor,
-    stride: int,
-    chunk_size: int,
-) -> torch.Tensor:
+    q: Tensor, k: Tensor, v: Tensor, *, frequencies: Tensor, stride: int, chunk_size: int
+) -> Tensor:
     """DCA written out, the reference: shapes as in `causal_attention`."""
     positions = torch.arange(q.shape[2])
     behind = positions[:, None] // stride - positions // stride
     group = q.shape[1] // k.shape[1]
     turn = lambda x, p: rotate(x, *rope_tables(p, frequencies, x.dtype))
-    keys, values = (
-        turn(k, positions % stride).repeat_interleave(group, 1),
-        v.repeat_interleave(group, 1),
-    )
-    intra, succ, inter = (
-        turn(q, p) @ keys.mT for p in query_positions(positions, stride, chunk_size)
-    )
-    scores = (
-        torch.where(behind == 0, intra, torch.where(behind == 1, succ, inter)) * q.shape[-1] ** -0.5
-    )
-    scores = scores.masked_fill(positions[:, None] < positions, -math.inf)
+    keys, values = (x.repeat_interleave(group, 1) for x in (turn(k, positions % stride), v))
+    roles = query_positions(positions, stride, chunk_size)
+    intra, succ, inter = (turn(q, p) @ keys.mT for p in roles)
+    scores = torch.where(behind == 0, intra, torch.where(behind == 1, succ, inter))
+    scores = (scores * q.shape[-1] ** -0.5).masked_fill(positions[:, None] < positions, -math.inf)
     return torch.softmax(scores, -1) @ values
 
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #9bed4b22
 def attention_and_lse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False
+) -> tuple[Tensor, Tensor]:
     """Attention and the log-sum-exp of each query's scores.
 
     q: (batch, heads, n, head_dim); k, v: (batch, kv_heads, m, head_dim). Returns (batch, heads, n, head_dim) and
@@ -172,21 +145,19 @@ def attention_and_lse(
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     if causal and group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    rows = (
-        q if causal else q.unflatten(1, (kv_heads, group)).flatten(2, 3)
-    )  # a group's queries are rows of one matrix
+    # a group's queries are rows of one matrix
+    rows = q if causal else q.unflatten(1, (kv_heads, group)).flatten(2, 3)
     if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            rows, k, v, 0.0, causal
-        )
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(rows, k, v, 0.0, causal)
     else:
         out, lse = attention_by_rows(rows, k, v, causal)
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
 def attention_by_rows(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, rows: int = 1_024
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, rows: int = 1_024
+) -> tuple[Tensor, Tensor]:
     """`attention_and_lse` written out for equal heads of q, k and v, `rows` queries at a time."""
     outs, sums = [], []
     for start in range(0, q.shape[2], rows):
@@ -202,7 +173,7 @@ def attention_by_rows(
     return torch.cat(outs, 2), torch.cat(sums, 2)
 
 
-def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def merge(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The attention over the union of disjoint sets of keys, from (output, log-sum-exp) of each."""
     outs, sums = zip(*parts, strict=True)
     if len(parts) == 1:
@@ -218,9 +189,7 @@ def temperature_of(length: int, original_length: int | None) -> float:
 
 
 @functools.lru_cache(maxsize=16)
-def chunk_tables(
-    frequencies: tuple, chunk_size: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _chunk_tables(frequencies: tuple, chunk_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The rope tables of the positions 0 … chunk_size: all that DCA ever needs, (chunk_size + 1, head_dim)."""
     return rope_tables(torch.arange(chunk_size + 1), torch.tensor(frequencies), dtype)
 
@@ -231,32 +200,25 @@ def chunk_runs(first: int, stride: int) -> tuple[int, int]:
     return max(own - stride, 0), own
 
 
-def check_chunks(
+def _check_chunks(
     chunk_size: int,
     local_size: int,
-    position_ids: torch.Tensor | None,
-    document_ids: torch.Tensor | None,
+    position_ids: Tensor | None,
+    document_ids: Tensor | None,
     start: int,
     length: int,
 ) -> None:
     """ValueError in one sentence for chunks that do not fit, or positions that DCA does not make itself."""
     if not 0 <= local_size < chunk_size:
-        raise ValueError(
-            f"local_size must be at least 0 and below chunk_size {chunk_size}, got {local_size}: "
-            "the stride is what is left"
-        )
+        wanted = f"local_size must be at least 0 and below chunk_size {chunk_size}"
+        raise ValueError(f"{wanted}, got {local_size}: the stride is what is left")
     if local_size > chunk_size - local_size:
-        raise ValueError(
-            f"local_size {local_size} is longer than the stride {chunk_size - local_size}: "
-            "choose at most half of chunk_size"
-        )
-    counting = position_ids is None or torch.equal(
-        position_ids.cpu().expand(1, length) if position_ids.ndim == 1 else position_ids.cpu(),
-        torch.arange(start, start + length).expand(
-            1 if position_ids.ndim == 1 else len(position_ids), length
-        ),
-    )
-    if document_ids is not None or not counting:
+        longer = f"local_size {local_size} is longer than the stride {chunk_size - local_size}"
+        raise ValueError(f"{longer}: choose at most half of chunk_size")
+    given = torch.arange(start, start + length) if position_ids is None else position_ids.cpu()
+    rows = given[None] if given.ndim == 1 else given
+    counted = torch.arange(start, start + length).expand(len(rows), length)
+    if document_ids is not None or not torch.equal(rows, counted):
         raise ValueError(
             "dual chunk attention counts positions itself: it takes prompts of equal length, "
             "without padding, packing or position_ids of your own"
@@ -265,19 +227,19 @@ def check_chunks(
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #f9476daf
 def dual_chunk_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    position_ids: torch.Tensor | None = None,
-    document_ids: torch.Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
     cache: LayerCache | None = None,
     *,
-    frequencies: torch.Tensor,
+    frequencies: Tensor,
     chunk_size: int,
     local_size: int,
     original_length: int | None = None,
     length: int | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Attention whose relative positions never exceed `chunk_size`: for inputs longer than training, without training.
 
     q: (batch, heads, new, head_dim); k, v: (batch, kv_heads, new, head_dim), before rotation; cache: a `LayerCache`, in
@@ -289,10 +251,9 @@ def dual_chunk_attention(
     end, stride = start + q.shape[2], chunk_size - local_size
     if cache is not None and cache.parent.document_ids is not None:
         document_ids = cache.parent.document_ids
-    check_chunks(chunk_size, local_size, position_ids, document_ids, start, q.shape[2])
-    cos, sin = (
-        t.to(q.device) for t in chunk_tables(tuple(frequencies.tolist()), chunk_size, q.dtype)
-    )
+    _check_chunks(chunk_size, local_size, position_ids, document_ids, start, q.shape[2])
+    tables = _chunk_tables(tuple(frequencies.tolist()), chunk_size, q.dtype)
+    cos, sin = (table.to(q.device) for table in tables)
     turn = lambda x, p: rotate(x, cos[p], sin[p])
     q = q * temperature_of(length or end, original_length)
     positions = torch.arange(start, end, device=q.device)
@@ -300,7 +261,7 @@ def dual_chunk_attention(
     if cache is not None:
         cached = cache.update(k, v)
         if q.shape[2] == 1:
-            return decode_dual_chunk(q, *cached, turn, stride, chunk_size)
+            return _decode_dual_chunk(q, *cached, turn, stride, chunk_size)
         if start > 0:
             k, v = cached[0].contiguous(), cached[1]
     out = torch.empty_like(q)
@@ -312,41 +273,38 @@ def dual_chunk_attention(
         previous, own = chunk_runs(a, stride)
         runs = [(inter, 0, previous), (succ, previous, own), (intra, own, a)]
         parts = [attention_and_lse(x, k[:, :, i:j], v[:, :, i:j]) for x, i, j in runs if j > i]
-        out[:, :, rows] = merge(
-            [*parts, attention_and_lse(intra, k[:, :, a:b], v[:, :, a:b], causal=True)]
-        )
+        parts.append(attention_and_lse(intra, k[:, :, a:b], v[:, :, a:b], causal=True))
+        out[:, :, rows] = merge(parts)
     return out
 
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #c33c6ae2
-def decode_dual_chunk(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    turn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+def _decode_dual_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    turn: Callable[[Tensor, Tensor], Tensor],
     stride: int,
     chunk_size: int,
-) -> torch.Tensor:
+) -> Tensor:
     """One new query per row against all cached keys: three slices of one row of scores, then a softmax over all."""
     batch, heads, _, head_dim = q.shape
     kv_heads, last = k.shape[1], k.shape[2] - 1
     previous, own = chunk_runs(last, stride)
     roles = query_positions(torch.tensor([last], device=q.device), stride, chunk_size)
-    rows = [
-        turn(q, p).view(batch, kv_heads, -1, head_dim) * head_dim**-0.5 for p in roles
-    ]  # (…, group, head_dim)
+    scaled = lambda x: x.view(batch, kv_heads, -1, head_dim) * head_dim**-0.5
+    rows = [scaled(turn(q, p)) for p in roles]  # (…, group, head_dim)
     runs = zip(reversed(rows), ((0, previous), (previous, own), (own, last + 1)), strict=True)
     scores = torch.cat([x @ k[:, :, i:j].mT for x, (i, j) in runs], -1)
-    weights = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(
-        q.dtype
-    )
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = torch.softmax(scores, -1, dtype=wide).to(q.dtype)
     return (weights @ v).view(q.shape)
 
 
 # %% ../notebooks/13_yarn_and_dual_chunk.ipynb #804a5dec
 def position_scheme(
     config: Model, mode: str, length: int, original_length: int | None = None
-) -> Callable[..., torch.Tensor]:
+) -> Callable[..., Tensor]:
     """An attention function for `model.attention`: how to read `length` tokens beyond the `original_length`.
 
     config: the model's. mode: "rope", "yarn", "dca", "dca+temperature" (as Qwen) or "dca+yarn" (chunks, temperature and
@@ -362,14 +320,9 @@ def position_scheme(
     if mode == "rope":
         return functools.partial(causal_attention, frequencies=plain)
     if mode == "yarn":
-        return functools.partial(
-            yarn_attention, frequencies=stretched, temperature=yarn_temperature(factor)
-        )
-    return functools.partial(
-        dual_chunk_attention,
-        frequencies=stretched if mode == "dca+yarn" else plain,
-        chunk_size=trained,
-        local_size=trained - stride_of(trained),
-        original_length=None if mode == "dca" else trained,
-        length=max(length, 1),
-    )
+        temperature = yarn_temperature(factor)
+        return functools.partial(yarn_attention, frequencies=stretched, temperature=temperature)
+    frequencies = stretched if mode == "dca+yarn" else plain
+    chunks = {"chunk_size": trained, "local_size": trained - stride_of(trained)}
+    lengths = {"original_length": None if mode == "dca" else trained, "length": max(length, 1)}
+    return functools.partial(dual_chunk_attention, frequencies=frequencies, **chunks, **lengths)

@@ -2,7 +2,6 @@
 
 # %% auto #0
 __all__ = [
-    "PLAIN",
     "LARGEST_FUSED",
     "DROP_SHARE",
     "BLOCK",
@@ -14,8 +13,6 @@ __all__ = [
     "fused_decoder",
     "rollout",
     "Completion",
-    "id_list",
-    "check_request",
     "generate",
     "sample_group",
     "sample_groups",
@@ -26,14 +23,13 @@ __all__ = [
 # %% ../notebooks/05_generation.ipynb #b411e386
 import codecs
 import copy
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .attention import GroupedQueryAttention, causal_attention
 from .course import hardware
@@ -43,9 +39,7 @@ from .model import Decoder, DecoderLayer, Qwen, count_parameters
 
 
 # %% ../notebooks/05_generation.ipynb #7364f47b
-def candidates(
-    logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def candidates(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """What top-k, then top-p leave: logits and ids, each (batch, width), best first.
 
     top_k: the best k (0: all), exactly k even among equals. top_p: the best ids until
@@ -71,9 +65,7 @@ def candidates(
 
 
 # %% ../notebooks/05_generation.ipynb #a677a0e7
-def penalize_repetition(
-    logits: torch.Tensor, history: torch.Tensor, penalty: float
-) -> torch.Tensor:
+def penalize_repetition(logits: Tensor, history: Tensor, penalty: float) -> Tensor:
     """Make every id of `history` less likely, whatever the sign of its logit.
 
     logits: (batch, vocab); history: (batch, length) ids of prompt and answer so far,
@@ -86,7 +78,7 @@ def penalize_repetition(
 
 
 # %% ../notebooks/05_generation.ipynb #622c47f9
-def sample(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def sample(logits: Tensor, uniform: Tensor) -> Tensor:
     """The id where the running sum of softmax(logits) passes `uniform`, (batch, 1).
 
     logits: (batch, vocab); uniform: (batch, 1) in [0, 1). The inverse of the cumulative
@@ -134,7 +126,7 @@ class Sampling:
             if not kept:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
 
-    def adjust(self, logits: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+    def adjust(self, logits: Tensor, history: Tensor) -> Tensor:
         """What precedes top-k. logits: (batch, vocab), history: (batch, length)."""
         if self.repetition_penalty != 1:  # a prompt may hold any id
             logits = penalize_repetition(logits, history, self.repetition_penalty)
@@ -148,9 +140,7 @@ class Sampling:
                 raise ValueError(f"forbidden_ids must leave at least one id, but they are {all_of}")
         return logits / self.temperature if self.temperature not in (0, 1) else logits
 
-    def choose(
-        self, logits: torch.Tensor, history: torch.Tensor, uniform: torch.Tensor
-    ) -> torch.Tensor:
+    def choose(self, logits: Tensor, history: Tensor, uniform: Tensor) -> Tensor:
         """One id a row, (batch, 1); uniform: (batch, 1) random numbers in [0, 1)."""
         logits = self.adjust(logits, history)
         if self.temperature == 0:
@@ -163,7 +153,7 @@ class Sampling:
             return ids.gather(1, sample(logits, uniform))
         return sample(logits, uniform)
 
-    def probabilities(self, logits: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+    def probabilities(self, logits: Tensor, history: Tensor) -> Tensor:
         """What `choose` draws from, over the whole vocabulary: to look at it."""
         full, greedy = self.adjust(logits, history), self.temperature == 0
         kept, ids = candidates(full, 1 if greedy else self.top_k, self.top_p)
@@ -171,7 +161,7 @@ class Sampling:
 
 
 # %% ../notebooks/05_generation.ipynb #0f346ea1
-def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
     """Prompts as one (batch, longest) tensor, all ending in the last column.
 
     Also returns document ids (None without padding): real tokens are document 0,
@@ -186,31 +176,19 @@ def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tens
 
 
 # %% ../notebooks/05_generation.ipynb #9467ebed
-PLAIN = {
-    Qwen,
-    Decoder,
-    DecoderLayer,
-    GroupedQueryAttention,
-    RMSNorm,
-    SwiGLU,
-    nn.Linear,
-    nn.Embedding,
-    nn.ModuleList,
-}
+_PLAIN = {Qwen, Decoder, DecoderLayer, GroupedQueryAttention, RMSNorm, SwiGLU}
+_PLAIN |= {nn.Linear, nn.Embedding, nn.ModuleList}
 #: Parameters; beyond, joined copies of the weights cost more than they save.
 LARGEST_FUSED = 50_000_000
 
 
 def fused_decoder(model: Qwen, length: int) -> FusedDecoder | None:
     """A `FusedDecoder` for texts of up to `length` tokens; None if the model is not plain and small."""
-    attention = model.attention
-    if not (
-        isinstance(attention, functools.partial)
-        and attention.func is causal_attention
-        and set(attention.keywords) == {"frequencies"}
-        and all(type(module) in PLAIN for module in model.modules())
-        and count_parameters(model.config) <= LARGEST_FUSED
-    ):
+    attention, known = model.attention, {type(module) for module in model.modules()} <= _PLAIN
+    causal = getattr(attention, "func", None) is causal_attention
+    if not (causal and set(attention.keywords) == {"frequencies"} and known):
+        return None
+    if count_parameters(model.config) > LARGEST_FUSED:
         return None
     places = torch.arange(length, device=model.model.embed_tokens.weight.device)
     return FusedDecoder(model, rope_tables(places, attention.keywords["frequencies"]))
@@ -264,8 +242,7 @@ def rollout(
         logprobs = None
         if return_logprobs:
             logits = logits / (sampling.temperature or 1.0)
-            logprobs = logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)
-            logprobs = logprobs[:, 0]
+            logprobs = (logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True))[:, 0]
         yield rows, tokens[:, 0], logprobs
         running = running & ~torch.isin(tokens[:, 0], stops)
         left = int(running.sum())
@@ -301,64 +278,52 @@ class Completion:
     logprobs: list[float] | None = None
 
 
-def id_list(ids: int | Sequence[int] | torch.Tensor) -> list[int]:
+def _id_list(ids: int | Sequence[int] | Tensor) -> list[int]:
     """One id, several, or a tensor of them, as a list."""
-    ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+    ids = ids.tolist() if isinstance(ids, Tensor) else ids
     return [ids] if isinstance(ids, int) else list(ids)
 
 
 # %% ../notebooks/05_generation.ipynb #ef1f6d8d
-def check_request(
+def _check_request(
     model: Qwen,
-    prompts: Sequence[Sequence[int]] | torch.Tensor,
+    prompts: Sequence[Sequence[int]] | Tensor,
     max_new_tokens: int,
     stop_ids: Sequence[int],
     context: int | None,
 ) -> list[list[int]]:
     """The prompts as lists of ids, or a ValueError: one sentence on what is wrong."""
-    prompts = prompts.tolist() if isinstance(prompts, torch.Tensor) else list(prompts)
+    prompts = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
     vocab_size = model.config.vocab_size
+    knows = f"knows the ids 0 to {vocab_size - 1}"
     context = context or model.config.max_position_embeddings
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, int | str):
-            raise ValueError(
-                f"prompts must be a list of token lists, but item "
-                f"{number} is {prompt!r}: wrap one prompt as [ids]"
-            )
+            wrap = f"item {number} is {prompt!r}: wrap one prompt as [ids]"
+            raise ValueError(f"prompts must be a list of token lists, but {wrap}")
         if not len(prompt):
-            raise ValueError(
-                f"prompt {number} is empty: give it at least one token, for example <|endoftext|>"
-            )
-        wrong = [token for token in prompt if not 0 <= token < vocab_size]
-        if wrong:
-            raise ValueError(
-                f"prompt {number} holds the id {wrong[0]}, but the model "
-                f"knows the ids 0 to {vocab_size - 1}"
-            )
+            give = "give it at least one token, for example <|endoftext|>"
+            raise ValueError(f"prompt {number} is empty: {give}")
+        if wrong := [token for token in prompt if not 0 <= token < vocab_size]:
+            raise ValueError(f"prompt {number} holds the id {wrong[0]}, but the model {knows}")
         if len(prompt) + max_new_tokens > context:
-            raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens and "
-                f"{max_new_tokens} new ones would follow, but the model's "
-                f"context holds {context}"
-            )
+            more = f"{len(prompt)} tokens and {max_new_tokens} new ones would follow"
+            raise ValueError(f"prompt {number} has {more}, but the model's context holds {context}")
     for stop in stop_ids:
         if not 0 <= stop < vocab_size:
-            raise ValueError(
-                f"the stop id {stop} can never come out of a model that "
-                f"knows the ids 0 to {vocab_size - 1}"
-            )
+            raise ValueError(f"the stop id {stop} can never come out of a model that {knows}")
     return [list(prompt) for prompt in prompts]
 
 
 # %% ../notebooks/05_generation.ipynb #7e7c21ad
 def generate(
     model: Qwen,
-    prompts: Sequence[Sequence[int]] | torch.Tensor,
+    prompts: Sequence[Sequence[int]] | Tensor,
     max_new_tokens: int,
     *,
-    stop_ids: int | Sequence[int] | torch.Tensor = (),
+    stop_ids: int | Sequence[int] | Tensor = (),
     num_return_sequences: int = 1,
     generator: torch.Generator | None = None,
     return_logprobs: bool = False,
@@ -375,8 +340,8 @@ def generate(
     top_p, repetition_penalty, vocab_size, forbidden_ids); default greedy. Raises
     ValueError with one sentence.
     """
-    sampling, stop_ids = Sampling(**sampling), id_list(stop_ids)
-    prompts = check_request(model, prompts, max_new_tokens, stop_ids, context)
+    sampling, stop_ids = Sampling(**sampling), _id_list(stop_ids)
+    prompts = _check_request(model, prompts, max_new_tokens, stop_ids, context)
     if num_return_sequences < 1:
         raise ValueError(f"num_return_sequences must be at least 1, got {num_return_sequences}")
     if not prompts:
@@ -384,16 +349,8 @@ def generate(
     count = len(prompts) * num_return_sequences
     tokens = torch.zeros(count, max_new_tokens, dtype=torch.long)
     logprobs = torch.zeros(count, max_new_tokens)
-    steps = rollout(
-        model,
-        prompts,
-        max_new_tokens,
-        sampling,
-        stop_ids,
-        generator,
-        num_return_sequences,
-        return_logprobs,
-    )
+    options = (stop_ids, generator, num_return_sequences, return_logprobs)
+    steps = rollout(model, prompts, max_new_tokens, sampling, *options)
     for step, (rows, new, scores) in enumerate(steps):
         rows = rows.cpu()
         tokens[rows, step] = new.cpu()
@@ -403,24 +360,17 @@ def generate(
     for row, scores in zip(tokens.tolist(), logprobs.tolist(), strict=True):
         met = (i + 1 for i, token in enumerate(row) if token in stops)
         end = next(met, max_new_tokens)
-        completions.append(
-            Completion(row[:end], row[end - 1] in stops, scores[:end] if return_logprobs else None)
-        )
+        told = scores[:end] if return_logprobs else None
+        completions.append(Completion(row[:end], row[end - 1] in stops, told))
     return completions
 
 
 # %% ../notebooks/05_generation.ipynb #9235e024
 def sample_group(
-    model: Qwen,
-    prompt: Sequence[int],
-    group_size: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    **options,
+    model: Qwen, prompt: Sequence[int], group_size: int, max_new_tokens: int, **options
 ) -> list[Completion]:
-    """`group_size` samples of one prompt, computed once; options as in `generate`."""
-    [group] = sample_groups(model, [prompt], group_size, max_new_tokens, temperature, **options)
-    return group
+    """`group_size` samples of one prompt, computed once, at temperature 1; options as in `generate`."""
+    return sample_groups(model, [prompt], group_size, max_new_tokens, **options)[0]
 
 
 def sample_groups(
@@ -432,14 +382,8 @@ def sample_groups(
     **options,
 ) -> list[list[Completion]]:
     """`sample_group` of several prompts in one batch: one list a prompt."""
-    flat = generate(
-        model,
-        prompts,
-        max_new_tokens,
-        num_return_sequences=group_size,
-        temperature=temperature,
-        **options,
-    )
+    options |= {"num_return_sequences": group_size, "temperature": temperature}
+    flat = generate(model, prompts, max_new_tokens, **options)
     return [flat[start : start + group_size] for start in range(0, len(flat), group_size)]
 
 
@@ -472,10 +416,10 @@ def stream(
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     if stop_ids is None:
         stop_ids = tokenizer.im_end_id, tokenizer.endoftext_id
-    stop_ids = id_list(stop_ids)
+    stop_ids = _id_list(stop_ids)
     known = min(tokenizer.vocab_size, model.config.vocab_size)
     sampling = Sampling(**{"vocab_size": known, **sampling})
-    prompts = check_request(model, [ids], max_new_tokens, stop_ids, context)
+    prompts = _check_request(model, [ids], max_new_tokens, stop_ids, context)
 
     def pieces() -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -485,11 +429,9 @@ def stream(
             if token in stop_ids:
                 break
             if tokenizer.decode([token], skip_special_tokens=True):
-                piece = decoder.decode(tokenizer.token_bytes(token))
-                if piece:
+                if piece := decoder.decode(tokenizer.token_bytes(token)):
                     yield piece
-        rest = decoder.decode(b"", final=True)
-        if rest:
+        if rest := decoder.decode(b"", final=True):
             yield rest
 
     return pieces()  # a wrong request has failed by now, not at a first piece

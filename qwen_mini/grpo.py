@@ -8,12 +8,8 @@ __all__ = [
     "Weights",
     "ATTEMPTS",
     "group_advantages",
-    "token_losses",
     "k3_divergence",
-    "batch_loss",
     "grpo_loss",
-    "group_attention",
-    "group_states",
     "Group",
     "group_logprobs",
     "verified",
@@ -30,7 +26,6 @@ __all__ = [
     "policy_update",
     "optimize_policy",
     "new_trainer",
-    "eight_answers",
     "grpo_stage",
     "optimize",
 ]
@@ -58,7 +53,7 @@ from .kernels.shared_prompt import shared_prompt_attention, shared_prompt_bias
 from .layers import rope_tables, rotate_heads
 from .model import Qwen
 from .training import Trainer
-from .reward_model import adamw_settings, frozen, pad_right
+from .reward_model import Step, adamw_settings, frozen, pad_right, policy_of
 from .sft import Answer, evaluate_tasks
 from .tasks import TASKS, Example
 from .tokenizer import Tokenizer
@@ -88,20 +83,15 @@ def group_advantages(
 
 
 # %% ../notebooks/19_grpo.ipynb #7a11d577
-def token_losses(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    kind: str,
-    epsilon: float,
-    epsilon_high: float,
+def _token_losses(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, kind: str, clip: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
     """The loss of every token, and whether the clip acts on it, both (rows, length); advantages: (rows, 1).
 
-    −min(r A, clip(r, 1 − ε, 1 + ε_high) A) with r = π/π_old; for "cispo" −sg(min(r, 1 + ε_high)) A log π, where sg
-    lets no gradient through (arXiv 2506.13585).
+    −min(r A, clip(r, 1 − ε, 1 + ε_high) A) with r = π/π_old and `clip` (ε, ε_high); for "cispo"
+    −sg(min(r, 1 + ε_high)) A log π, where sg lets no gradient through (arXiv 2506.13585).
     """
-    ratio, low, high = (logprobs - old_logprobs).exp(), 1 - epsilon, 1 + epsilon_high
+    ratio, low, high = (logprobs - old_logprobs).exp(), 1 - clip[0], 1 + clip[1]
     if kind == "cispo":
         return -ratio.detach().clamp(max=high) * advantages * logprobs, ratio > high
     loss = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
@@ -118,12 +108,8 @@ def k3_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 
 
-def batch_loss(
-    losses: Tensor,
-    mask: Tensor,
-    kind: str,
-    max_length: int | None = None,
-    total: float | None = None,
+def _batch_loss(
+    losses: Tensor, mask: Tensor, kind: str, max_length: int | None, total: float | None
 ) -> Tensor:
     """One number from the losses of tokens, (rows, length); the options are those of `grpo_loss`."""
     weights = mask.float()
@@ -157,15 +143,15 @@ def grpo_loss(
     """The loss of a batch of responses, and what to watch: the share of clipped tokens, their mean −log π, the KL.
 
     logprobs, old_logprobs, reference_logprobs, mask: (rows, length), one column a token of the response; advantages:
-    (rows,). Per token `token_losses` + β k3. kind: "grpo" takes the mean over rows of the rows' means, "dr_grpo" the
+    (rows,). Per token `_token_losses` + β k3. kind: "grpo" takes the mean over rows of the rows' means, "dr_grpo" the
     sum divided by rows × `max_length`, the others the mean over tokens. total: the denominator of the whole batch if
     this is a part of it: rows for "grpo" and "dr_grpo", tokens for the others (for "bnpo" those of the process times
     the processes: its means are averaged). ValueError for another kind. Source: report §4.3, arXiv 2402.03300.
     """
     if kind not in LOSSES:
         raise ValueError(f"there is no loss {kind!r}: use one of {', '.join(LOSSES)}")
-    mask, high = mask.bool(), epsilon if epsilon_high is None else epsilon_high
-    losses, clipped = token_losses(logprobs, old_logprobs, advantages[:, None], kind, epsilon, high)
+    mask, clip = mask.bool(), (epsilon, epsilon if epsilon_high is None else epsilon_high)
+    losses, clipped = _token_losses(logprobs, old_logprobs, advantages[:, None], kind, clip)
     count = mask.float().sum()
     mean = lambda x: ((x * mask.float()).sum() / count).item()
     seen = {"clipped": mean(clipped), "sampled_nll": mean(-logprobs.detach())}
@@ -173,11 +159,11 @@ def grpo_loss(
         k3 = k3_divergence(logprobs, reference_logprobs)
         seen["kl"] = mean(k3)
         losses = losses + beta * (k3 * (logprobs - old_logprobs).exp() if bias_corrected_kl else k3)
-    return batch_loss(losses, mask, kind, max_length, total), seen
+    return _batch_loss(losses, mask, kind, max_length, total), seen
 
 
 # %% ../notebooks/19_grpo.ipynb #c821a5f4
-def group_attention(
+def _group_attention(
     q: Tensor, k: Tensor, v: Tensor, *_, tables: tuple[Tensor, Tensor], **shape
 ) -> Tensor:
     """`shared_prompt_attention` of what RoPE has turned; shape: its `bias`, `prompt_length` and `responses`.
@@ -188,7 +174,7 @@ def group_attention(
     return shared_prompt_attention(q, k, v, **shape)
 
 
-def group_states(
+def _group_states(
     model: Qwen, ids: Tensor, position_ids: Tensor, real: Tensor, responses: int
 ) -> Tensor:
     """Final hidden states of rows (batch, prompt_length + responses · width): a prompt, and responses behind it.
@@ -196,16 +182,14 @@ def group_states(
     real: (batch, prompt_length), False where a prompt is padding. Tables and mask are made once for all layers.
     """
     c, length, weight = model.config, real.shape[1], model.model.embed_tokens.weight
-    width, heads = (
-        (ids.shape[1] - length) // responses,
-        (c.num_attention_heads, c.num_key_value_heads),
-    )
+    heads, width = (c.num_attention_heads, c.num_key_value_heads), ids.shape[1] - length
+    width //= responses
     bias = shared_prompt_bias(real.to(weight.device), width, responses, *heads, weight.dtype)
     shape = {"bias": bias, "prompt_length": length, "responses": responses}
     usual = model.attention
     try:
         tables = rope_tables(position_ids, usual.keywords["frequencies"], weight.dtype)
-        model.attention = functools.partial(group_attention, tables=tables, **shape)
+        model.attention = functools.partial(_group_attention, tables=tables, **shape)
         return model.hidden_states(ids, position_ids)
     finally:
         model.attention = usual
@@ -235,7 +219,7 @@ def group_logprobs(
     ids = torch.cat([prompts, responses[:, :-1].reshape(len(groups), -1)], 1).to(device)
     within = torch.arange(width).repeat(count) + lengths[:, None]
     places = torch.cat([torch.arange(longest).expand(len(groups), -1), within], 1).to(device)
-    hidden = group_states(model, ids, places, torch.arange(longest) < lengths[:, None], count)
+    hidden = _group_states(model, ids, places, torch.arange(longest) < lengths[:, None], count)
     last = hidden[torch.arange(len(groups)), lengths - 1]  # (groups, hidden_size)
     own = hidden[:, longest:].unflatten(1, (count, width))
     hidden = torch.cat([last[:, None, None].expand(-1, count, 1, -1), own], 2).flatten(0, 1)
@@ -283,11 +267,9 @@ class NoVariance(CourseError):
     """All answers of every group earned the same."""
 
     def __init__(self, sentence: str = ""):
-        super().__init__(
-            sentence
-            or "no group has any variance in its rewards, so the policy gradient is zero: choose problems that are "
-            "sometimes solved, or more answers a group"
-        )
+        nothing = "no group has any variance in its rewards, so the policy gradient is zero"
+        better = "choose problems that are sometimes solved, or more answers a group"
+        super().__init__(sentence or f"{nothing}: {better}")
 
 
 def order_by_reward_variance(rewards: Sequence[Sequence[float]] | Tensor) -> list[int]:
@@ -346,13 +328,11 @@ def probe_stage(config: ScaleConfig, seed: int = 0, settings: Grpo | None = None
     """The `probe` of GRPO's start as the stage `probe` (`probe.json`): weights, and its tokens."""
     settings = settings or config.grpo
     start = dpo_checkpoint(config, settings, seed)
-    asked = ("group_size", "levels", "probe", "max_new_tokens")
-    inputs = {name: getattr(settings, name) for name in asked} | {"start": stages.origin(start)}
+    read = ("group_size", "levels", "probe", "max_new_tokens")
+    inputs = {name: getattr(settings, name) for name in read} | {"start": stages.origin(start)}
 
     def fill(folder: Path):
-        source, dtype = stages.folder_of(start), hardware.pick_dtype(config.run.dtype)
-        policy = frozen(source, dtype)
-        kinds, groups = probe_groups(policy, Tokenizer.from_pretrained(source), settings, seed)
+        kinds, groups = probe_groups(*policy_of(config, start), settings, seed)
         weights = query_weights(kinds, [g.rewards for g in groups])
         tokens = sum(len(g.prompt) + sum(map(len, g.responses)) for g in groups)
         found = {"weights": [[*kind, weight] for kind, weight in weights.items()], "tokens": tokens}
@@ -434,10 +414,8 @@ def policy_update(
         raise NoVariance
     total = {"bnpo": own_tokens * world()[1], "dapo": tokens, "cispo": tokens}.get(kind, answers)
     kept = [i for i, varies in enumerate(varied) if varies or reference is not None]
-    parts = [
-        ([groups[i] for i in part], advantages[part].flatten())
-        for part in _micro_batches(groups, kept, settings.micro_groups)
-    ]
+    cut = _micro_batches(groups, kept, settings.micro_groups)
+    parts = [([groups[i] for i in part], advantages[part].flatten()) for part in cut]
     record, old = {"groups": different / count, "reward": earned / answers}, []
     names = ["clipped", "sampled_nll"] + ["kl"] * (reference is not None)
     for _ in range(inner_steps):
@@ -478,7 +456,7 @@ def optimize_policy(
     seed: int = 0,
     reward: Reward = verified,
     **options,
-) -> Callable[[int], dict[str, float]]:
+) -> Step:
     """step(number) → record: fresh queries, groups of answers, rewards, one update; options as for `policy_update`.
 
     A batch in which nothing varies is drawn again, up to `ATTEMPTS` times.
@@ -518,16 +496,15 @@ def new_trainer(
 
 
 # %% ../notebooks/19_grpo.ipynb #e31f0eb8
-def eight_answers(
+def _eight_answers(
     model: Qwen, tokenizer: Tokenizer, example: Example, settings: Grpo, seed: int = 0
 ) -> list[dict]:
     """A group to look at: the text, reward and advantage of every answer."""
     [answers], [group] = roll_out(model, tokenizer, [example], settings, seed)
     advantages = group_advantages([group.rewards])[0].tolist()
-    return [
-        {"text": a.text, "reward": reward, "advantage": round(advantage, 2)}
-        for a, reward, advantage in zip(answers, group.rewards, advantages, strict=True)
-    ]
+    names, rounded = ("text", "reward", "advantage"), [round(x, 2) for x in advantages]
+    rows = zip([a.text for a in answers], group.rewards, rounded, strict=True)
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def _most_varied(
@@ -540,25 +517,20 @@ def _most_varied(
 
 
 def _viewing(
-    step: Callable[[int], dict],
-    trainer: Trainer,
-    tokenizer: Tokenizer,
-    example: Example,
-    settings: Grpo,
-) -> Callable[[int], dict]:
+    step: Step, trainer: Trainer, tokenizer: Tokenizer, example: Example, settings: Grpo
+) -> Step:
     """`step`, whose records also hold answers to one problem: at the start, on the way and in the end."""
     views = [settings.steps * third // 3 for third in range(3)]
 
     def view() -> dict:
-        answers = eight_answers(trainer.model.eval(), tokenizer, example, settings)
+        answers = _eight_answers(trainer.model.eval(), tokenizer, example, settings)
         facts = {"problem": example.messages[-1]["content"], "gold": example.response}
         return facts | {"answers": answers}
 
     def step_and_look(number: int) -> dict:
         seen = {"view": view()} if number in views else {}
         record = step(number)
-        last = number == settings.steps - 1
-        return record | seen | ({"end": view()} if last else {})
+        return record | seen | ({"end": view()} if number == settings.steps - 1 else {})
 
     return step_and_look
 
@@ -576,13 +548,13 @@ def grpo_stage(
     How often each kind of problem is asked comes from a `probe` of the start, drawn with `probe_seed` (by
     default the seed), which is the seed of the start, too: several runs share both. At the
     beginning, a third and two thirds of the way, and after the last step the records hold a `view`: of eight problems
-    the one whose answers vary most at the start, and `eight_answers` to it. Source: report §4.3; what is not published
+    the one whose answers vary most at the start, and `_eight_answers` to it. Source: report §4.3; what is not published
     is named in the notebook.
     """
     settings = settings or config.grpo
     probe_seed = seed if probe_seed is None else probe_seed
     start = dpo_checkpoint(config, settings, probe_seed)
-    asked = probe_stage(config, probe_seed, settings)
+    probed = probe_stage(config, probe_seed, settings)
     sampled = "steps queries group_size micro_groups levels probe max_new_tokens epsilon epsilon_high beta".split()
     inputs = {
         "settings": {name: getattr(settings, name) for name in sampled},
@@ -594,9 +566,8 @@ def grpo_stage(
 
     def begin(dtype: torch.dtype):
         folder = stages.folder_of(start)
-        tokenizer = Tokenizer.from_pretrained(folder)
-        policy = frozen(folder, dtype)
-        weights, _ = read_probe(asked.folder())
+        tokenizer, policy = Tokenizer.from_pretrained(folder), frozen(folder, dtype)
+        weights, _ = read_probe(probed.folder())
         trainer = new_trainer(config, folder, settings, dtype)
         options = {"reference": policy} if settings.beta else {}
         update_policy = optimize_policy(trainer, tokenizer, settings, weights, seed, **options)
@@ -606,13 +577,6 @@ def grpo_stage(
     return stages.stage(config, stage, ("grpo",), seed, inputs, begin)
 
 
-def optimize(
-    config: ScaleConfig,
-    seed: int = 0,
-    stage: str = "grpo",
-    settings: Grpo | None = None,
-    stop_after: int | None = None,
-    probe_seed: int | None = None,
-) -> Path:
-    """The folder of `grpo_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
-    return grpo_stage(config, seed, stage, settings, probe_seed).run(stop_after)
+def optimize(config: ScaleConfig, seed: int = 0, stop_after: int | None = None, **options) -> Path:
+    """The folder of `grpo_stage`, trained now if it is not there; options as there, `stop_after` as in `pretrain`."""
+    return grpo_stage(config, seed, **options).run(stop_after)

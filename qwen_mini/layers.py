@@ -56,9 +56,8 @@ def rope_frequencies(head_dim: int, base: float = 10_000.0) -> Tensor:
     """
     if head_dim % 2:
         raise ValueError(f"head_dim must be even to form channel pairs, got {head_dim}")
-    return 1.0 / base ** (
-        torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    )  # bit for bit Hugging Face's
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    return 1.0 / base**exponents  # bit for bit Hugging Face's
 
 
 # %% ../notebooks/02_layers.ipynb #3b5b6e52
@@ -89,7 +88,7 @@ def apply_rope(x: Tensor, position_ids: Tensor, frequencies: Tensor) -> Tensor:
     return rotate_heads(x, rope_tables(position_ids, frequencies, x.dtype))
 
 
-def rotate_heads(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def rotate_heads(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """`apply_rope` with the tables at hand: those of `rope_tables`, (length or batch, length, head_dim) each."""
     cos, sin = (table.unsqueeze(-2) for table in tables)  # one table for all heads
     return Rotate.apply(x.transpose(1, 2), cos, sin).transpose(1, 2)

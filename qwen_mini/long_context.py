@@ -53,6 +53,7 @@ from random import Random
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .attention import causal_attention
 from .corpus import corpus_inputs, open_prepared, prepare_corpus
@@ -75,7 +76,7 @@ from .world.needles import needle_statement, passkey_prompt, recall_row
 
 
 # %% ../notebooks/12_long_context.ipynb #ce977765
-def long_rows(tokenizer: Tokenizer, length: int, limit: int = 8) -> torch.Tensor:
+def long_rows(tokenizer: Tokenizer, length: int, limit: int = 8) -> Tensor:
     """(rows, length + 1) token ids of unseen long text, one document a row."""
     documents = long_documents(4 * (length + 1), limit=limit)
     encoded = [ids[: length + 1] for ids in tokenizer.encode_batch(documents)]
@@ -86,16 +87,14 @@ def long_rows(tokenizer: Tokenizer, length: int, limit: int = 8) -> torch.Tensor
 
 
 @torch.inference_mode()
-def position_losses(model: Qwen, rows: torch.Tensor) -> torch.Tensor:
+def position_losses(model: Qwen, rows: Tensor) -> Tensor:
     """−log p in nats of every token but the first, at its position: rows (n, length + 1) → (n, length)."""
     losses, rows = [], rows.to(model.lm_head.weight.device)
     for row in rows.split(1):  # one at a time: logits of long rows are large
         hidden = model.hidden_states(row[:, :-1])[0]
-        chunks = [
-            F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
-            for h, t in zip(hidden.split(1_024), row[0, 1:].split(1_024), strict=True)
-        ]
-        losses.append(torch.cat(chunks))
+        parts = zip(hidden.split(1_024), row[0, 1:].split(1_024), strict=True)
+        logits = ((model.lm_head(h).float(), targets) for h, targets in parts)
+        losses.append(torch.cat([F.cross_entropy(*part, reduction="none") for part in logits]))
     return torch.stack(losses).cpu()
 
 
@@ -241,29 +240,29 @@ def _statements(pieces: NeedlePieces, keys: list, values: list, style: str) -> l
 
 def only_needles(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random) -> Example:
     """niah_multikey_2: the haystack is made of needles, with keys of two words."""
-    size, asked = 3 + 5 + len(pieces.stop), 3 + len(pieces.newline)
-    count = (length - asked - 5) // size
+    size, question = 3 + 5 + len(pieces.stop), 3 + len(pieces.newline)
+    count = (length - question - 5) // size
     numbers = rng.sample(range(len(pieces.words) ** 2), count)
     keys = [tuple(pieces.words[i] for i in divmod(number, len(pieces.words))) for number in numbers]
     values = [draw_value(pieces, rng) for _ in keys]
     stated = _joined(_statements(pieces, keys, values, "compact"))
     chosen = rng.randrange(count)
-    rest = filler_slice(filler, length - asked - 5 - count * size, rng)
+    rest = filler_slice(filler, length - question - 5 - count * size, rng)
     prompt = [*rest, *stated, *pieces.newline, *keys[chosen], *pieces.equals]
     return Example(prompt, list(values[chosen]), [values[chosen]])
 
 
 # %% ../notebooks/12_long_context.ipynb #8e76c4d0
 def hidden(
-    length: int, needles: list, asked: list, answer: list, filler: np.ndarray, rng: Random
+    length: int, needles: list, question: list, answer: list, filler: np.ndarray, rng: Random
 ) -> list[int]:
-    """A prompt of `length − len(answer)` ids: needles in this order at random depths of the filler, then `asked`."""
-    room = length - len(answer) - len(asked) - sum(map(len, needles))
+    """A prompt of `length − len(answer)` ids: needles in this order at random depths of filler, then the question."""
+    room = length - len(answer) - len(question) - sum(map(len, needles))
     if room < 0:
         parts = f"{len(needles)} needles, a question and an answer"
         raise CourseError(f"{parts} do not fit into {length} tokens")
     depths = sorted(rng.random() for _ in needles)
-    return hide_needles(needles, depths, filler_slice(filler, room, rng))[0] + asked
+    return hide_needles(needles, depths, filler_slice(filler, room, rng))[0] + question
 
 
 def multi_value(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random) -> Example:
@@ -271,9 +270,9 @@ def multi_value(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Rand
     [key] = draw_keys(pieces, rng, 1)
     values = [draw_value(pieces, rng) for _ in range(4)]
     stated = _statements(pieces, [key] * 4, values, "compact")
-    asked = [*pieces.newline, *key, *pieces.equals]
+    question = [*pieces.newline, *key, *pieces.equals]
     answer = _joined(stated)[len(key) + len(pieces.equals) :]
-    return Example(hidden(length, stated, asked, answer, filler, rng), answer, values)
+    return Example(hidden(length, stated, question, answer, filler, rng), answer, values)
 
 
 def multi_query(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random) -> Example:
@@ -282,9 +281,9 @@ def multi_query(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Rand
     values = [draw_value(pieces, rng) for _ in keys]
     stated = _statements(pieces, keys, values, "compact")
     order = rng.sample(range(4), 4)
-    asked = [*pieces.newline, *_joined(keys[i] for i in order), *pieces.newline]
+    question = [*pieces.newline, *_joined(keys[i] for i in order), *pieces.newline]
     answer = _joined(stated[i] for i in order)
-    return Example(hidden(length, stated, asked, answer, filler, rng), answer, values)
+    return Example(hidden(length, stated, question, answer, filler, rng), answer, values)
 
 
 # %% ../notebooks/12_long_context.ipynb #cbb56388
@@ -294,29 +293,28 @@ def variable_tracking(
     """vt: a value and four assignments, " lamp=58301." " river= lamp." …; asked for the last, the chain back is due."""
     value, *names = draw_value(pieces, rng), *draw_keys(pieces, rng, 5)
     stated = _statements(pieces, names, [value, *names[:-1]], "compact")
-    asked = [*pieces.newline, *names[-1], *pieces.equals]
+    question = [*pieces.newline, *names[-1], *pieces.equals]
     back = [*reversed(names[:-1]), value]
     answer = [*_joined([*name, *pieces.equals] for name in back[:-1]), *value, *pieces.stop]
-    return Example(hidden(length, stated, asked, answer, filler, rng), answer, back)
+    return Example(hidden(length, stated, question, answer, filler, rng), answer, back)
 
 
 # %% ../notebooks/12_long_context.ipynb #01aff749
 def _word_list(
-    length: int, counts: dict[int, int], asked: tuple[int, ...], filler_word: int, rng: Random
+    length: int, counts: dict[int, int], question: tuple[int, ...], filler_word: int, rng: Random
 ) -> list[int]:
-    """`length` ids: every word as often as `counts` says, in random order, then `asked`; `filler_word` fills up."""
+    """`length` ids: every word as often as `counts` says, in random order, then a question; `filler_word` fills up."""
     body = _joined([word] * count for word, count in counts.items())
-    room = length - len(asked)
+    room = length - len(question)
     body = (body + [filler_word] * (room - len(body)))[:room]
     rng.shuffle(body)
-    return [*body, *asked]
+    return [*body, *question]
 
 
 def common_words(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: Random) -> Example:
     """cwe: five words stand ten times as often as all the others; name them, in any order."""
     words = rng.sample(pieces.words, min(len(pieces.words), 9 + length // 40))
-    room = length - 5 - len(pieces.what_is)
-    total = 10 * 5 + len(words) - 5
+    room, total = length - 5 - len(pieces.what_is), 10 * 5 + len(words) - 5
     counts = {word: room * (10 if i < 5 else 1) // total for i, word in enumerate(words)}
     prompt = _word_list(length - 5, counts, pieces.what_is, words[-1], rng)
     return Example(prompt, rng.sample(words[:5], 5), [(word,) for word in words[:5]])
@@ -420,10 +418,8 @@ def ask_all(
     style: str = "prose",
 ) -> list[bool]:
     """Which of the keys that `haystack` hid are answered rightly from the cache."""
-    return [
-        ask(model, cache, needle_question(pieces, key, style), len(value), attention) == list(value)
-        for key, value, _ in planted
-    ]
+    queries = ((needle_question(pieces, key, style), value) for key, value, _ in planted)
+    return [ask(model, cache, q, len(value), attention) == list(value) for q, value in queries]
 
 
 # %% ../notebooks/12_long_context.ipynb #fd105025
@@ -604,14 +600,10 @@ def extension_stage(
 
 
 def extend_context(
-    config: ScaleConfig,
-    seed: int = 0,
-    stage: str = "long_context",
-    settings: LongContext | None = None,
-    stop_after: int | None = None,
+    config: ScaleConfig, seed: int = 0, stop_after: int | None = None, **options
 ) -> Path:
-    """The folder of `extension_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
-    return extension_stage(config, seed, stage, settings).run(stop_after)
+    """The folder of `extension_stage`, trained now if it is not there; `stop_after` as in `pretrain`."""
+    return extension_stage(config, seed, **options).run(stop_after)
 
 
 def extended_checkpoint(config: ScaleConfig, seed: int = 0) -> Path | Stage:

@@ -7,8 +7,6 @@ __all__ = [
     "DecoderLayer",
     "dense_layer",
     "Decoder",
-    "rope_frequencies_on_cpu",
-    "with_tables",
     "embed",
     "Qwen",
     "count_parameters",
@@ -16,7 +14,6 @@ __all__ = [
     "kv_cache_bytes_per_token",
     "save_checkpoint",
     "read_config",
-    "load_weights",
     "assign_weights",
 ]
 
@@ -33,7 +30,7 @@ from torch import Tensor, nn
 
 from .attention import GroupedQueryAttention, causal_attention
 from .course import artifacts
-from .course.folders import qwen2_values, read_json, read_weights
+from .course.folders import qwen2_values, read_config_json, read_weights
 from .course.scales import ScaleConfig
 from .kernels.cache import KVCache, LayerCache
 from .kernels.cross_entropy import linear_cross_entropy
@@ -76,45 +73,22 @@ class ModelConfig:
         """The `config.json` that `AutoModelForCausalLM` reads, in both dialects."""
         values = dataclasses.asdict(self)
         theta = values.pop("rope_theta")
-        return {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "hidden_act": "silu",
-            "dtype": "float32",
-            "attention_dropout": 0.0,
-            "use_sliding_window": False,
-            **values,
-            "rope_theta": theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        }
+        kind = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"}
+        plain = {"dtype": "float32", "attention_dropout": 0.0, "use_sliding_window": False}
+        rope = {"rope_type": "default", "rope_theta": theta}
+        return {**kind, **plain, **values, "rope_theta": theta, "rope_parameters": rope}
 
 
 # %% ../notebooks/04_model.ipynb #d25f9c78
-def _published(
-    layers: int,
-    hidden: int,
-    intermediate: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    tied: bool,
-    vocab: int,
-    eps: float = 1e-6,
-    positions: int = 32_768,
-) -> ModelConfig:
-    sizes = (vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, positions)
-    return ModelConfig(*sizes, 1_000_000.0, eps, tied)
-
-
 #: Table 1 of the report; widths, eps, positions from the published base configurations.
 QWEN2_5 = {
-    "0.5B": _published(24, 896, 4_864, 14, 2, 64, True, 151_936),
-    "1.5B": _published(28, 1_536, 8_960, 12, 2, 128, True, 151_936, positions=131_072),
-    "3B": _published(36, 2_048, 11_008, 16, 2, 128, True, 151_936),
-    "7B": _published(28, 3_584, 18_944, 28, 4, 128, False, 152_064, positions=131_072),
-    "14B": _published(48, 5_120, 13_824, 40, 8, 128, False, 152_064, 1e-5, 131_072),
-    "32B": _published(64, 5_120, 27_648, 40, 8, 128, False, 152_064, 1e-5, 131_072),
-    "72B": _published(80, 8_192, 29_568, 64, 8, 128, False, 152_064, 1e-5, 131_072),
+    "0.5B": ModelConfig(151_936, 896, 4_864, 24, 14, 2, 64, tie_word_embeddings=True),
+    "1.5B": ModelConfig(151_936, 1_536, 8_960, 28, 12, 2, 128, 131_072, tie_word_embeddings=True),
+    "3B": ModelConfig(151_936, 2_048, 11_008, 36, 16, 2, 128, tie_word_embeddings=True),
+    "7B": ModelConfig(152_064, 3_584, 18_944, 28, 28, 4, 128, 131_072),
+    "14B": ModelConfig(152_064, 5_120, 13_824, 48, 40, 8, 128, 131_072, rms_norm_eps=1e-5),
+    "32B": ModelConfig(152_064, 5_120, 27_648, 64, 40, 8, 128, 131_072, rms_norm_eps=1e-5),
+    "72B": ModelConfig(152_064, 8_192, 29_568, 80, 64, 8, 128, 131_072, rms_norm_eps=1e-5),
 }
 
 
@@ -138,18 +112,16 @@ class DecoderLayer(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """(batch, length, hidden_size) → the same shape; cache: this layer's part."""
-        x = x + self.self_attn(
-            self.input_layernorm(x), attention, position_ids, document_ids, cache
-        )
+        rest = (attention, position_ids, document_ids, cache)
+        x = x + self.self_attn(self.input_layernorm(x), *rest)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 def dense_layer(config: ModelConfig) -> DecoderLayer:
     """The layer of the dense models: grouped-query attention and SwiGLU."""
     c = config
-    attention = GroupedQueryAttention(
-        c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    )
+    heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+    attention = GroupedQueryAttention(c.hidden_size, *heads)
     return DecoderLayer(c, attention, SwiGLU(c.hidden_size, c.intermediate_size))
 
 
@@ -169,14 +141,14 @@ class Decoder(nn.Module):
 
 
 # %% ../notebooks/04_model.ipynb #1d128565
-def rope_frequencies_on_cpu(head_dim: int, base: float) -> torch.Tensor:
+def _rope_frequencies_on_cpu(head_dim: int, base: float) -> Tensor:
     """`rope_frequencies` with real numbers, even while a model is built on "meta"."""
     with torch.device("cpu"):
         return rope_frequencies(head_dim, base)
 
 
 # %% ../notebooks/04_model.ipynb #3c95d035
-def with_tables(
+def _with_tables(
     attention: Callable[..., Tensor], x: Tensor, position_ids: Tensor | None, cache: KVCache | None
 ) -> Callable[..., Tensor]:
     """`causal_attention` with its RoPE tables for x, (batch, length, …), made once for all layers; else unchanged."""
@@ -220,7 +192,7 @@ class Qwen(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        frequencies = rope_frequencies_on_cpu(config.head_dim, config.rope_theta)
+        frequencies = _rope_frequencies_on_cpu(config.head_dim, config.rope_theta)
         self.attention = functools.partial(causal_attention, frequencies=frequencies)
         if not self.lm_head.weight.is_meta:  # "meta" has shapes, no numbers
             self.apply(self._init_weights)
@@ -248,7 +220,7 @@ class Qwen(nn.Module):
         x = embed(self.model.embed_tokens, input_ids)  # (batch, length, hidden_size)
         if cache is not None:
             cache.remember(document_ids, input_ids.shape[1])
-        attention = with_tables(self.attention, x, position_ids, cache)
+        attention = _with_tables(self.attention, x, position_ids, cache)
         for index, layer in enumerate(self.model.layers):
             own = cache.layers[index] if cache is not None else None
             x = layer(x, attention, position_ids, document_ids, own)
@@ -294,11 +266,11 @@ class Qwen(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "Qwen":
-        """Load a Qwen2 checkpoint folder; see `read_config` and `load_weights`."""
+        """Load a Qwen2 checkpoint folder; see `read_config` and `_load_weights`."""
         config = read_config(folder)
         with torch.device("meta"):
             model = cls(config)
-        load_weights(model, folder, dtype)
+        _load_weights(model, folder, dtype)
         return model
 
 
@@ -349,9 +321,8 @@ def save_checkpoint(
     or not at all.
     """
     folder = Path(folder)
-    state = {
-        name: p.detach().to(dtype or p.dtype).contiguous() for name, p in model.named_parameters()
-    }  # a tied head comes once
+    named = model.named_parameters()  # in which a tied head comes once
+    state = {name: p.detach().to(dtype or p.dtype).contiguous() for name, p in named}
     stored = str(next(iter(state.values())).dtype).removeprefix("torch.")
     documents = {"config.json": model.config.to_dict() | {"dtype": stored}}
     if generation_config is not None:
@@ -364,14 +335,11 @@ def save_checkpoint(
 
 def read_config(folder: str | Path) -> ModelConfig:
     """The `ModelConfig` of a checkpoint folder; else an error in one sentence."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
-    return ModelConfig.from_dict(read_json(path))
+    return ModelConfig.from_dict(read_config_json(folder))
 
 
 # %% ../notebooks/04_model.ipynb #454de0f5
-def load_weights(model: "Qwen", folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+def _load_weights(model: "Qwen", folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Give `model` the weights of a checkpoint folder, which must fit name by name.
 
     The file's tensors *become* the parameters, so a model on the meta device is fine.
@@ -382,14 +350,13 @@ def load_weights(model: "Qwen", folder: str | Path, dtype: torch.dtype = torch.f
         head = state.pop("lm_head.weight", None)  # an alias that some writers store
         embedding = state.get("model.embed_tokens.weight")
         if head is not None and not torch.equal(head, embedding):
-            raise ValueError(
-                f"{folder} holds a head of its own, but its config.json says "
-                "that the head is tied: set tie_word_embeddings to false"
-            )
+            tied = "but its config.json says that the head is tied"
+            remedy = "set tie_word_embeddings to false"
+            raise ValueError(f"{folder} holds a head of its own, {tied}: {remedy}")
     assign_weights(model, state, f"{folder} does not fit its config.json")
 
 
-def assign_weights(model: "Qwen", state: dict[str, torch.Tensor], misfit: str) -> None:
+def assign_weights(model: "Qwen", state: dict[str, Tensor], misfit: str) -> None:
     """Make tensors the parameters of `model`, name by name; a tied head has none.
 
     ValueError: `misfit`, and the first tensor that is missing, surplus or mis-shaped.
@@ -398,11 +365,9 @@ def assign_weights(model: "Qwen", state: dict[str, torch.Tensor], misfit: str) -
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
-            raise ValueError(
-                f"{misfit}: tensor {name} is "
-                f"{found.get(name, 'missing')}, expected "
-                f"{expected.get(name, 'no such tensor')}"
-            )
+            wanted = expected.get(name, "no such tensor")
+            found = found.get(name, "missing")
+            raise ValueError(f"{misfit}: tensor {name} is {found}, expected {wanted}")
     if model.config.tie_word_embeddings:
         state = {**state, "lm_head.weight": state["model.embed_tokens.weight"]}
     model.load_state_dict(state, assign=True)

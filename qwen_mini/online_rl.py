@@ -3,14 +3,9 @@
 # %% auto #0
 __all__ = [
     "token_passes",
-    "gentle_settings",
-    "demonstrated_rows",
-    "demonstrated_inputs",
     "more_sft_stage",
     "steps_within",
-    "right_answers_stage",
     "imitation_stages",
-    "imitation_round",
     "pool_of",
     "curriculum_stage",
     "judged",
@@ -19,7 +14,6 @@ __all__ = [
 
 # %% ../notebooks/20_online_rl.ipynb #9e0e322e
 import dataclasses
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -28,39 +22,21 @@ from pathlib import Path
 import torch
 
 from .course import hardware, stages
+from .course.artifacts import read_lines, write_lines
 from .course.ranks import world
 from .course.scales import Grpo, ScaleConfig, Sft
 from .course.stages import Stage
 
-from .corpus import corpus_inputs, prepare_corpus
+from .corpus import prepare_corpus
 from .dpo import WORDINGS_ASKED
-from qwen_mini.grpo import (
-    NoVariance,
-    Reward,
-    dpo_checkpoint,
-    fresh_queries,
-    grpo_stage,
-    policy_update,
-    probe_stage,
-    read_probe,
-    roll_out,
-    verified,
-)
+from .grpo import NoVariance, Reward, dpo_checkpoint, fresh_queries, grpo_stage
+from .grpo import policy_update, probe_stage, read_probe, roll_out, verified
 from .long_context import open_long_corpus
 from .model import Qwen
 from .training import Trainer
-from .reward_model import RewardModel, adamw_settings, frozen, score_rows
-from qwen_mini.sft import (
-    Answer,
-    Row,
-    RowSampler,
-    make_rows,
-    optimizer_settings,
-    rejection_sample,
-    rows_stage,
-    slower,
-    training_rows,
-)
+from .reward_model import RewardModel, adamw_settings, policy_of, score_rows
+from .sft import Answer, Row, RowSampler, make_rows, optimizer_settings
+from .sft import rejection_sample, row_inputs, rows_stage, slower, training_rows
 from .tasks import TASKS, Example
 from .tokenizer import Tokenizer
 
@@ -75,15 +51,15 @@ def token_passes(run: Path, probed: Path, settings: Grpo, seed: int = 0) -> int:
     tokenizer, (weights, tokens) = Tokenizer.from_pretrained(run), read_probe(probed)
     of_steps = []
     for record in stages.metrics(run):
-        asked = fresh_queries(settings.queries, weights, seed, record["step"] - 1)
-        prompts = [tokenizer.encode_chat(e.messages, add_generation_prompt=True) for e in asked]
+        queries = fresh_queries(settings.queries, weights, seed, record["step"] - 1)
+        prompts = [tokenizer.encode_chat(e.messages, add_generation_prompt=True) for e in queries]
         answers = settings.queries * settings.group_size * record["length"]
         computed = sum(map(len, prompts)) + answers
         of_steps.append(computed * (1 + 3 * record["groups"]))
     return round(tokens + settings.steps * sum(of_steps) / len(of_steps))
 
 
-def gentle_settings(config: ScaleConfig) -> Sft:
+def _gentle_settings(config: ScaleConfig) -> Sft:
     """Chapter 16's at an eighth of the rate, because this is not the first fine-tuning, and in larger batches.
 
     A row costs less in them, and there are steps enough.
@@ -91,7 +67,7 @@ def gentle_settings(config: ScaleConfig) -> Sft:
     return slower(config.sft, batch_rows=2 * config.sft.batch_rows)
 
 
-def demonstrated_rows(config: ScaleConfig, folder: Path, seed: int = 0) -> list[Row]:
+def _demonstrated_rows(config: ScaleConfig, folder: Path, seed: int = 0) -> list[Row]:
     """Chapter 16's rows in random order, for the model in `folder`."""
     prepare_corpus(config, seed)
     rows = training_rows(config, config.sft, *open_long_corpus(config, folder), seed)
@@ -99,24 +75,14 @@ def demonstrated_rows(config: ScaleConfig, folder: Path, seed: int = 0) -> list[
     return rows
 
 
-def demonstrated_inputs(config: ScaleConfig, seed: int = 0) -> dict:
-    """All that `demonstrated_rows` depends on, for the inputs of a stage."""
-    return {
-        "demonstrations": config.sft.demonstrations,
-        "replay": [config.sft.replay, config.sft.replay_weight],
-        "mixture": dict(config.pretraining.phases[-1].mixture),
-        "corpus": corpus_inputs(config, seed),
-    }
-
-
 # %% ../notebooks/20_online_rl.ipynb #6257f8ef
 def more_sft_stage(config: ScaleConfig, seed: int = 0) -> Stage:
     """GRPO's start fine-tuned further, for the `token_passes` of GRPO's first run, as the stage `more_sft`."""
-    settings, gentle = config.grpo, gentle_settings(config)
+    settings, gentle = config.grpo, _gentle_settings(config)
     start, numbers = dpo_checkpoint(config, settings, seed), optimizer_settings(config, gentle)
     run, probed = grpo_stage(config, seed, probe_seed=seed), probe_stage(config, seed)
     inputs = {
-        **demonstrated_inputs(config, seed),
+        **row_inputs(config, seed),
         "batch_rows": gentle.batch_rows,
         "epochs": gentle.epochs,
         "optimizer": stages.optimizer_inputs(numbers),
@@ -128,7 +94,7 @@ def more_sft_stage(config: ScaleConfig, seed: int = 0) -> Stage:
     def begin(dtype: torch.dtype):
         passes = token_passes(run.folder(), probed.folder(), settings, seed)
         folder = stages.folder_of(start)
-        rows = demonstrated_rows(config, folder, seed)
+        rows = _demonstrated_rows(config, folder, seed)
         sampler = RowSampler(rows, gentle.batch_rows, gentle.epochs, seed)
         steps = steps_within(passes, sampler)
         trainer = Trainer(Qwen.from_pretrained(folder).to(hardware.device()), numbers, steps, dtype)
@@ -156,7 +122,7 @@ def steps_within(passes: int, sampler: RowSampler) -> int:
 
 
 # %% ../notebooks/20_online_rl.ipynb #7a11d577
-def right_answers_stage(
+def _right_answers_stage(
     config: ScaleConfig,
     policy: Path | Stage,
     count: int,
@@ -173,17 +139,12 @@ def right_answers_stage(
     inputs = {"policy": stages.origin(policy), "probe": probed.key, "sampled": sampled}
 
     def fill(folder: Path):
-        source, dtype = stages.folder_of(policy), hardware.pick_dtype(config.run.dtype)
-        model = frozen(source, dtype)
-        tokenizer, (weights, _) = Tokenizer.from_pretrained(source), read_probe(probed.folder())
-        asked = fresh_queries(count, weights, f"{seed}/imitate", number)
-        right = rejection_sample(
-            model, tokenizer, asked, settings.group_size, 2, seed + number,
-            max_new_tokens=settings.max_new_tokens,
-        )  # fmt: skip
+        (model, tokenizer), (weights, _) = policy_of(config, policy), read_probe(probed.folder())
+        queries = fresh_queries(count, weights, f"{seed}/imitate", number)
+        how = {"samples": settings.group_size, "max_new_tokens": settings.max_new_tokens}
+        right = rejection_sample(model, tokenizer, queries, most=2, seed=seed + number, **how)
         rows = make_rows(tokenizer, right, seed=seed)
-        lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
-        (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_lines(folder / "rows.jsonl", map(dataclasses.asdict, rows))
 
     starts = (policy, probed)
     return stages.data_stage(config, stage, ("online_rl",), seed, inputs, fill, starts)
@@ -200,13 +161,13 @@ def imitation_stages(config: ScaleConfig, rounds: int, stage: str, seed: int = 0
     count = config.grpo.steps * config.grpo.queries // rounds
     for number in range(rounds):
         name = f"{stage}_{number + 1}"
-        parts.append(right_answers_stage(config, policy, count, f"{name}_answers", seed, number))
-        policy = imitation_round(config, policy, parts[::2], name, 1 if rounds > 1 else 2, seed)
+        parts.append(_right_answers_stage(config, policy, count, f"{name}_answers", seed, number))
+        policy = _imitation_round(config, policy, parts[::2], name, 1 if rounds > 1 else 2, seed)
         parts.append(policy)
     return parts
 
 
-def imitation_round(
+def _imitation_round(
     config: ScaleConfig,
     policy: Path | Stage,
     answers: Sequence[Stage],
@@ -215,14 +176,13 @@ def imitation_round(
     seed: int,
 ) -> Stage:
     """`policy` trained on a quarter of chapter 16's rows and on the rows of the stages `answers`."""
-    settings = dataclasses.replace(gentle_settings(config), epochs=epochs)
-    inputs = demonstrated_inputs(config, seed) | {"answers": [part.key for part in answers]}
+    settings = dataclasses.replace(_gentle_settings(config), epochs=epochs)
+    inputs = row_inputs(config, seed) | {"answers": [part.key for part in answers]}
 
     def rows(folder: Path):
-        shown = demonstrated_rows(config, folder, seed)
-        files = [part.folder() / "rows.jsonl" for part in answers]
-        lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-        return shown[: len(shown) // 4] + [Row(**json.loads(line)) for line in lines]
+        shown = _demonstrated_rows(config, folder, seed)
+        files = (read_lines(part.folder() / "rows.jsonl") for part in answers)
+        return shown[: len(shown) // 4] + [Row(**facts) for lines in files for facts in lines]
 
     return rows_stage(config, stage, ("online_rl",), seed, policy, settings, inputs, rows)
 
@@ -243,9 +203,8 @@ def curriculum_stage(
     end of the order that fill no step are left out.
     """
     settings, start = config.grpo, dpo_checkpoint(config, config.grpo, seed)
-    numbers = dataclasses.replace(
-        adamw_settings(config, settings), warmup_steps=0, min_lr_ratio=1.0
-    )
+    constant = {"warmup_steps": 0, "min_lr_ratio": 1.0}
+    numbers = dataclasses.replace(adamw_settings(config, settings), **constant)
     used = "group_size micro_groups levels max_new_tokens epsilon epsilon_high".split()
     inputs = {
         "order": [list(order), size],
@@ -279,13 +238,10 @@ def judged(model: RewardModel, tokenizer: Tokenizer) -> Reward:
     """The reward model's number."""
 
     def reward(answers: Sequence[Sequence[Answer]]) -> list[list[float]]:
-        prompts = [
-            tokenizer.encode_chat(g[0].example.messages, add_generation_prompt=True)
-            for g in answers
-        ]
-        rows = [
-            prompt + a.tokens for prompt, group in zip(prompts, answers, strict=True) for a in group
-        ]
+        rows = []
+        for group in answers:
+            prompt = tokenizer.encode_chat(group[0].example.messages, add_generation_prompt=True)
+            rows += [prompt + answer.tokens for answer in group]
         return score_rows(model, rows).reshape(len(answers), -1).tolist()
 
     return reward
@@ -296,10 +252,8 @@ def mixed(model: RewardModel, tokenizer: Tokenizer) -> Reward:
     by_model = judged(model, tokenizer)
 
     def reward(answers: Sequence[Sequence[Answer]]) -> list[list[float]]:
-        pairs = zip(by_model(answers), verified(answers), strict=True)
-        return [
-            [1 / (1 + math.exp(-r / 2)) + v - 1 for r, v in zip(*pair, strict=True)]
-            for pair in pairs
-        ]
+        groups = zip(by_model(answers), verified(answers), strict=True)
+        both = lambda r, v: 1 / (1 + math.exp(-r / 2)) + v - 1
+        return [list(map(both, rewards, right)) for rewards, right in groups]
 
     return reward

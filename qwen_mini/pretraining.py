@@ -2,7 +2,6 @@
 
 # %% auto #0
 __all__ = [
-    "row_plan",
     "WindowOrder",
     "MixtureSampler",
     "available_phases",
@@ -30,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .corpus import corpus_inputs, open_prepared
 from .course import CourseError, hardware, stages
@@ -45,7 +44,7 @@ from .training import Batch, Trainer
 
 
 # %% ../notebooks/09_pretraining.ipynb #d6478d44
-def row_plan(shares: list[float], rows: int, steps: int) -> np.ndarray:
+def _row_plan(shares: list[float], rows: int, steps: int) -> np.ndarray:
     """(steps + 1, domains): rows drawn of each domain before each step of `rows` rows.
 
     The running totals never leave their share by a row. The shares sum to 1 up to rounding.
@@ -79,16 +78,13 @@ class WindowOrder:
         tokens, weights = self.corpus.tokens(name, "train"), self.corpus.weights(name, "train")
         row_tokens = self.corpus.manifest["domains"][name].get("row_tokens")
         if row_tokens not in (None, length + 1):
-            raise ValueError(
-                f"domain {name!r} has rows of {row_tokens - 1} tokens, but the phase trains on windows of {length}"
-            )
+            has = f"domain {name!r} has rows of {row_tokens - 1} tokens"
+            raise ValueError(f"{has}, but the phase trains on windows of {length}")
         stride = row_tokens or length
         count = (len(tokens) - (length + 1)) // stride + 1
         if count < 1:
-            raise ValueError(
-                f"domain {name!r} is shorter than one window of {length + 1} tokens: "
-                "add data or shorten the phase's length"
-            )
+            short = f"domain {name!r} is shorter than one window of {length + 1} tokens"
+            raise ValueError(f"{short}: add data or shorten the phase's length")
         epoch, place = divmod(number, count)
         start = int(self._permutation((phase, name, epoch), count)[place]) * stride
         window = slice(start, start + length + 1)
@@ -115,15 +111,12 @@ class MixtureSampler:
         self.corpus, self.phases, self.batch_tokens, self.seed = corpus, phases, batch_tokens, seed
         for name in (name for phase in phases for name in phase.mixture):
             if name not in corpus.domains:
-                raise ValueError(
-                    f"the mixture names the domain {name!r}, but the corpus has only "
-                    f"{', '.join(sorted(corpus.domains))}: prepare the corpus again or change the mixture"
-                )
+                but = f"but the corpus has only {', '.join(sorted(corpus.domains))}"
+                remedy = "prepare the corpus again or change the mixture"
+                raise ValueError(f"the mixture names the domain {name!r}, {but}: {remedy}")
         self.steps = [max(1, phase.tokens // batch_tokens) for phase in phases]
-        self.plans = [
-            row_plan(list(phase.mixture.values()), batch_tokens // phase.length, steps)
-            for phase, steps in zip(phases, self.steps, strict=True)
-        ]
+        plan = lambda p, steps: _row_plan([*p.mixture.values()], batch_tokens // p.length, steps)
+        self.plans = list(map(plan, phases, self.steps))
         self.order = WindowOrder(corpus, seed)
 
     @property
@@ -138,9 +131,8 @@ class MixtureSampler:
             phase_index += 1
         before, after = self.plans[phase_index][local : local + 2]
         phase = self.phases[phase_index]
-        rows = [
-            (name, n) for d, name in enumerate(phase.mixture) for n in range(before[d], after[d])
-        ][rank::world_size]
+        drawn = zip(phase.mixture, before, after, strict=True)
+        rows = [(name, n) for name, a, b in drawn for n in range(a, b)][rank::world_size]
         tokens = np.empty((len(rows), phase.length + 1), dtype=np.int64)
         weights = np.ones((len(rows), phase.length), dtype=np.float32)
         for index, (name, number) in enumerate(rows):
@@ -177,7 +169,7 @@ def heldout_nll(
     max_tokens: int = 0,
     stride: int | None = None,
     batch_size: int = 16,
-) -> torch.Tensor:
+) -> Tensor:
     """−log p in nats of every token but the first, (tokens − 1,) in float32.
 
     Windows of `length` move on by `stride`, and each token is scored once, with at least length − stride tokens of
@@ -192,9 +184,7 @@ def heldout_nll(
     for first in range(0, len(starts), batch_size):
         group = starts[first : first + batch_size]
         rows = [torch.from_numpy(tokens[s : s + length + 1]) for s in group]
-        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(
-            device
-        )  # only the last row is shorter
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # the last is shorter
         hidden = model.hidden_states(padded[:, :-1])
         for row, start, x in zip(padded, group, hidden, strict=True):
             count = min(length, len(tokens) - 1 - start)
@@ -208,10 +198,9 @@ def heldout_nll(
 # %% ../notebooks/09_pretraining.ipynb #02c42d88
 def token_sizes(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of text that each id stands for; control tokens count as 1."""
-    control = set(tokenizer.control_tokens.values())
-    return np.array(
-        [1 if i in control else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
-    )
+    sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    sizes[list(tokenizer.control_tokens.values())] = 1
+    return sizes
 
 
 def evaluate_bits_per_byte(
@@ -250,9 +239,9 @@ def evaluate_rows(
     rows = torch.from_numpy(tokens).view(shape).to(model.lm_head.weight.device)
     answers = torch.from_numpy(weights > 10).view(shape).to(rows.device)[:, 1:]
     losses, right = [], []
-    for part, asked in zip(rows.split(32), answers.split(32), strict=True):
-        logits = model.lm_head(model.hidden_states(part[:, :-1])[asked]).float()
-        targets = part[:, 1:][asked]
+    for part, answer in zip(rows.split(32), answers.split(32), strict=True):
+        logits = model.lm_head(model.hidden_states(part[:, :-1])[answer]).float()
+        targets = part[:, 1:][answer]
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
         right.append(logits.argmax(-1) == targets)
     loss, accuracy = torch.cat(losses).mean(), torch.cat(right).float().mean()
@@ -260,25 +249,17 @@ def evaluate_rows(
 
 
 def evaluate(
-    model: Qwen,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    length: int,
-    max_tokens: int = 0,
-    stride: int | None = None,
+    model: Qwen, corpus: Corpus, tokenizer: Tokenizer, length: int, max_tokens: int = 0
 ) -> dict[str, float]:
-    """Bits per byte of every domain of text, answer accuracy of every domain of needle
-    rows.
-    """
+    """Bits per byte of every domain of text, answer accuracy of every domain of needle rows."""
     scores = {}
     for name, facts in corpus.manifest["domains"].items():
         if facts.get("row_tokens"):
             rows = evaluate_rows(model, corpus, name)
             scores |= {f"{name} loss": rows["loss"], f"{name} accuracy": rows["accuracy"]}
         else:
-            scores[f"{name} bits per byte"] = evaluate_bits_per_byte(
-                model, corpus, tokenizer, name, length, max_tokens, stride
-            )
+            bits = evaluate_bits_per_byte(model, corpus, tokenizer, name, length, max_tokens)
+            scores[f"{name} bits per byte"] = bits
     return scores
 
 
@@ -297,21 +278,21 @@ def ngram_nll(train: np.ndarray, heldout: np.ndarray, order: int, vocab_size: in
     p_0 is uniform.
     """
     train, heldout = (np.asarray(x).astype(np.int64) for x in (train, heldout))
-    contexts, asked_contexts = np.zeros_like(train), np.zeros_like(heldout)
+    contexts, queries = np.zeros_like(train), np.zeros_like(heldout)
     probability, result = np.full(len(heldout), 1 / vocab_size), []
     for n in range(1, order + 1):
         if n > 1:  # a context of n − 1 tokens: the one before it and one token more
             longer = contexts[:-1] * vocab_size + train[n - 2 : -1]
             known, contexts = np.unique(longer, return_inverse=True)
-            wanted = asked_contexts[:-1] * vocab_size + heldout[n - 2 : -1]
-            asked_contexts = _find(known, np.where(asked_contexts[:-1] < 0, -1, wanted))
+            wanted = queries[:-1] * vocab_size + heldout[n - 2 : -1]
+            queries = _find(known, np.where(queries[:-1] < 0, -1, wanted))
         pairs, counts = np.unique(contexts * vocab_size + train[n - 1 :], return_counts=True)
         total = np.bincount(pairs // vocab_size, counts)
         kinds = np.bincount(pairs // vocab_size)
-        usable = asked_contexts >= 0
-        place = _find(pairs, asked_contexts * vocab_size + heldout[n - 1 :])
+        usable = queries >= 0
+        place = _find(pairs, queries * vocab_size + heldout[n - 1 :])
         seen = np.where(usable & (place >= 0), counts[place], 0)
-        t, c, lower = kinds[asked_contexts], total[asked_contexts], probability[n - 1 :]
+        t, c, lower = kinds[queries], total[queries], probability[n - 1 :]
         probability[n - 1 :] = np.where(usable, (seen + t * lower) / (c + t), lower)
         result.append(-np.log(probability[1:]))
     return np.stack(result)
@@ -328,19 +309,11 @@ def describe(record: dict, total_steps: int) -> str:
     """One line on a step: loss, bits per byte averaged over the domains of text, needle accuracies."""
     heldout = record["heldout"]
     text = [value for name, value in heldout.items() if name.endswith("bits per byte")]
-    needles = [
-        f"{name.split()[0]} {value:.2f}"
-        for name, value in heldout.items()
-        if name.endswith("accuracy")
-    ]
-    return " · ".join(
-        [
-            f"step {record['step']:>5}/{total_steps}",
-            f"loss {record['loss']:.3f}",
-            f"held-out bits per byte {sum(text) / len(text):.3f} (mean of {len(text)} domains)",
-            *needles,
-        ]
-    )
+    right = {name: value for name, value in heldout.items() if name.endswith("accuracy")}
+    done = f"step {record['step']:>5}/{total_steps} · loss {record['loss']:.3f}"
+    mean = f"held-out bits per byte {sum(text) / len(text):.3f} (mean of {len(text)} domains)"
+    needles = [f"{name.split()[0]} {value:.2f}" for name, value in right.items()]
+    return " · ".join([done, mean, *needles])
 
 
 def evaluating(
@@ -360,9 +333,8 @@ def evaluating(
         done = trainer.step_count
         due = done % measure.eval_every == 0 or done == trainer.total_steps
         if due and is_first():
-            record["heldout"] = evaluate(
-                trainer.model, corpus, tokenizer, length, measure.eval_tokens
-            )
+            tokens = measure.eval_tokens
+            record["heldout"] = evaluate(trainer.model, corpus, tokenizer, length, tokens)
             progress.show(describe(record, trainer.total_steps))
         return record
 
@@ -406,22 +378,16 @@ def _check_shares(phases: Sequence[Phase], settings: Pretraining) -> None:
     for phase in phases:
         rows = settings.batch_tokens // phase.length
         if rows % parts:
-            raise CourseError(
-                f"{rows} rows of {phase.length} tokens cannot be shared by {world()[1]} process(es) x "
-                f"{settings.grad_accumulation} micro-batches: change batch_tokens, grad_accumulation or the processes"
-            )
+            wanted = f"{world()[1]} process(es) x {settings.grad_accumulation} micro-batches"
+            remedy = "change batch_tokens, grad_accumulation or the processes"
+            unequal = f"{rows} rows of {phase.length} tokens cannot be shared by {wanted}"
+            raise CourseError(f"{unequal}: {remedy}")
 
 
-def pretrain(
-    config: ScaleConfig,
-    seed: int = 0,
-    stage: str = "pretraining",
-    settings: Pretraining | None = None,
-    stop_after: int | None = None,
-) -> Path:
-    """The folder of `pretraining_stage`, trained now if it is not there.
+def pretrain(config: ScaleConfig, seed: int = 0, stop_after: int | None = None, **options) -> Path:
+    """The folder of `pretraining_stage` (options: `stage`, `settings`), trained now if it is not there.
 
     An interrupted run goes on from its last training state and reaches the same numbers, step for step. `stop_after`
     ends the run early, after saving its state, as an interruption would.
     """
-    return pretraining_stage(config, seed, stage, settings).run(stop_after)
+    return pretraining_stage(config, seed, **options).run(stop_after)

@@ -10,7 +10,6 @@ __all__ = [
     "BIASED",
     "CRITERIA",
     "Step",
-    "ANSWER_TOKENS",
     "JUDGES",
     "Scores",
     "bradley_terry_loss",
@@ -29,12 +28,11 @@ __all__ = [
     "reward_steps",
     "train_reward_model",
     "careless_stage",
-    "careless_policy",
     "reward_stage",
-    "style_problems",
     "write_answers",
     "load_answers",
     "frozen",
+    "policy_of",
     "answers_stage",
     "read_answers",
     "longer",
@@ -59,26 +57,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .course import CourseError, artifacts, hardware, stages
 from .course.ranks import world
 from .course.scales import Dpo, Grpo, Pretraining, RewardModelScale, ScaleConfig
 from .course.stages import Stage
+from .long_context import frozen_model
 from .model import ModelConfig, Qwen
-from qwen_mini.sft import (
-    Answer,
-    Row,
-    RowSampler,
-    draw_examples,
-    evaluate_tasks,
-    length_batches,
-    make_rows,
-    optimizer_settings,
-    rows_stage,
-    slower,
-    start_checkpoint,
-)
+from .sft import Answer, Row, RowSampler, draw_examples, evaluate_tasks
+from .sft import length_batches, make_rows, optimizer_settings, rows_stage
+from .sft import slower, start_checkpoint
 from .tasks import TASKS, Example, Verdict, final_answer
 from .tokenizer import Tokenizer
 from .training import Trainer
@@ -86,8 +75,8 @@ from .training import Trainer
 
 # %% ../notebooks/17_reward_model.ipynb #f3e4e3a2
 def bradley_terry_loss(
-    chosen: torch.Tensor, rejected: torch.Tensor, margin: float = 0.0, center: float = 0.0
-) -> torch.Tensor:
+    chosen: Tensor, rejected: Tensor, margin: float = 0.0, center: float = 0.0
+) -> Tensor:
     """Mean of −log σ(r⁺ − r⁻ − margin) over pairs, plus `center` times the mean of (r⁺ + r⁻)².
 
     chosen, rejected: (pairs,) rewards of the better and of the worse response. The difference alone matters to the
@@ -118,21 +107,19 @@ class RewardModel(Qwen):
     ) -> "RewardModel":
         """The body of a language model, or its first `layers` layers, under a new head."""
         policy = Qwen.from_pretrained(folder)
-        config = dataclasses.replace(
-            policy.config, num_hidden_layers=layers or policy.config.num_hidden_layers
-        )
+        depth = layers or policy.config.num_hidden_layers
+        config = dataclasses.replace(policy.config, num_hidden_layers=depth)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(config)
         # layers beyond the last stay away; the score alone is new
         found = model.load_state_dict(policy.state_dict(), strict=False)
         if found.missing_keys != ["score.weight"]:
-            raise CourseError(
-                f"{folder} lacks {', '.join(found.missing_keys)}: take a whole checkpoint"
-            )
+            lacks = f"{folder} lacks {', '.join(found.missing_keys)}"
+            raise CourseError(f"{lacks}: take a whole checkpoint")
         return model
 
-    def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Rewards (batch,) of ids (batch, length), padded on the right, of which `lengths` (batch,) are real."""
         hidden = self.hidden_states(input_ids)
         last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
@@ -179,7 +166,7 @@ def pair_plan(pairs: Sequence[Pair], batch_pairs: int, epochs: int, seed: int = 
     return RowSampler(rows, batch_pairs, epochs, seed)
 
 
-def pad_right(rows: Sequence[list[int]], multiple: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_right(rows: Sequence[list[int]], multiple: int = 16) -> tuple[Tensor, Tensor]:
     """Ids (rows, length) and lengths (rows,); the padding comes after everything."""
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.zeros(len(rows), -(-int(lengths.max()) // multiple) * multiple, dtype=torch.long)
@@ -250,9 +237,8 @@ def gold_reward(example: Example, text: str) -> float:
 # %% ../notebooks/17_reward_model.ipynb #b1c2d2f2
 def gold_rewards(answers: Sequence[Sequence[Answer]]) -> np.ndarray:
     """`gold_reward` of every answer, (problems, samples); one that was not finished counts as none."""
-    return np.array(
-        [[gold_reward(a.example, a.text if a.finished else "") for a in g] for g in answers]
-    )
+    of_one = lambda answer: gold_reward(answer.example, answer.text if answer.finished else "")
+    return np.array([list(map(of_one, group)) for group in answers])
 
 
 def styled(example: Example, rng: random.Random) -> str:
@@ -313,9 +299,8 @@ def reward_steps(
         def losses():
             better, worse = trainer.model(ids.to(device), lengths.to(device)).chunk(2)
             facts["accuracy"] = (better > worse).float().mean().item()
-            yield bradley_terry_loss(better, worse, center=settings.center) * (
-                len(mine) / len(plan.plan[number])
-            )
+            share = len(mine) / len(plan.plan[number])
+            yield bradley_terry_loss(better, worse, center=settings.center) * share
 
         return trainer.step(losses()) | facts
 
@@ -346,19 +331,14 @@ def careless_stage(config: ScaleConfig, seed: int = 0) -> Stage:
     gentle = slower(config.sft, 1 / 2, epochs=2)
 
     def rows(folder: Path) -> list[Row]:
-        rng = random.Random(f"{seed}/careless")
         key = f"{seed}/careless"
+        rng = random.Random(key)
         shown = draw_examples(settings.demonstrations, key, levels=STYLE_LEVELS, tasks=STYLE_TASKS)
         pairs = [(example, styled(example, rng)) for example in shown]
         return make_rows(Tokenizer.from_pretrained(folder), pairs)
 
     inputs = {"demonstrations": settings.demonstrations}
     return rows_stage(config, "careless", ("reward_model",), seed, start, gentle, inputs, rows)
-
-
-def careless_policy(config: ScaleConfig, seed: int = 0, stop_after: int | None = None) -> Path:
-    """The folder of `careless_stage`, trained now if it is not there."""
-    return careless_stage(config, seed).run(stop_after)
 
 
 def reward_stage(
@@ -394,10 +374,10 @@ def reward_stage(
 
 
 # %% ../notebooks/17_reward_model.ipynb #7e330b8b
-ANSWER_TOKENS = 128  # the longest answer of the careless policy
+_ANSWER_TOKENS = 128  # the longest answer of the careless policy
 
 
-def style_problems(problems: int, split: str, seed: int = 0) -> list[Example]:
+def _style_problems(problems: int, split: str, seed: int = 0) -> list[Example]:
     """`problems` problems of every style task, from one side of the split."""
     key = f"{seed}/{split}"
     return draw_examples(problems, key, split, STYLE_LEVELS, tasks=STYLE_TASKS)
@@ -406,25 +386,27 @@ def style_problems(problems: int, split: str, seed: int = 0) -> list[Example]:
 def write_answers(folder: Path, answers: Sequence[Sequence[Answer]]) -> None:
     """Answers as `answers.jsonl`, a line a problem; without the problems and the verdicts' reasons."""
     facts = lambda a: [a.text, a.finished, a.verdict.correct, a.verdict.formatted, a.tokens]
-    lines = [json.dumps([facts(a) for a in group]) + "\n" for group in answers]
-    (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+    lines = [[facts(a) for a in group] for group in answers]
+    artifacts.write_lines(folder / "answers.jsonl", lines)
 
 
-def load_answers(folder: Path, asked: Sequence[Example]) -> list[list[Answer]]:
+def load_answers(folder: Path, queries: Sequence[Example]) -> list[list[Answer]]:
     """What `write_answers` wrote, with the problems that were asked."""
-    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    groups = zip(queries, artifacts.read_lines(folder / "answers.jsonl"), strict=True)
     return [
-        [
-            Answer(example, text, finished, Verdict(correct, formatted), tokens)
-            for text, finished, correct, formatted, tokens in json.loads(line)
-        ]
-        for example, line in zip(asked, lines, strict=True)
+        [Answer(e, text, done, Verdict(*found), tokens) for text, done, *found, tokens in group]
+        for e, group in groups
     ]
 
 
 def frozen(folder: str | Path, dtype: torch.dtype) -> Qwen:
     """A checkpoint's model in `dtype` on this machine's device, to sample from: it takes no gradients."""
     return Qwen.from_pretrained(folder, dtype).to(hardware.device()).eval().requires_grad_(False)
+
+
+def policy_of(config: ScaleConfig, start: Path | Stage) -> tuple[Qwen, Tokenizer]:
+    """A checkpoint to sample from, in the scale's precision, and its tokenizer."""
+    return frozen_model(start, config), Tokenizer.from_pretrained(stages.folder_of(start))
 
 
 # %% ../notebooks/17_reward_model.ipynb #d2b14bef
@@ -438,15 +420,12 @@ def answers_stage(
     """
     settings, careless = config.reward_model, careless_stage(config, seed)
     problems, samples = problems or settings.problems, samples or settings.samples
-    sampled = [split, problems, samples, ANSWER_TOKENS]
+    sampled = [split, problems, samples, _ANSWER_TOKENS]
     inputs = {"sampled": sampled, "policy": stages.origin(careless)}
 
     def fill(folder: Path) -> None:
-        source, dtype = careless.folder(), hardware.pick_dtype(config.run.dtype)
-        policy = frozen(source, dtype)
-        tokenizer, asked = Tokenizer.from_pretrained(source), style_problems(problems, split, seed)
-        answers = evaluate_tasks(policy, tokenizer, asked, 1.0, samples, ANSWER_TOKENS, seed)
-        write_answers(folder, answers)
+        policy, queries = policy_of(config, careless), _style_problems(problems, split, seed)
+        write_answers(folder, evaluate_tasks(*policy, queries, 1.0, samples, _ANSWER_TOKENS, seed))
 
     name = "answers" if split == "train" else f"answers_{split}"
     return stages.data_stage(config, name, ("reward_model",), seed, inputs, fill, (careless,))
@@ -455,7 +434,7 @@ def answers_stage(
 def read_answers(made: Stage) -> list[list[Answer]]:
     """The answers of a stage of `answers_stage`, sampled now if they are not there."""
     split, problems, *_ = made.inputs["sampled"]
-    return load_answers(made.folder(), style_problems(problems, split, made.seed))
+    return load_answers(made.folder(), _style_problems(problems, split, made.seed))
 
 
 def longer(example: Example, text: str) -> float:
@@ -527,11 +506,8 @@ def best_of_n(proxy: Scores, gold: Scores, sizes: Sequence[int]) -> list[tuple[f
 
 def rank_correlation(a: Scores, b: Scores) -> float:
     """Spearman's: the correlation of the ranks, ties sharing theirs."""
-    ranks = [
-        (np.asarray(x)[:, None] > np.asarray(x)).sum(1)
-        + (np.asarray(x)[:, None] == np.asarray(x)).sum(1) / 2
-        for x in (a, b)
-    ]
+    both = np.asarray(a), np.asarray(b)
+    ranks = [(x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2 for x in both]
     return float(np.corrcoef(*ranks)[0, 1])
 
 

@@ -20,7 +20,6 @@ __all__ = [
     "Answer",
     "length_batches",
     "evaluate_tasks",
-    "judge_answers",
     "verdicts",
     "part_of",
     "share",
@@ -38,6 +37,7 @@ __all__ = [
     "replay_rows",
     "demonstrations",
     "training_rows",
+    "row_inputs",
     "sft_stage",
     "finetune",
     "long_instructions",
@@ -57,6 +57,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .corpus import corpus_inputs, prepare_corpus
 from .course import CourseError, hardware, stages
@@ -130,8 +131,8 @@ def make_rows(
 ) -> list[Row]:
     """(example, response) pairs as rows; `system`: prompts to draw from where the example sets none."""
     rng = random.Random(f"{seed}/system")
-    ask = lambda example: with_system(example, rng.choice(system))
-    return [row_of(tokenizer, chat_example(ask(e), response), mask) for e, response in pairs]
+    framed = ((with_system(e, rng.choice(system)), response) for e, response in pairs)
+    return [row_of(tokenizer, chat_example(e, response), mask) for e, response in framed]
 
 
 def with_system(example: Example, prompt: str | None) -> Example:
@@ -172,7 +173,7 @@ def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return windows
 
 
-def pack_rows(rows: Sequence[Row], capacity: int) -> dict[str, torch.Tensor]:
+def pack_rows(rows: Sequence[Row], capacity: int) -> dict[str, Tensor]:
     """Rows packed into (windows, capacity): input_ids, targets, weights, document_ids, position_ids."""
     windows = pack_best_fit([len(row.ids) - 1 for row in rows], capacity)
     names = ("input_ids", "targets", "weights", "document_ids", "position_ids")
@@ -195,19 +196,16 @@ def pack_rows(rows: Sequence[Row], capacity: int) -> dict[str, torch.Tensor]:
 class RowSampler:
     """Batches of rows, each row once an epoch, rows of similar length together; step s depends on (seed, s) alone."""
 
-    def __init__(
-        self, rows: Sequence[Row], batch_rows: int, epochs: int, seed: int = 0, bucket: int = 8
-    ):
+    def __init__(self, rows: Sequence[Row], batch_rows: int, epochs: int, seed: int = 0):
         if not rows:
-            why = "the filter kept nothing, or the split is empty"
-            raise CourseError(f"there are no rows to train on: {why}")
+            empty = "there are no rows to train on: the filter kept nothing, or the split is empty"
+            raise CourseError(empty)
         self.rows, self.plan = rows, []
         for epoch in range(epochs):
             rng = random.Random(f"{seed}/{epoch}")
-            order = rng.sample(range(len(rows)), len(rows))
-            batches = []
-            for i in range(0, len(order), batch_rows * bucket):
-                part = sorted(order[i : i + batch_rows * bucket], key=lambda j: len(rows[j].ids))
+            order, batches = rng.sample(range(len(rows)), len(rows)), []
+            for i in range(0, len(order), 8 * batch_rows):  # rows of eight batches, by length
+                part = sorted(order[i : i + 8 * batch_rows], key=lambda j: len(rows[j].ids))
                 batches += [part[k : k + batch_rows] for k in range(0, len(part), batch_rows)]
             rng.shuffle(batches)
             self.plan += batches
@@ -296,16 +294,16 @@ def evaluate_tasks(
         "vocab_size": tokenizer.vocab_size,
     }
     per = max(1, batch_rows // samples)
-    for part in length_batches([len(prompt) for prompt in prompts], per):
+    for part in length_batches(list(map(len, prompts)), per):
         done = generate(model, [prompts[i] for i in part], max_new_tokens, **options)
-        asked = [examples[i] for i in part for _ in range(samples)]
-        made = judge_answers(tokenizer, asked, done)
+        problems = [examples[i] for i in part for _ in range(samples)]
+        made = _judge_answers(tokenizer, problems, done)
         for n, i in enumerate(part):
             answers[i] = made[n * samples : (n + 1) * samples]
     return answers
 
 
-def judge_answers(
+def _judge_answers(
     tokenizer: Tokenizer, examples: Sequence[Example], completions: Sequence[Completion]
 ) -> list[Answer]:
     """What the model said, with verdicts; an unfinished answer is judged as if it were empty."""
@@ -508,38 +506,34 @@ def training_rows(
     return rows + replay_rows(config, corpus, count, settings.replay_weight, seed)
 
 
-# %% ../notebooks/16_sft.ipynb #a1a7220c
-def sft_stage(
-    config: ScaleConfig, seed: int = 0, stage: str = "sft", settings: Sft | None = None
-) -> Stage:
-    """The long-context checkpoint fine-tuned on demonstrations of all tasks, as a stage.
-
-    Source: report §4.1; what is not published is named in the notebook.
-    """
-    settings, start = settings or config.sft, extended_checkpoint(config, seed)
-    inputs = {
-        "demonstrations": settings.demonstrations,
-        "replay": [settings.replay, settings.replay_weight],
+def row_inputs(config: ScaleConfig, seed: int = 0) -> dict:
+    """All that the scale's `training_rows` depend on, for the inputs of a stage."""
+    return {
+        "demonstrations": config.sft.demonstrations,
+        "replay": [config.sft.replay, config.sft.replay_weight],
         "mixture": dict(config.pretraining.phases[-1].mixture),
         "corpus": corpus_inputs(config, seed),
     }
 
+
+# %% ../notebooks/16_sft.ipynb #a1a7220c
+def sft_stage(config: ScaleConfig, seed: int = 0, stage: str = "sft") -> Stage:
+    """The long-context checkpoint fine-tuned on demonstrations of all tasks, as a stage.
+
+    Source: report §4.1; what is not published is named in the notebook.
+    """
+    start, inputs = extended_checkpoint(config, seed), row_inputs(config, seed)
+
     def rows(folder: Path) -> list[Row]:
         prepare_corpus(config, seed)
-        return training_rows(config, settings, *open_long_corpus(config, folder, seed), seed)
+        return training_rows(config, config.sft, *open_long_corpus(config, folder, seed), seed)
 
-    return rows_stage(config, stage, ("sft",), seed, start, settings, inputs, rows)
+    return rows_stage(config, stage, ("sft",), seed, start, config.sft, inputs, rows)
 
 
-def finetune(
-    config: ScaleConfig,
-    seed: int = 0,
-    stage: str = "sft",
-    settings: Sft | None = None,
-    stop_after: int | None = None,
-) -> Path:
-    """The folder of `sft_stage`, trained now if it is not there; interrupted runs as in `pretrain`."""
-    return sft_stage(config, seed, stage, settings).run(stop_after)
+def finetune(config: ScaleConfig, seed: int = 0, stop_after: int | None = None, **options) -> Path:
+    """The folder of `sft_stage`, trained now if it is not there; options as there, `stop_after` as in `pretrain`."""
+    return sft_stage(config, seed, **options).run(stop_after)
 
 
 # %% ../notebooks/16_sft.ipynb #acc4bfef
@@ -552,19 +546,19 @@ def long_instructions(
         ids, planted = haystack(length, 2, filler, pieces, rng)
         key, value, _ = rng.choice(planted)
         name, number = tokenizer.decode(key).strip(), tokenizer.decode(value)
-        asked = rng.choice(["What is the {} key in this text?", "Find the {} key."]).format(name)
-        content = f"{tokenizer.decode(ids)}\n\n{asked}"
+        question = rng.choice(["What is the {} key in this text?", "Find the {} key."]).format(name)
+        content = f"{tokenizer.decode(ids)}\n\n{question}"
         made.append(([{"role": "user", "content": content}], f"The {name} key is {number}."))
     return made
 
 
-def score_long(model: Qwen, tokenizer: Tokenizer, asked: Sequence[tuple[list[dict], str]]) -> float:
+def score_long(model: Qwen, tokenizer: Tokenizer, tasks: Sequence[tuple[list[dict], str]]) -> float:
     """Share of long instructions whose number stands in the answer, and no other number."""
-    prompts = [tokenizer.encode_chat(messages, add_generation_prompt=True) for messages, _ in asked]
+    prompts = [tokenizer.encode_chat(messages, add_generation_prompt=True) for messages, _ in tasks]
     stops, size, right = [tokenizer.im_end_id, tokenizer.endoftext_id], tokenizer.vocab_size, 0
     for i in range(0, len(prompts), 16):
         done = generate(model, prompts[i : i + 16], 24, stop_ids=stops, vocab_size=size)
-        for completion, (_, response) in zip(done, asked[i : i + 16], strict=True):
+        for completion, (_, response) in zip(done, tasks[i : i + 16], strict=True):
             text = tokenizer.decode(completion.tokens, skip_special_tokens=True)
             same = re.findall(r"\d+", text) == re.findall(r"\d{5}", response)
             right += completion.finished and same

@@ -4,31 +4,20 @@
 __all__ = [
     "BLOCK",
     "LAST",
-    "SINK",
     "KEYS",
     "TILE",
     "MAX_FACTOR",
     "Budgets",
-    "CANDIDATES",
     "a_shape",
     "last_weights",
-    "top_with_forced",
     "vertical_slash",
     "block_sparse",
     "recall",
     "Budget",
     "ChunkScores",
-    "dense_rows",
-    "estimated_columns",
     "Head",
-    "far_scores",
-    "near_scores",
-    "sparse_rows",
-    "fill_sparse_rows",
-    "sampled_recall",
     "SparseAttention",
     "sparse_prefill",
-    "check_prompt",
     "measure_recalls",
     "choose_budgets",
     "refine_budgets",
@@ -65,7 +54,7 @@ def last_weights(q: Tensor, k: Tensor, last_q: int) -> Tensor:
     return torch.softmax(scores.masked_fill(~mask, -math.inf), -1)
 
 
-def top_with_forced(scores: Tensor, count: int, forced: int) -> Tensor:
+def _top_with_forced(scores: Tensor, count: int, forced: int) -> Tensor:
     """The first `forced` entries and the best others, `count` in all, ascending."""
     scores = scores.clone()
     scores[:forced] = math.inf
@@ -93,8 +82,8 @@ def vertical_slash(
     diagonal = torch.zeros(length, dtype=weights.dtype)
     # weights beyond the diagonal are 0
     diagonal.index_add_(0, distance.clamp(min=0).flatten(), weights.flatten())
-    columns = top_with_forced(weights.sum(0), vertical, first)
-    slashes = top_with_forced(diagonal, slash, nearest)
+    columns = _top_with_forced(weights.sum(0), vertical, first)
+    slashes = _top_with_forced(diagonal, slash, nearest)
     distance = torch.arange(length)[:, None] - torch.arange(length)
     kept = torch.zeros(length, dtype=torch.bool)
     kept[columns] = True
@@ -132,7 +121,7 @@ def recall(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
 # %% ../notebooks/14_sparse_prefill.ipynb #8470f414
 BLOCK = 128  # queries per block
 LAST = 64  # last queries, which estimate and see all
-SINK = 16  # first keys, always kept
+_SINK = 16  # first keys, always kept
 KEYS = 16_384  # keys per tile where queries see everything
 TILE = 64  # columns are used in multiples of this: a matrix product is compiled for every new shape
 MAX_FACTOR = 1_024  # times the trained length: as far as this was checked
@@ -222,7 +211,7 @@ class ChunkScores:
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #2311d022
-def dense_rows(chunks: ChunkScores, q: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
+def _dense_rows(chunks: ChunkScores, q: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
     """Exact attention of a few rows of one dual chunk, its tiles merged by their log-sum-exps."""
     parts = []
     for i, j, scores in chunks.score_tiles(q, keys, first):
@@ -231,7 +220,7 @@ def dense_rows(chunks: ChunkScores, q: Tensor, keys: Tensor, values: Tensor, fir
     return merge(parts).view(q.shape)
 
 
-def estimated_columns(
+def _estimated_columns(
     chunks: ChunkScores, q: Tensor, keys: Tensor, count: int, continuous: bool
 ) -> Tensor:
     """The `count` keys that q, the last rows of keys (head_dim, n), read most; ascending."""
@@ -244,7 +233,7 @@ def estimated_columns(
         # once more, rather than keeping them
         for i, j, scores in chunks.score_tiles(rows, keys, a, continuous):
             total[i:j] += scores.sub_(lse[:, None]).exp_().sum(0)
-    return top_with_forced(total, count, SINK)
+    return _top_with_forced(total, count, _SINK)
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #10f9bd60
@@ -259,7 +248,7 @@ class Head:
     window: int
 
 
-def far_scores(
+def _far_scores(
     chunks: ChunkScores, roles: list[Tensor], head: Head, first: int, band: Tensor
 ) -> Tensor:
     """Scores of the chosen columns, (blocks, block · group, columns); band: the first key of each block's band."""
@@ -280,7 +269,7 @@ def far_scores(
     return far
 
 
-def near_scores(
+def _near_scores(
     chunks: ChunkScores, roles: list[Tensor], head: Head, first: int, band: Tensor
 ) -> Tensor:
     """Scores of each block's band and of its own keys, (blocks, block · group, window + block)."""
@@ -302,14 +291,14 @@ def near_scores(
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #0a1d5fd2
-def sparse_rows(chunks: ChunkScores, q: Tensor, head: Head, first: int, block: int) -> Tensor:
+def _sparse_rows(chunks: ChunkScores, q: Tensor, head: Head, first: int, block: int) -> Tensor:
     """Sparse attention of whole blocks of one dual chunk: q (rows, group, head_dim), rows a multiple of `block`."""
     rows, window = len(q), head.window
     band = first - window + block * torch.arange(rows // block, device=q.device)
     roles = chunks.roles(q, first)
-    far = far_scores(chunks, roles, head, first, band)
+    far = _far_scores(chunks, roles, head, first, band)
     width = far.shape[-1]
-    near = near_scores(chunks, roles, head, first, band)
+    near = _near_scores(chunks, roles, head, first, band)
     weights = torch.softmax(torch.cat([far, near], -1), -1)
     values = head.values[first - window : first + rows]
     out = torch.bmm(weights[..., width:], values.unfold(0, window + block, block).transpose(1, 2))
@@ -317,7 +306,7 @@ def sparse_rows(chunks: ChunkScores, q: Tensor, head: Head, first: int, block: i
     return out.view(q.shape)
 
 
-def fill_sparse_rows(
+def _fill_sparse_rows(
     chunks: ChunkScores, q: Tensor, head: Head, first: int, last: int, out: Tensor
 ) -> None:
     """Writes the rows first … last − 1 of `out`, q's shape; q ends with the last of the keys."""
@@ -327,20 +316,18 @@ def fill_sparse_rows(
         for i, j, block in ((a, whole, BLOCK), (whole, b, b - whole)):
             if j > i:
                 rows = slice(i - start, j - start)
-                out[rows] = sparse_rows(chunks, q[rows], head, i, block)
+                out[rows] = _sparse_rows(chunks, q[rows], head, i, block)
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #bffb0646
-def sampled_recall(
+def _sampled_recall(
     chunks: ChunkScores, q: Tensor, head: Head, first: int, last: int, samples: int = 24
 ) -> float:
     """Mean share of attention kept, over evenly spaced rows first … last − 1: exp(lse_sparse − lse_full)."""
     start = head.keys.shape[1] - len(q)
     shares, columns = [], head.columns
     for row in torch.linspace(first, last - 1, samples).long().tolist():
-        scores = chunks.scores(q[row - start : row - start + 1], head.keys, row)[
-            0
-        ]  # (group, row + 1)
+        [scores] = chunks.scores(q[row - start][None], head.keys, row)  # (group, row + 1)
         chunk = max(row // chunks.stride * chunks.stride, first)
         kept = torch.zeros(row + 1, dtype=torch.bool, device=q.device)
         kept[columns[columns <= row]] = True
@@ -414,20 +401,20 @@ class SparseAttention(ChunkScores):
         sparse_to = max(sparse_from, end - LAST) if finished else end
         for a, b in self.pieces(start, sparse_from, BLOCK) + self.pieces(sparse_to, end, BLOCK):
             rows = slice(a - start, b - start)
-            out[rows] = dense_rows(self, q[rows], keys, values, a)
+            out[rows] = _dense_rows(self, q[rows], keys, values, a)
         if sparse_from == sparse_to:
             return
         columns = self.columns(q[-(LAST if finished else LAST // 4) :], keys, budget)
         chosen = keys[:, columns].contiguous(), values[columns]
         head = Head(keys, values, columns, chosen, budget.window)
         if self.recalls is not None:
-            self.recalls[place] = sampled_recall(self, q, head, sparse_from, sparse_to)
-        fill_sparse_rows(self, q, head, sparse_from, sparse_to, out)
+            self.recalls[place] = _sampled_recall(self, q, head, sparse_from, sparse_to)
+        _fill_sparse_rows(self, q, head, sparse_from, sparse_to, out)
 
     def columns(self, q: Tensor, keys: Tensor, budget: Budget) -> Tensor:
         """Which keys every later query may see: by the attention of the last queries, or the first ones; ascending."""
         if budget.estimate:
-            return estimated_columns(self, q, keys, budget.vertical, self.continuous)
+            return _estimated_columns(self, q, keys, budget.vertical, self.continuous)
         return torch.arange(min(budget.vertical, keys.shape[1]), device=q.device)
 
 
@@ -440,7 +427,7 @@ def sparse_prefill(
     chunk_tokens: int = 49_152,
     extra: int = 64,
     max_cache_bytes: int = 4 * 2**30,
-) -> tuple[torch.Tensor, KVCache]:
+) -> tuple[Tensor, KVCache]:
     """Read one prompt, (1, length), chunk by chunk: logits of the next token, (1, vocab_size), and the filled cache.
 
     attention: a `SparseAttention` (default: one for this model and length), or any function of that signature.
@@ -453,15 +440,13 @@ def sparse_prefill(
     if getattr(attention, "length", None) not in (None, length):
         but = f"but the prompt has {length:,}: its last queries would not see everything"
         raise ValueError(f"this sparse attention was made for {attention.length:,} tokens, {but}")
-    check_prompt(config, input_ids, chunk_tokens)
-    needed = (length + extra) * kv_cache_bytes_per_token(
-        config, model.lm_head.weight.element_size()
-    )
+    _check_prompt(config, input_ids, chunk_tokens)
+    size = model.lm_head.weight.element_size()
+    needed = (length + extra) * kv_cache_bytes_per_token(config, size)
     if needed > max_cache_bytes:
-        raise ValueError(
-            f"the KV cache of {length + extra:,} tokens needs {needed / 2**30:.2f} GiB, above "
-            f"max_cache_bytes {max_cache_bytes / 2**30:.2f} GiB: raise it or shorten the prompt"
-        )
+        most = f"max_cache_bytes {max_cache_bytes / 2**30:.2f} GiB: raise it or shorten the prompt"
+        found = f"the KV cache of {length + extra:,} tokens needs {needed / 2**30:.2f} GiB"
+        raise ValueError(f"{found}, above {most}")
     cache = model.make_cache(1, length + extra)
     own, model.attention = model.attention, attention
     try:
@@ -473,24 +458,23 @@ def sparse_prefill(
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #d8508b03
-def check_prompt(config: ModelConfig, input_ids: Tensor, chunk_tokens: int) -> None:
+def _check_prompt(config: ModelConfig, input_ids: Tensor, chunk_tokens: int) -> None:
     """The errors of `sparse_prefill` that do not depend on the memory."""
     trained, shape = config.max_position_embeddings, tuple(input_ids.shape)
     if len(shape) != 2 or shape[0] != 1 or shape[1] == 0:
         raise ValueError(f"sparse_prefill reads one prompt of shape (1, length), got {shape}")
     length, stride = shape[1], stride_of(trained)
-    if length > MAX_FACTOR * trained:
-        raise ValueError(
-            f"the prompt has {length:,} tokens, above the supported {MAX_FACTOR * trained:,} "
-            f"({MAX_FACTOR} times the trained {trained:,}): shorten it or train at longer windows"
-        )
+    if length > (most := MAX_FACTOR * trained):
+        above = f"above the supported {most:,} ({MAX_FACTOR} times the trained {trained:,})"
+        remedy = "shorten it or train at longer windows"
+        raise ValueError(f"the prompt has {length:,} tokens, {above}: {remedy}")
     if chunk_tokens < 1 or chunk_tokens % stride:
         wanted = f"chunk_tokens must be a multiple of the stride {stride}, got {chunk_tokens}"
         raise ValueError(f"{wanted}: try {max(1, round(chunk_tokens / stride)) * stride}")
 
 
 # %% ../notebooks/14_sparse_prefill.ipynb #169b8581
-CANDIDATES = (Budget(256, 128), Budget(128, 256), Budget(64, 320, estimate=False))  # of equal cost
+_CANDIDATES = (Budget(256, 128), Budget(128, 256), Budget(64, 320, estimate=False))  # of equal cost
 
 
 def measure_recalls(
@@ -506,7 +490,7 @@ def measure_recalls(
 
 
 def choose_budgets(
-    model: Qwen, input_ids: Tensor, candidates: Sequence[Budget] = CANDIDATES
+    model: Qwen, input_ids: Tensor, candidates: Sequence[Budget] = _CANDIDATES
 ) -> list[list[Budget]]:
     """Per layer and kv head, the candidate with the highest recall on a sample: pattern and split of equal cost."""
     stride = stride_of(model.config.max_position_embeddings)
@@ -533,11 +517,8 @@ def refine_budgets(
     stride = stride_of(model.config.max_position_embeddings)
     while True:
         rounds.append(measure_recalls(model, input_ids, budgets))
-        short = [
-            place
-            for place, share in rounds[-1].items()
-            if share < threshold and budgets[place[0]][place[1]].vertical < max_vertical
-        ]
+        low = [place for place, share in rounds[-1].items() if share < threshold]
+        short = [(i, j) for i, j in low if budgets[i][j].vertical < max_vertical]
         if not short:
             return budgets, rounds
         for layer, head in short:

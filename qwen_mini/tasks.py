@@ -3,40 +3,28 @@
 # %% auto #0
 __all__ = [
     "ANSWER",
-    "BLANKS",
     "SPLITS",
     "LEVELS",
     "TRAIN_LEVELS",
     "WORDINGS",
     "TASKS",
-    "parse_pairs",
     "UNSEEN_CONSTRAINTS",
-    "HIDDEN_TESTS",
     "LONGEST",
     "Example",
     "Verdict",
-    "lines_of",
     "final_answer",
-    "unfenced",
     "Task",
     "VerifierError",
     "split_of",
     "same",
     "add_task",
-    "add_worded",
     "purchase",
     "to_json",
-    "is_json",
     "is_object",
-    "is_list",
     "same_lines",
     "instructions",
-    "bare_words",
     "keeps_constraints",
     "means",
-    "one_step_mutants",
-    "hidden_tests",
-    "compiles",
     "passes_tests",
     "judge",
     "verify_many",
@@ -88,9 +76,7 @@ class Example:
     @property
     def response(self) -> str:
         """The gold response, whole."""
-        if not self.reasoning:
-            return self.answer
-        return f"{self.reasoning}\n{ANSWER}{self.answer}"
+        return f"{self.reasoning}\n{ANSWER}{self.answer}" if self.reasoning else self.answer
 
 
 @dataclass(frozen=True)
@@ -103,28 +89,26 @@ class Verdict:
 
 
 ANSWER = "Answer: "
-BLANKS = (
-    " \t\r\n"  # at the end of a response or of a line they are not seen, so they decide nothing
-)
+_BLANKS = " \t\r\n"  # at the end of a response or a line they are not seen, so they decide nothing
 
 
-def lines_of(text: str) -> list[str]:
+def _lines_of(text: str) -> list[str]:
     """The lines of a text without blanks at their ends, and without empty lines at its end."""
-    return [line.rstrip(BLANKS) for line in text.rstrip(BLANKS).split("\n")]
+    return [line.rstrip(_BLANKS) for line in text.rstrip(_BLANKS).split("\n")]
 
 
 def final_answer(response: str) -> str | None:
     """What stands behind "Answer: " on the last line; None without that line, or with several: no second guess."""
-    lines = lines_of(response)
+    lines = _lines_of(response)
     marked = [line for line in lines if line.startswith(ANSWER)]
     if len(marked) != 1 or lines[-1] != marked[0]:
         return None
-    return lines[-1].removeprefix(ANSWER).strip(BLANKS) or None
+    return lines[-1].removeprefix(ANSWER).strip(_BLANKS) or None
 
 
-def unfenced(response: str) -> str:
+def _unfenced(response: str) -> str:
     """A response that is all answer, without blank ends and without the code fence round the whole of it."""
-    text = response.strip("\r\n").rstrip(BLANKS)
+    text = response.strip("\r\n").rstrip(_BLANKS)
     fenced = re.fullmatch(r"```\w*[ \t\r]*\n((?:(?!```).)*)\n```", text, re.DOTALL)
     return fenced[1] if fenced else text
 
@@ -148,9 +132,8 @@ class Task:
     shown: tuple[str, ...]
     asked: tuple[str, ...]
     unseen: tuple[str, ...]
-    form: Callable[[str], bool] | None = (
-        None  # None: the response ends with "Answer: …"; else all of it is the answer
-    )
+    # None: the response ends with "Answer: …"; else all of it is the answer
+    form: Callable[[str], bool] | None = None
 
     @property
     def answered(self) -> bool:
@@ -162,31 +145,21 @@ class Task:
     ) -> Example:
         """A problem of `level` (1 to 5) from one side of the split, in one of the `WORDINGS`."""
         if split not in SPLITS or level not in LEVELS or wording not in WORDINGS:
-            raise CourseError(
-                f"task {self.name!r} has the splits {', '.join(SPLITS)}, the levels 1 to {LEVELS[-1]} and the wordings "
-                f"{', '.join(WORDINGS)}, not {split!r}, {level} and {wording!r}"
-            )
-        for _ in range(1_000):
-            draw = self.draw(rng, level)
-            if self.side(draw) == split:
-                break
-        else:
-            raise CourseError(
-                f"task {self.name!r} has no problem of level {level} in the split {split!r}: "
-                "ask for another level, or give its generator more to choose from"
-            )
+            has = f"the splits {', '.join(SPLITS)}, the levels 1 to {LEVELS[-1]} and the wordings"
+            got = f"{', '.join(WORDINGS)}, not {split!r}, {level} and {wording!r}"
+            raise CourseError(f"task {self.name!r} has {has} {got}")
+        draws = (self.draw(rng, level) for _ in range(1_000))
+        draw = next((draw for draw in draws if self.side(draw) == split), None)
+        if draw is None:
+            none = f"task {self.name!r} has no problem of level {level} in the split {split!r}"
+            remedy = "ask for another level, or give its generator more to choose from"
+            raise CourseError(f"{none}: {remedy}")
         question = rng.choice(getattr(self, wording)).format(**draw.slots)
         messages = [] if draw.system is None else [{"role": "system", "content": draw.system}]
         messages.append({"role": "user", "content": question})
-        return Example(
-            self.name,
-            level,
-            draw.key,
-            tuple(messages),
-            draw.reasoning,
-            draw.answer,
-            draw.facts() if callable(draw.facts) else draw.facts,
-        )
+        facts = draw.facts() if callable(draw.facts) else draw.facts
+        gold = (draw.reasoning, draw.answer, facts)
+        return Example(self.name, level, draw.key, tuple(messages), *gold)
 
     def side(self, draw: Draw) -> str:
         """The side of the split that a problem belongs to; what pre-training may have read is for training only."""
@@ -199,15 +172,14 @@ class Task:
             if found is None:
                 return Verdict(False, False, "no single last line 'Answer: …'")
         else:
-            found = unfenced(response)
+            found = _unfenced(response)
             if not self.form(found):
                 return Verdict(False, False, "not in the form that was asked for")
         try:
             problem = self.check(example, found)
         except Exception as error:
-            raise VerifierError(
-                f"the verifier of {self.name!r} failed on {response[:80]!r}: {type(error).__name__}: {error}"
-            ) from error
+            where = f"the verifier of {self.name!r} failed on {response[:80]!r}"
+            raise VerifierError(f"{where}: {type(error).__name__}: {error}") from error
         return Verdict(not problem, True, problem)
 
 
@@ -236,7 +208,7 @@ def add_task(name: str, area: str, draw, shown, asked, unseen, check=same, form=
     TASKS[name] = Task(name, area, draw, check, *wordings, form)
 
 
-def add_worded(area: str, *draws: Callable, check=same, form=None) -> None:
+def _add_worded(area: str, *draws: Callable, check=same, form=None) -> None:
     """Enter tasks under the names of their generators, with the wordings in `qwen_mini/world/wordings.toml`."""
     for draw in draws:
         add_task(draw.__name__, area, draw, **TASK_WORDINGS[draw.__name__], check=check, form=form)
@@ -251,25 +223,22 @@ def purchase(rng: random.Random, level: int) -> Draw:
     costs = [count * price for count, price in pairs]
     steps = [worked(count, f"*{price}", gap="")[0] for count, price in pairs]
     sums, total = worked(costs[0], *(f"+{cost}" for cost in costs[1:]), gap="")
-    items = ", ".join(
-        f"{count} {thing} at {price}" for thing, (count, price) in zip(things, pairs, strict=True)
-    )
+    rows = zip(things, pairs, strict=True)
+    items = ", ".join(f"{count} {thing} at {price}" for thing, (count, price) in rows)
     key = str(sorted(sorted(pair) for pair in pairs))  # neither sums nor products have an order
     return Draw(key, {"items": items}, "\n".join([*steps, sums]), str(total))
 
 
-add_worded("mathematics", graded.story)
+_add_worded("mathematics", graded.story)
 add_task(
-    "purchase",
-    "mathematics",
-    purchase,
+    "purchase", "mathematics", purchase,
     ["Someone buys {items}. What is the total?", "What do these cost together: {items}?"],
     ["How much to pay for {items}?", "In the basket: {items}. Give the sum."],
     ["A bill lists {items}. Add it up."],
 )  # fmt: skip
 
 # %% ../notebooks/15_tasks.ipynb #e97aea94
-add_worded("logic", graded.order, graded.rules, graded.truth_table)
+_add_worded("logic", graded.order, graded.rules, graded.truth_table)
 
 
 # %% ../notebooks/15_tasks.ipynb #f4690499
@@ -282,13 +251,13 @@ def to_json(rng: random.Random, level: int) -> Draw:
 
 
 #: Reads JSON, objects as lists of their pairs: a dict would hide a key that occurs twice.
-parse_pairs = json.JSONDecoder(object_pairs_hook=lambda pairs: pairs).decode
+_parse_pairs = json.JSONDecoder(object_pairs_hook=lambda pairs: pairs).decode
 
 
-def is_json(text: str) -> bool:
+def _is_json(text: str) -> bool:
     """Whether the text is JSON at all, and not nested too deep to be read."""
     try:
-        parse_pairs(text)
+        _parse_pairs(text)
     except (ValueError, RecursionError):
         return False
     return True
@@ -298,7 +267,7 @@ def is_json(text: str) -> bool:
 def is_object(example: Example, found: str) -> str:
     """Whether the response is JSON and holds exactly the pairs asked for; numbers as numbers, no key twice."""
     try:
-        pairs = parse_pairs(found)
+        pairs = _parse_pairs(found)
     except (ValueError, RecursionError):
         return "no JSON object"
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
@@ -310,31 +279,28 @@ def is_object(example: Example, found: str) -> str:
     return "" if right and len(dict(pairs)) == len(want) else "other keys or values"
 
 
-add_worded("structured data", graded.table_sum)
+_add_worded("structured data", graded.table_sum)
 add_task(
-    "to_json",
-    "structured data",
-    to_json,
+    "to_json", "structured data", to_json,
     ["Write as JSON: {text}.", "{text}. Give this as a JSON object."],
     ["Key by key, one JSON dictionary: {text}.", "These facts as an object in JSON: {text}."],
     ["Turn into one JSON object: {text}."],
-    check=is_object,
-    form=is_json,
+    check=is_object, form=_is_json,
 )  # fmt: skip
 
 
 # %% ../notebooks/15_tasks.ipynb #67f77d82
-def is_list(text: str) -> bool:
+def _is_list(text: str) -> bool:
     """A number and a word or number on every line."""
-    return all(re.fullmatch(r"\d+ \w+", line) for line in lines_of(text))
+    return all(re.fullmatch(r"\d+ \w+", line) for line in _lines_of(text))
 
 
 def same_lines(example: Example, found: str) -> str:
     """The answer, line by line."""
-    return same(example, "\n".join(lines_of(found)))
+    return same(example, "\n".join(_lines_of(found)))
 
 
-add_worded("long generation", graded.sequence, graded.cycle, check=same_lines, form=is_list)
+_add_worded("long generation", graded.sequence, graded.cycle, check=same_lines, form=_is_list)
 
 # %% ../notebooks/15_tasks.ipynb #38962e24
 UNSEEN_CONSTRAINTS = ("quotes", "title")  # types that no training example shows
@@ -346,7 +312,7 @@ def instructions(rng: random.Random, level: int, pool: Iterable[str] = ()) -> Dr
     return constrained_text(rng, level, list(pool) or seen)
 
 
-def bare_words(text: str, wanted: Iterable[str]) -> list[str] | None:
+def _bare_words(text: str, wanted: Iterable[str]) -> list[str] | None:
     """The words of a text, lower case, without the title, quotes, stars and commas that are wanted.
 
     None if anything else is in it, and for a comma at the end.
@@ -368,7 +334,7 @@ def keeps_constraints(example: Example, text: str) -> str:
     for name, value in wanted.items():
         if not CONSTRAINTS[name].holds(text, value):
             return f"not {CONSTRAINTS[name].wording.format(value)}"
-    words = bare_words(text, wanted)
+    words = _bare_words(text, wanted)
     if words is None:
         return "other signs than were asked for"
     if wanted.get("contain", words[0]) not in words:
@@ -379,7 +345,7 @@ def keeps_constraints(example: Example, text: str) -> str:
     return "a word stands twice" if len(set(words)) < len(words) else ""
 
 
-add_worded("instruction following", instructions, check=keeps_constraints)
+_add_worded("instruction following", instructions, check=keeps_constraints)
 
 
 # %% ../notebooks/15_tasks.ipynb #7250d045
@@ -387,35 +353,31 @@ def means(example: Example, found: str) -> str:
     """Translate the answer back, word by word, and compare in English; an accent may be a sign of its own (NFD)."""
     found = unicodedata.normalize("NFC", found)
     back = {entry[example.facts["language"]]: entry[0] for entry in LEXICON}
-    same_words = [back.get(word) for word in found.split(" ")] == example.facts["english"]
-    return (
-        "" if same_words else f"{found[:40]!r} does not mean {' '.join(example.facts['english'])!r}"
-    )
+    english = example.facts["english"]
+    same_words = [back.get(word) for word in found.split(" ")] == english
+    return "" if same_words else f"{found[:40]!r} does not mean {' '.join(english)!r}"
 
 
-add_worded("cross-lingual transfer", graded.reverse_in, graded.translate_reverse, check=means)
-add_worded("system prompts", graded.system_rule)
-add_worded("response filtering", graded.first_error)
+_add_worded("cross-lingual transfer", graded.reverse_in, graded.translate_reverse, check=means)
+_add_worded("system prompts", graded.system_rule)
+_add_worded("response filtering", graded.first_error)
 
 # %% ../notebooks/15_tasks.ipynb #307ec63f
-HIDDEN_TESTS = 16  # and those that mutants need
+_HIDDEN_TESTS = 16  # and those that mutants need
 
 
-def one_step_mutants(steps: list[Step]) -> list[list[Step]]:
+def _one_step_mutants(steps: list[Step]) -> list[list[Step]]:
     """Programs with one mistake: a step left out, two neighbours swapped, a number one too low or too high."""
     left_out = [steps[:i] + steps[i + 1 :] for i in range(len(steps))]
     pairs = enumerate(itertools.pairwise(steps))
     swapped = [[*steps[:i], b, a, *steps[i + 2 :]] for i, (a, b) in pairs]
-    off = [
-        [*steps[:i], (text, number + by), *steps[i + 1 :]]
-        for i, (text, number) in enumerate(steps)
-        if "{0}" in text
-        for by in (-1, 1)
-    ]
+    numbered = [(i, *step) for i, step in enumerate(steps) if "{0}" in step[0]]
+    moved = ((i, (text, number + by)) for i, text, number in numbered for by in (-1, 1))
+    off = [[*steps[:i], step, *steps[i + 1 :]] for i, step in moved]
     return left_out + swapped + off
 
 
-def hidden_tests(kind: str, steps: list[Step]) -> dict[str, list]:
+def _hidden_tests(kind: str, steps: list[Step]) -> dict[str, list]:
     """Inputs and expected results that every one-step mutant fails which fails on any of the wide inputs.
 
     Returns {"inputs": one list of arguments each, "expected"}; the same steps and numbers always get the same tests.
@@ -423,9 +385,9 @@ def hidden_tests(kind: str, steps: list[Step]) -> dict[str, list]:
     """
     wide = random.Random(str(steps)).sample(WIDE_INPUTS[kind], len(WIDE_INPUTS[kind]))
     want = list(map(steps_function(kind, steps), wide))
-    chosen = list(range(HIDDEN_TESTS))
-    for mutant in one_step_mutants(steps):
-        returned, others = steps_function(kind, mutant), range(HIDDEN_TESTS, len(wide))
+    chosen = list(range(_HIDDEN_TESTS))
+    for mutant in _one_step_mutants(steps):
+        returned, others = steps_function(kind, mutant), range(_HIDDEN_TESTS, len(wide))
         places = itertools.chain(chosen, others)
         place = next((p for p in places if returned(wide[p]) != want[p]), None)
         if place is not None and place not in chosen:
@@ -434,7 +396,7 @@ def hidden_tests(kind: str, steps: list[Step]) -> dict[str, list]:
 
 
 # %% ../notebooks/15_tasks.ipynb #fa81665f
-def compiles(text: str) -> bool:
+def _compiles(text: str) -> bool:
     """Whether the text is a Python program."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of a model's style
@@ -462,32 +424,27 @@ def judge(example: Example, outcome: Outcome) -> str:
 
 # %% ../notebooks/15_tasks.ipynb #7142bc5f
 add_task(
-    "function",
-    "coding",
-    functools.partial(program, tests=hidden_tests),
-    **TASK_WORDINGS["function"],
-    check=passes_tests,
-    form=compiles,
-)
+    "function", "coding", functools.partial(program, tests=_hidden_tests),
+    **TASK_WORDINGS["function"], check=passes_tests, form=_compiles,
+)  # fmt: skip
 
 
 def verify_many(pairs: Iterable[tuple[Example, str]]) -> list[Verdict]:
     """`Task.verify` of many (example, response); programs run side by side on all cores."""
     pairs = list(pairs)
-    programs = {
-        i: program
-        for i, (e, text) in enumerate(pairs)
-        if TASKS[e.task].check is passes_tests and compiles(program := unfenced(text))
-    }
+    coded = [i for i, (e, _) in enumerate(pairs) if TASKS[e.task].check is passes_tests]
+    programs = {i: _unfenced(pairs[i][1]) for i in coded}
+    programs = {i: program for i, program in programs.items() if _compiles(program)}
     jobs = [(program, "f", pairs[i][0].facts["inputs"]) for i, program in programs.items()]
-    verdicts = {}
-    for i, outcome in zip(programs, run_many(jobs) if jobs else [], strict=True):
-        problem = judge(pairs[i][0], outcome)
-        verdicts[i] = Verdict(not problem, True, problem)
-    return [
-        verdicts[i] if i in verdicts else TASKS[example.task].verify(example, response)
-        for i, (example, response) in enumerate(pairs)
-    ]
+    outcomes = dict(zip(programs, run_many(jobs) if jobs else [], strict=True))
+    verdicts = []
+    for i, (example, response) in enumerate(pairs):
+        if i in outcomes:
+            problem = judge(example, outcomes[i])
+            verdicts.append(Verdict(not problem, True, problem))
+        else:
+            verdicts.append(TASKS[example.task].verify(example, response))
+    return verdicts
 
 
 # %% ../notebooks/15_tasks.ipynb #5d40a7a5
@@ -502,12 +459,8 @@ def near_misses(example: Example, rng: random.Random) -> list[str]:
         misses.append(" ".join(words[:-1]))
     if TASKS[example.task].answered:
         head, _, answer = gold.rpartition(ANSWER)
-        misses += [
-            answer,
-            head + ANSWER,
-            f"{gold}\n{ANSWER}{answer}",
-            f"{head}{ANSWER}{answer} or 0",
-        ]
+        misses += [answer, head + ANSWER]
+        misses += [f"{gold}\n{ANSWER}{answer}", f"{head}{ANSWER}{answer} or 0"]
         digits = [i for i, c in enumerate(answer) if c.isdigit()]
         if digits:
             at = rng.choice(digits)
@@ -522,12 +475,10 @@ LONGEST = 100  # digits; no task comes near, and Python refuses to convert thous
 
 def wrong_line(response: str) -> str | None:
     """The first line whose sum, difference or product is false, or too long to tell; None if there is none."""
-    for left, sign, right, result in re.findall(
-        r"(?<![\d+*-])(-?\d+)([+*-])(\d+)=(-?\d+)", response
-    ):
-        if max(map(len, (left, right, result))) > LONGEST:
-            return f"{left}{sign}{right}={result}"
-        if SIGNS[sign](int(left), int(right)) != int(result):
+    calculations = re.findall(r"(?<![\d+*-])(-?\d+)([+*-])(\d+)=(-?\d+)", response)
+    for left, sign, right, result in calculations:
+        long = max(map(len, (left, right, result))) > LONGEST
+        if long or SIGNS[sign](int(left), int(right)) != int(result):
             return f"{left}{sign}{right}={result}"
     return None
 
@@ -543,14 +494,14 @@ def consistent(example: Example, response: str) -> bool:
     In mathematics each line is one calculation, and the last one's result is the answer; where a text is asked for, the
     lines are its words.
     """
-    lines = lines_of(response)
+    lines = _lines_of(response)
     if wrong_line(response) or any(a == b for a, b in itertools.pairwise(lines)):
         return False
     if len(lines) != len(example.response.split("\n")):
         return False
-    chain, answer = lines[:-1], lines[-1].removeprefix(ANSWER).strip(BLANKS)
+    chain, answer = lines[:-1], lines[-1].removeprefix(ANSWER).strip(_BLANKS)
     if "wanted" in example.facts:
-        words = bare_words(answer, example.facts["wanted"])
+        words = _bare_words(answer, example.facts["wanted"])
         return words is not None and "\n".join(chain) == graded.countdown(words)
     if TASKS[example.task].area != "mathematics":
         return True
@@ -561,7 +512,6 @@ def consistent(example: Example, response: str) -> bool:
 def filter_responses(pairs, checkers=(verified, consistent)) -> list[tuple[Example, str]]:
     """The (example, response) pairs that all checkers accept; at least two checkers, or it is no agreement."""
     if len(checkers) < 2:
-        raise CourseError(
-            "filter_responses needs two checkers or more: one alone cannot agree with itself"
-        )
+        alone = "one alone cannot agree with itself"
+        raise CourseError(f"filter_responses needs two checkers or more: {alone}")
     return [pair for pair in pairs if all(checker(*pair) for checker in checkers)]

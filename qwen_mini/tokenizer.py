@@ -66,9 +66,8 @@ def split_pieces(text: str) -> list[str]:
 
 
 # %% ../notebooks/01_tokenizer.ipynb #41f29b5c
-BYTE_ORDER = bytes(
-    [*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173]
-)
+_SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are a sign of their own
+BYTE_ORDER = bytes([*_SEEN, *range(33), *range(127, 161), 173])
 """Byte of every id from 0 to 255."""
 
 BYTE_CHARS = [chr(byte) if i < 188 else chr(256 + i - 188) for i, byte in enumerate(BYTE_ORDER)]
@@ -89,9 +88,8 @@ def checked(text: str) -> str:
         _is_str(text).encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        raise ValueError(
-            f"text holds the lone surrogate U+{code:04X} at position {error.start}, which UTF-8 cannot write"
-        ) from None
+        lone = f"the lone surrogate U+{code:04X} at position {error.start}"
+        raise ValueError(f"text holds {lone}, which UTF-8 cannot write") from None
     return unicodedata.normalize("NFC", text)
 
 
@@ -395,10 +393,9 @@ def _learn_merges(texts: Iterable[str], num_merges: int, fast: bool) -> list[tup
         merges = train_bpe(count_pieces(texts), num_merges)
     if len(merges) < num_merges:
         allowed, ids = len(merges), 256 + len(CONTROL_TOKENS)
-        raise ValueError(
-            f"the texts allow only {allowed} merges, vocab_size {ids + num_merges} needs {num_merges}: "
-            f"give more text or a vocab_size of at most {ids + allowed}"
-        )
+        short = f"only {allowed} merges, vocab_size {ids + num_merges} needs {num_merges}"
+        remedy = f"give more text or a vocab_size of at most {ids + allowed}"
+        raise ValueError(f"the texts allow {short}: {remedy}")
     return merges
 
 
@@ -465,21 +462,15 @@ class Vocabulary:
 
     def encode_segments(self, batch: list[list[str]]) -> list[list[int]]:
         """Ids of every row of segments; neighbouring texts are joined first, since merges may cross the seam."""
-        rows = []
-        for segments in batch:
-            is_known = lambda part: isinstance(part, Control) and part in self.control_tokens
-            parts = [(known, [*run]) for known, run in groupby(segments, key=is_known)]
-            rows.append([
-                part
-                for known, run in parts
-                for part in (run if known else [self._normalized("".join(run))])
-            ])  # fmt: skip
+        is_known = lambda part: isinstance(part, Control) and part in self.control_tokens
+        parts = lambda known, run: [*run] if known else [self._normalized("".join(run))]
+        runs = (groupby(segments, key=is_known) for segments in batch)
+        rows = [[part for run in row for part in parts(*run)] for row in runs]
         texts = {part for row in rows for part in row if not isinstance(part, Control)}
         ids = self._encode_texts(list(texts))
-        ids_of = lambda part: (
-            [self.control_tokens[part]] if isinstance(part, Control) else ids[part]
-        )
-        return [[i for part in row for i in ids_of(part)] for row in rows]
+        control = {token: [id] for token, id in self.control_tokens.items()}
+        of = lambda part: control[part] if isinstance(part, Control) else ids[part]
+        return [[i for part in row for i in of(part)] for row in rows]
 
 
 # %% ../notebooks/01_tokenizer.ipynb #eb9128e9
@@ -502,8 +493,7 @@ class Tokenizer(Vocabulary):
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._bytes = tokenizer_files.spelled([bytes([byte]) for byte in BYTE_ORDER], self.merges)
         self.control_tokens = {t: len(self._bytes) + i for i, t in enumerate(control_tokens)}
-        ordinary = set(CONTROL_TOKENS) - SPECIAL_TOKENS
-        self.special_tokens = set(control_tokens) - ordinary
+        self.special_tokens = set(control_tokens) - (set(CONTROL_TOKENS) - SPECIAL_TOKENS)
         self._bytes += [token.encode() for token in control_tokens]
         self._known: dict[str, list[int]] = {}
 
@@ -533,11 +523,8 @@ class Tokenizer(Vocabulary):
         eos_token: `<|endoftext|>` for a base model, `<|im_end|>` for a chat model.
         """
         special = {t: t in self.special_tokens for t in self.control_tokens}
-        settings = {
-            "chat_template": CHAT_TEMPLATE,
-            "eos_token": eos_token,
-            "pad_token": self.pad_token,
-        }
+        settings = {"chat_template": CHAT_TEMPLATE, "eos_token": eos_token}
+        settings["pad_token"] = self.pad_token
         tokenizer_files.write(folder, _backend(self.merges), special, settings)
 
     @property

@@ -8,15 +8,9 @@ __all__ = [
     "orthogonalize",
     "Muon",
     "make_optimizers",
-    "set_rates",
-    "master_weights",
-    "collect_gradients",
-    "publish_weights",
     "Batch",
-    "loss_shares",
     "Trainer",
     "training_tensors",
-    "restore_tensors",
     "save_training_state",
     "load_training_state",
     "training_header",
@@ -37,7 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .course import CourseError, artifacts
@@ -51,11 +45,8 @@ _all_ = ["linear_cross_entropy"]  # it can be imported from here, too
 
 # %% ../notebooks/08_training.ipynb #1bdb834e
 def cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """Weighted mean of −log p(target), written out: the reference for `linear_cross_entropy`.
 
     hidden: (tokens, hidden_size); weight: (vocab_size, hidden_size), the output head; targets: (tokens,); weights:
@@ -113,9 +104,8 @@ class AdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
-                    state.update(
-                        step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
-                    )
+                    moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                    state.update(step=0, **moments)
                 state["step"] += 1
                 p.mul_(1 - lr * group["weight_decay"])
                 m = state["exp_avg"].lerp_(p.grad, 1 - beta1)
@@ -126,9 +116,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 # %% ../notebooks/08_training.ipynb #468a2180
-def orthogonalize(
-    matrices: torch.Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16
-) -> torch.Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Push all singular values of each matrix towards 1 with `steps` quintic Newton–Schulz
     iterations in `dtype`.
 
@@ -180,7 +168,7 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.sub_(update, alpha=group["lr"] * max(1.0, rows / columns) ** 0.5)
 
-    def _momentum(self, p: nn.Parameter, momentum: float) -> torch.Tensor:
+    def _momentum(self, p: nn.Parameter, momentum: float) -> Tensor:
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -203,33 +191,22 @@ def make_optimizers(
     """
     groups = {"matrices": [], "tables": [], "vectors": []}
     for name, p in named_parameters:
-        groups["vectors" if p.ndim < 2 else "matrices" if ".layers." in name else "tables"].append(
-            p
-        )
-    decay = {"weight_decay": settings.weight_decay}
-    adamw = [
-        {"params": groups["tables"], **decay},
-        {"params": groups["vectors"], "weight_decay": 0.0},
-    ]
-    optimizers = []
+        kind = "vectors" if p.ndim < 2 else "matrices" if ".layers." in name else "tables"
+        groups[kind].append(p)
+    decay, optimizers = {"weight_decay": settings.weight_decay}, []
+    adamw = [{"params": groups["tables"], **decay}]
+    adamw.append({"params": groups["vectors"], "weight_decay": 0.0})
     if settings.optimizer == "muon":
         rate = settings.matrix_learning_rate
         optimizers.append(Muon(groups["matrices"], lr=rate, dtype=dtype, **decay))
     else:
         adamw.append({"params": groups["matrices"], **decay})
-    optimizers.append(
-        torch.optim.AdamW(
-            adamw,
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            fused=True,
-        )
-    )
-    return optimizers
+    numbers = {"lr": settings.learning_rate, "eps": settings.eps}
+    betas = (settings.beta1, settings.beta2)
+    return [*optimizers, torch.optim.AdamW(adamw, betas=betas, fused=True, **numbers)]
 
 
-def set_rates(
+def _set_rates(
     optimizers: list[torch.optim.Optimizer], peaks: list[list[float]], factor: float
 ) -> None:
     """Give every group of every optimiser its share of its own peak."""
@@ -239,7 +216,7 @@ def set_rates(
 
 
 # %% ../notebooks/08_training.ipynb #875a137c
-def master_weights(parameters: list[nn.Parameter], dtype: torch.dtype) -> list[nn.Parameter]:
+def _master_weights(parameters: list[nn.Parameter], dtype: torch.dtype) -> list[nn.Parameter]:
     """Float32 copies that the optimiser owns, while the parameters themselves become `dtype`; in float32 the same."""
     if dtype == torch.float32:
         return parameters
@@ -249,7 +226,7 @@ def master_weights(parameters: list[nn.Parameter], dtype: torch.dtype) -> list[n
     return masters
 
 
-def collect_gradients(masters: list[nn.Parameter], working: list[nn.Parameter]) -> None:
+def _collect_gradients(masters: list[nn.Parameter], working: list[nn.Parameter]) -> None:
     """Add the working weights' gradients to the masters', in float32, and free them."""
     for master, p in zip(masters, working, strict=True):
         if master is not p and p.grad is not None:
@@ -258,7 +235,7 @@ def collect_gradients(masters: list[nn.Parameter], working: list[nn.Parameter]) 
             p.grad = None
 
 
-def publish_weights(masters: list[nn.Parameter], working: list[nn.Parameter]) -> None:
+def _publish_weights(masters: list[nn.Parameter], working: list[nn.Parameter]) -> None:
     """Copy the masters into the weights that the model computes with; the gradients are gone then."""
     if masters is not working:
         with torch.no_grad():
@@ -272,13 +249,13 @@ def publish_weights(masters: list[nn.Parameter], working: list[nn.Parameter]) ->
 class Batch:
     """One optimiser step's tokens: inputs, targets and loss weights, each (rows, length)."""
 
-    input_ids: torch.Tensor
-    targets: torch.Tensor
-    weights: torch.Tensor
+    input_ids: Tensor
+    targets: Tensor
+    weights: Tensor
 
 
 # %% ../notebooks/08_training.ipynb #ab5556b8
-def loss_shares(model: Qwen, batch: Batch, parts: int) -> Iterator[torch.Tensor]:
+def _loss_shares(model: Qwen, batch: Batch, parts: int) -> Iterator[Tensor]:
     """The loss of each micro-batch, times its share of the whole batch's tokens.
 
     Their sum is the weighted mean over all tokens, however the batch is cut into `parts` and shared out among
@@ -289,9 +266,8 @@ def loss_shares(model: Qwen, batch: Batch, parts: int) -> Iterator[torch.Tensor]
     if world()[1] > 1:
         dist.all_reduce(total)
     if total == 0:
-        raise CourseError(
-            "this batch trains no token, because every weight is 0: look at the rows' masks and at replay_weight"
-        )
+        nothing = "this batch trains no token, because every weight is 0"
+        raise CourseError(f"{nothing}: look at the rows' masks and at replay_weight")
     pieces = (x.chunk(parts) for x in (batch.input_ids, batch.targets, batch.weights))
     for ids, targets, weights in zip(*pieces, strict=True):
         weights = weights.to(device)
@@ -302,14 +278,12 @@ def loss_shares(model: Qwen, batch: Batch, parts: int) -> Iterator[torch.Tensor]
 def _check_finite(step: int, loss: float, grad_norm: float) -> None:
     """FloatingPointError that names the cause: the weights are untouched then, and so is the last training state."""
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss at step {step} is {loss}: the weights or the data are broken, or an earlier step was too large; "
-            "go back to the last training state and lower the learning rate"
-        )
+        cause = "the weights or the data are broken, or an earlier step was too large"
+        remedy = "go back to the last training state and lower the learning rate"
+        raise FloatingPointError(f"the loss at step {step} is {loss}: {cause}; {remedy}")
     if not math.isfinite(grad_norm):
-        raise FloatingPointError(
-            f"the gradient at step {step} is {grad_norm} though the loss is {loss:.4g}: lower the learning rate"
-        )
+        found = f"the gradient at step {step} is {grad_norm} though the loss is {loss:.4g}"
+        raise FloatingPointError(f"{found}: lower the learning rate")
 
 
 # %% ../notebooks/08_training.ipynb #45fd54fc
@@ -332,23 +306,23 @@ class Trainer:
         self.step_count, self.loss = 0, torch.zeros((), dtype=torch.float64)
         self.names = [name for name, _ in model.named_parameters()]
         self.working = [p for _, p in model.named_parameters()]
-        self.masters = master_weights(self.working, dtype)
+        self.masters = _master_weights(self.working, dtype)
         named = zip(self.names, self.masters, strict=True)
         self.optimizers = make_optimizers(named, settings, dtype)
         self.peaks = [[group["lr"] for group in one.param_groups] for one in self.optimizers]
 
-    def forward_backward(self, batch: Batch | Iterable[torch.Tensor]) -> None:
+    def forward_backward(self, batch: Batch | Iterable[Tensor]) -> None:
         """Add a loss and its gradients, in float32, to those that came since the last update.
 
         batch: text, or any other loss as the shares of its micro-batches, each computed when it is asked for and freed
         as soon as its gradient is there. Under torchrun each process brings its own.
         """
         if isinstance(batch, Batch):
-            batch = loss_shares(self.model, batch, self.settings.grad_accumulation)
+            batch = _loss_shares(self.model, batch, self.settings.grad_accumulation)
         for loss in batch:
             loss.backward()
             self.loss += loss.item()
-            collect_gradients(self.masters, self.working)
+            _collect_gradients(self.masters, self.working)
 
     def update(self) -> dict[str, float]:
         """One optimiser step with the gradients that have come; its numbers.
@@ -367,22 +341,22 @@ class Trainer:
         s = self.settings
         plan = (s.warmup_steps, s.schedule, s.min_lr_ratio, s.decay_fraction)
         factor = learning_rate_factor(self.step_count, self.total_steps, *plan)
-        set_rates(self.optimizers, self.peaks, factor)
+        _set_rates(self.optimizers, self.peaks, factor)
         for optimizer in self.optimizers:
             optimizer.step()
-        publish_weights(self.masters, self.working)
+        _publish_weights(self.masters, self.working)
         self.step_count += 1
         record = {"step": self.step_count, "loss": loss.item()}
         return record | {"grad_norm": grad_norm, "lr_factor": factor}
 
-    def step(self, batch: Batch | Iterable[torch.Tensor]) -> dict[str, float]:
+    def step(self, batch: Batch | Iterable[Tensor]) -> dict[str, float]:
         """Both, one after the other."""
         self.forward_backward(batch)
         return self.update()
 
 
 # %% ../notebooks/08_training.ipynb #5337cbd3
-def training_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+def training_tensors(trainer: Trainer) -> dict[str, Tensor]:
     """Every tensor that the next step depends on, flat, by name: masters and the optimisers' moments."""
     named = list(zip(trainer.names, trainer.masters, strict=True))
     state = {f"model.{name}": p.detach() for name, p in named}
@@ -393,7 +367,7 @@ def training_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     return state
 
 
-def restore_tensors(trainer: Trainer, state: dict[str, torch.Tensor], step: int) -> None:
+def _restore_tensors(trainer: Trainer, state: dict[str, Tensor], step: int) -> None:
     """Take over what `training_tensors` returned after `step` steps.
 
     RuntimeError, with nothing changed, for a tensor of another shape.
@@ -406,18 +380,16 @@ def restore_tensors(trainer: Trainer, state: dict[str, torch.Tensor], step: int)
     with torch.no_grad():
         for name, p in by_name.items():
             p.copy_(state[f"model.{name}"])
-    owners = {
-        id(p): optimizer
-        for optimizer in trainer.optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
+    owners = {}
+    for optimizer in trainer.optimizers:
+        every = (p for group in optimizer.param_groups for p in group["params"])
+        owners |= {id(p): optimizer for p in every}
     for key, value in state.items():
         kind, name = key.split(".", 1)
         if kind != "model":
             p = by_name[name]
             owners[id(p)].state[p][kind] = value.to(p.device).clone()
-    publish_weights(trainer.masters, trainer.working)
+    _publish_weights(trainer.masters, trainer.working)
     trainer.step_count = step
 
 
@@ -442,7 +414,7 @@ def load_training_state(path: Path, trainer: Trainer) -> list[dict]:
     try:
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        restore_tensors(trainer, state, int(header["step"]))
+        _restore_tensors(trainer, state, int(header["step"]))
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise _foreign_state(path, error) from None
     return json.loads(header["metrics"])
@@ -455,16 +427,12 @@ def training_header(path: Path) -> dict[str, str]:
             header = file.metadata() or {}
     except SafetensorError as error:
         raise _foreign_state(path, error) from None
-    missing = {"step", "dtype", "metrics"} - header.keys()
-    if missing:
+    if missing := {"step", "dtype", "metrics"} - header.keys():
         raise _foreign_state(path, f"no {' and no '.join(sorted(missing))}")
     try:
         step, metrics = int(header["step"]), json.loads(header["metrics"])
-        sound = (
-            step >= 0
-            and isinstance(metrics, list)
-            and all(isinstance(one, dict) for one in metrics)
-        )
+        sound = step >= 0 and isinstance(metrics, list)
+        sound = sound and all(isinstance(one, dict) for one in metrics)
     except (ValueError, TypeError, RecursionError):
         sound = False
     if not sound or header["dtype"] not in ("float32", "bfloat16"):
@@ -473,10 +441,8 @@ def training_header(path: Path) -> dict[str, str]:
 
 
 def _foreign_state(path: Path, reason: object) -> CourseError:
-    return CourseError(
-        f"{path} is no training state of this model ({reason}): "
-        "delete it to start from the beginning"
-    )
+    wrong = f"{path} is no training state of this model ({reason})"
+    return CourseError(f"{wrong}: delete it to start from the beginning")
 
 
 # %% ../notebooks/08_training.ipynb #76e3fc06

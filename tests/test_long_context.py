@@ -241,11 +241,11 @@ def test_what_needs_the_corpus_prepares_it(small, tmp_path, monkeypatch):
     corpus, tokenizer = open_long_corpus(small, SHIPPED)
     assert pieces == needle_pieces(tokenizer) and np.array_equal(hay, corpus.filler("heldout"))
     monkeypatch.setenv("QWEN_MINI_RUNS", str(tmp_path / "trained"))
-    assert extend_context(small, 0, "alone", stop_after=1).exists()
+    assert extend_context(small, 0, stage="alone", stop_after=1).exists()
 
 
 def test_extension_writes_a_checkpoint_with_the_new_base_and_context(small):
-    folder = extend_context(small, 0, "extended")
+    folder = extend_context(small, 0, stage="extended")
     config = read_config(folder)
     assert config.rope_theta == 20_000.0 and config.max_position_embeddings == 512
     transformers = pytest.importorskip("transformers")
@@ -258,11 +258,11 @@ def test_extension_writes_a_checkpoint_with_the_new_base_and_context(small):
 
 
 def test_an_interrupted_extension_reaches_the_same_numbers(small):
-    whole = extend_context(small, 0, "whole")
+    whole = extend_context(small, 0, stage="whole")
     for stop in (2, 4):
-        state = extend_context(small, 0, "cut", stop_after=stop)
+        state = extend_context(small, 0, stage="cut", stop_after=stop)
         assert state.suffix == ".safetensors" and state.exists()
-    cut = extend_context(small, 0, "cut")
+    cut = extend_context(small, 0, stage="cut")
     assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
     losses = [[record["loss"] for record in stages.metrics(folder)] for folder in (whole, cut)]
     assert losses[0] == losses[1] and len(losses[0]) == 6
@@ -270,15 +270,15 @@ def test_an_interrupted_extension_reaches_the_same_numbers(small):
 
 
 def test_a_finished_extension_is_found_and_not_made_again(small, monkeypatch):
-    folder = extend_context(small, 0, "extended")
+    folder = extend_context(small, 0, stage="extended")
 
     def refuse(*_):
         raise AssertionError("trained again")
 
     monkeypatch.setattr("qwen_mini.long_context.make_extension", refuse)
-    assert extend_context(small, 0, "extended") == folder
+    assert extend_context(small, 0, stage="extended") == folder
     with pytest.raises(AssertionError, match="trained again"):
-        extend_context(small, 1, "extended")
+        extend_context(small, 1, stage="extended")
 
 
 def test_other_settings_do_not_go_on_from_an_interrupted_run(small):
@@ -286,8 +286,8 @@ def test_other_settings_do_not_go_on_from_an_interrupted_run(small):
     tight = dataclasses.replace(
         small, pretraining=dataclasses.replace(small.pretraining, clip_norm=0.05)
     )
-    extend_context(small, 0, "mixed", stop_after=3)
-    mixed, fresh = extend_context(tight, 0, "mixed"), extend_context(tight, 0, "fresh")
+    extend_context(small, 0, stage="mixed", stop_after=3)
+    mixed, fresh = extend_context(tight, 0, stage="mixed"), extend_context(tight, 0, stage="fresh")
     losses = [[record["loss"] for record in stages.metrics(folder)] for folder in (mixed, fresh)]
     assert losses[0] == losses[1] and len(losses[0]) == 6
 

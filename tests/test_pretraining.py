@@ -250,7 +250,7 @@ def test_a_disk_that_is_full_from_the_beginning_costs_no_step(own, steps_taken, 
 def test_a_full_disk_at_the_end_keeps_the_state(own, whole, steps_taken, monkeypatch):
     """The last checkpoint does not fit, a training state does: no step is computed again."""
     config, runs = own
-    monkeypatch.setattr(stages, "_write_metrics", no_space)
+    monkeypatch.setattr(artifacts, "write_lines", no_space)
     place = re.escape(str(Path("tiny", "full_end")))
     with pytest.raises(
         artifacts.ArtifactError, match=rf"{place} was not written because the disk is full"

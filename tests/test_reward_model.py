@@ -26,7 +26,6 @@ from qwen_mini.reward_model import (
     answers_stage,
     best_of_n,
     bradley_terry_loss,
-    careless_policy,
     careless_stage,
     correlation_by_chance,
     criteria,
@@ -318,7 +317,7 @@ def some_stage(config, recipe="some pairs", **options):
 def test_an_interrupted_stage_reaches_the_same_weights(small, kind):
     def run(stop_after=None):
         if kind == "careless":
-            return careless_policy(small, stop_after=stop_after)
+            return careless_stage(small).run(stop_after)
         return some_stage(small).make(stop_after) if stop_after else some_stage(small).folder()
 
     folder = run()

@@ -13,27 +13,3 @@ from .records import experiment, experiments, recall
 from .scales import ScaleConfig, ScaleError, load_scale
 from .session import oracle, start
 from .show import say, table
-
-__all__ = [
-    "ArtifactError",
-    "CourseError",
-    "MissingStage",
-    "ScaleConfig",
-    "ScaleError",
-    "artifacts",
-    "claim",
-    "experiment",
-    "experiments",
-    "figures",
-    "hardware",
-    "home",
-    "load_scale",
-    "oracle",
-    "recall",
-    "runs",
-    "say",
-    "side_by_side",
-    "stages",
-    "start",
-    "table",
-]

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .. import __version__
@@ -30,30 +30,20 @@ except ImportError:  # Windows: nothing keeps two writers apart there
     fcntl = None
 
 # the chapter that makes a stage, by the beginning of its name
-MAKERS = {
-    **{
-        "tokenizer": "corpus",
-        "small_text": "scaling_laws",
-        "answers": "reward_model",
-        "reward_model": "reward_model",
-    },
-    **{"pairs": "dpo", "preferred": "dpo"},
-    "probe": "grpo",
-    **dict.fromkeys(("more_sft", "rejection", "expert", "order"), "online_rl"),
-}
+MAKERS = {"tokenizer": "corpus", "small_text": "scaling_laws", "probe": "grpo"}
+MAKERS |= dict.fromkeys(("answers", "reward_model"), "reward_model")
+MAKERS |= dict.fromkeys(("pairs", "preferred"), "dpo")
+MAKERS |= dict.fromkeys(("more_sft", "rejection", "expert", "order"), "online_rl")
 NAME = re.compile(r"[\w-][\w.-]*")
 LEFTOVER = re.compile(r"\.(.+?)\.(?:new|writer|partial-.+)")
 
 FULL, CROWDED = (errno.ENOSPC, errno.EDQUOT), (errno.EMFILE, errno.ENFILE)
-IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
+IN_THE_WAY, DENIED = (errno.EEXIST, errno.ENOTDIR), (errno.EACCES, errno.EPERM)
 REASONS = {
     FULL: "the disk is full; the previous version, if any, is kept: free some space and run it again",
     CROWDED: "too many files are open: close other programs or raise the limit with `ulimit -n 4096`",
     IN_THE_WAY: "a file stands where a folder is needed: move it, or set QWEN_MINI_RUNS to another folder",
-    (
-        errno.EACCES,
-        errno.EPERM,
-    ): "you may not write there: change its permissions, or set QWEN_MINI_RUNS to another folder",
+    DENIED: "you may not write there: change its permissions, or set QWEN_MINI_RUNS to another folder",
     (
         errno.EROFS,
     ): "it lies on a read-only file system: set QWEN_MINI_RUNS to a folder that can be written",
@@ -72,9 +62,8 @@ def stage_dir(scale_name: str, stage: str) -> Path:
     """Where the stage of a scale lives: `runs/<scale>/<stage>`, whether it exists or not."""
     for name in (scale_name, stage):
         if not NAME.fullmatch(name):  # results go nowhere else
-            raise ArtifactError(
-                f"{name!r} is not the name of a stage or scale: letters, digits, _, - and . are"
-            )
+            wrong = f"{name!r} is not the name of a stage or scale"
+            raise ArtifactError(f"{wrong}: letters, digits, _, - and . are")
     return runs() / scale_name / stage
 
 
@@ -106,16 +95,14 @@ def find(scale_name: str, stage: str, scale_digest: str | None = None) -> Path:
     path = stage_dir(scale_name, stage)
     if whole := _whole(path):
         if scale_digest and read_manifest(whole).get("scale_digest", scale_digest) != scale_digest:
-            raise MissingStage(
-                f"{shown(path)} was made with another scale of the name {scale_name!r}: rename your scale's file, or "
-                f"{_remedy(scale_name, stage)}"
-            )
+            other = f"{shown(path)} was made with another scale of the name {scale_name!r}"
+            remedy = f"rename your scale's file, or {_remedy(scale_name, stage)}"
+            raise MissingStage(f"{other}: {remedy}")
         return whole
     if has(scale_name, stage):
         return shipped_dir(stage)
-    raise MissingStage(
-        f"the stage {stage!r} of scale {scale_name!r} is missing: {_remedy(scale_name, stage)}"
-    )
+    missing = f"the stage {stage!r} of scale {scale_name!r} is missing"
+    raise MissingStage(f"{missing}: {_remedy(scale_name, stage)}")
 
 
 def find_by_key(scale_name: str, stage: str, key: str) -> Path | None:
@@ -167,15 +154,12 @@ def write_stage(scale_name: str, stage: str, inputs: dict | None = None, **facts
         _writing.add(folder.name)
         try:
             yield folder
-            _write_manifest(
-                folder, {"stage": stage, "scale": scale_name, "inputs": inputs or {}, **facts}
-            )
+            own = {"stage": stage, "scale": scale_name, "inputs": inputs or {}}
+            _write_manifest(folder, own | facts)
             for file in [*folder.rglob("*"), folder]:
                 _fsync(file)
             os.chmod(folder, 0o755)
-            if (
-                "key" in facts
-            ):  # its own state goes last, so that whoever is killed here comes by again
+            if "key" in facts:  # its own state goes last: whoever is killed here comes by again
                 _drop_states(scale_name, stage, but=facts["key"])
             folder.rename(_new(path))  # from here on this version counts, whatever happens
             _finish(path)
@@ -205,6 +189,18 @@ def write_file(path: str | os.PathLike, content: bytes | str) -> Path:
             finally:
                 Path(aside).unlink(missing_ok=True)
     return path
+
+
+def write_lines(path: Path, records: Iterable) -> None:
+    """A file of JSON values, one a line, into a folder that `write_stage` gave."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def read_lines(path: Path) -> list:
+    """What `write_lines` wrote."""
+    with path.open(encoding="utf-8") as file:  # lines end at \n alone, whatever a text holds
+        return [json.loads(line) for line in file]
 
 
 def check_writable(scale_name: str) -> None:
@@ -264,9 +260,8 @@ def sweep(scale_name: str) -> None:
     for folder, names, files in os.walk(runs() / scale_name):
         for name in {match[1] for match in map(LEFTOVER.fullmatch, [*names, *files]) if match}:
             _heal(Path(folder, name))
-        names[:] = [
-            name for name in names if not name.startswith(".") and not _complete(Path(folder, name))
-        ]
+        visible = (name for name in names if not name.startswith("."))
+        names[:] = [name for name in visible if not _complete(Path(folder, name))]
 
 
 def _drop_states(scale_name: str, stage: str, but: str) -> None:
@@ -294,12 +289,9 @@ def _write_manifest(folder: Path, facts: dict) -> None:
 
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file of a folder but its manifest."""
-    files = [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != "manifest.json"
-    ]
-    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    return {name: size for name, size in sizes.items() if Path(name).name != "manifest.json"}
 
 
 def _fsync(path: Path) -> None:
@@ -326,9 +318,8 @@ def _readable_errors(path: Path) -> Iterator[None]:
         reason = next((reason for codes, reason in REASONS.items() if code in codes), None)
         if isinstance(error, CourseError) or reason is None or not _concerns(path, where, code):
             raise
-        name = re.sub(
-            r"\.([^/\\]+)\.partial-[^/\\]+", r"\1", shown(path)
-        )  # the stage, not its hidden folder
+        # the stage, not its hidden folder
+        name = re.sub(r"\.([^/\\]+)\.partial-[^/\\]+", r"\1", shown(path))
         raise ArtifactError(f"{name} was not written because {reason}") from error
 
 
@@ -339,9 +330,8 @@ def _concerns(path: Path, where, code: int) -> bool:
     if not isinstance(where, str | os.PathLike):
         return code not in IN_THE_WAY
     path, where = path.absolute(), Path(where).absolute()
-    return (
-        path.is_relative_to(where) or where.is_relative_to(path.parent) and code not in IN_THE_WAY
-    )
+    beside = where.is_relative_to(path.parent) and code not in IN_THE_WAY
+    return path.is_relative_to(where) or beside
 
 
 # ---------------------------------------------------------------- versions of a stage
@@ -471,13 +461,12 @@ class _Lock:
                     break
                 with contextlib.suppress(FileNotFoundError):  # its last holder has removed it
                     if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                        who = f"process {os.getpid()} on {platform.node()}"
                         with contextlib.suppress(
                             OSError
-                        ):  # on a full disk nobody is told who is at it
+                        ):  # on a full disk nobody is told who it is
                             file.truncate(0)
-                            file.write(
-                                f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %R')}".encode()
-                            )
+                            file.write(f"{who} since {time.strftime('%F %R')}".encode())
                         self.file = file
                         files.pop_all()
                         return True
@@ -498,9 +487,8 @@ class _Lock:
 
 
 _locks: dict[Path, _Lock] = {}
-_writing: set[str] = (
-    set()
-)  # folders that this process is filling: no leftovers, although it can take their lock
+# folders that this process is filling: no leftovers, although it can take their lock
+_writing: set[str] = set()
 
 
 def _lock_of(path: Path) -> _Lock:

@@ -17,9 +17,8 @@ def newest_stage(scale_name: str) -> str:
         for stage in (*INSTRUCTED, *BASE):
             if exists(scale_name, stage):
                 return stage
-    raise artifacts.MissingStage(
-        f"no model has been trained yet: make one with `qwen-mini run --scale {scale_name}`"
-    )
+    make = f"make one with `qwen-mini run --scale {scale_name}`"
+    raise artifacts.MissingStage(f"no model has been trained yet: {make}")
 
 
 class Talker:
@@ -35,9 +34,8 @@ class Talker:
         from qwen_mini.tokenizer import Tokenizer
 
         if max_tokens < 1:
-            raise CourseError(
-                f"an answer needs at least 1 token, got {max_tokens}: raise --max-tokens"
-            )
+            least = "an answer needs at least 1 token"
+            raise CourseError(f"{least}, got {max_tokens}: raise --max-tokens")
         try:
             Sampling(temperature=temperature)
         except ValueError as error:
@@ -49,14 +47,11 @@ class Talker:
         if not (folder / "config.json").exists():
             raise CourseError(f"the stage {self.stage!r} holds no model: {folder}")
         try:
-            self.model, self.tokenizer = (
-                Qwen.from_pretrained(folder).eval(),
-                Tokenizer.from_pretrained(folder),
-            )
+            self.model = Qwen.from_pretrained(folder).eval()
+            self.tokenizer = Tokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise CourseError(
-                f"the model of stage {self.stage!r} cannot be loaded: {error}"
-            ) from error
+            what = f"the model of stage {self.stage!r}"
+            raise CourseError(f"{what} cannot be loaded: {error}") from error
         self.generator = torch.Generator().manual_seed(seed)
         self.temperature = temperature
         self.max_tokens = min(max_tokens, self.model.config.max_position_embeddings // 2)
@@ -86,18 +81,12 @@ class Talker:
         from qwen_mini.generation import generate
 
         ids, messages = self.prompt(text)
-        stops = [self.tokenizer.endoftext_id, self.tokenizer.im_end_id]
         settings = {"temperature": self.temperature, "vocab_size": self.tokenizer.vocab_size}
+        settings["stop_ids"] = [self.tokenizer.endoftext_id, self.tokenizer.im_end_id]
+        settings["generator"] = self.generator
         drawn = self.generator.get_state()
         try:
-            done = generate(
-                self.model,
-                [ids],
-                self.max_tokens,
-                stop_ids=stops,
-                generator=self.generator,
-                **settings,
-            )[0]
+            [done] = generate(self.model, [ids], self.max_tokens, **settings)
             said = self.tokenizer.decode(done.tokens, skip_special_tokens=True)
         except BaseException:  # Ctrl-C as well
             self.generator.set_state(drawn)
@@ -109,10 +98,8 @@ class Talker:
 
 def talk(scale: str, stage: str | None, seed: int, temperature: float, max_tokens: int) -> int:
     """Read lines until an empty one or the end of the input, and answer each."""
-    for stream in (
-        sys.stdin,
-        sys.stdout,
-    ):  # what the terminal cannot spell is refused or shown as ?, never a crash
+    # what the terminal cannot spell is refused or shown as ?, never a crash
+    for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
     talker = Talker(scale, stage, seed, temperature, max_tokens)
@@ -135,26 +122,17 @@ def _ask() -> str:
         return ""
 
 
-def chat_widget(
-    scale: str,
-    stage: str | None = None,
-    seed: int = 0,
-    temperature: float = 0.0,
-    max_tokens: int = 128,
-):
+def chat_widget(scale: str, stage: str | None = None, seed: int = 0, max_tokens: int = 128):
     """The same conversation in a notebook, an ipywidgets box: a line to type in, and above it what has been said."""
     import html
 
     import ipywidgets
 
-    talker = Talker(scale, stage, seed, temperature, max_tokens)
-    said = ipywidgets.HTML(
-        value=f"<i>the model of stage {talker.stage}; type a problem and press Enter</i>"
-    )
-    wide = ipywidgets.Layout(width="90%")
-    line = ipywidgets.Text(
-        placeholder="Reverse: lamp tree stone", continuous_update=False, layout=wide
-    )
+    talker = Talker(scale, stage, seed, 0.0, max_tokens)
+    what = f"the model of stage {talker.stage}; type a problem and press Enter"
+    said = ipywidgets.HTML(value=f"<i>{what}</i>")
+    look = {"placeholder": "Reverse: lamp tree stone", "layout": ipywidgets.Layout(width="90%")}
+    line = ipywidgets.Text(continuous_update=False, **look)
 
     def answer(_):
         text = line.value.strip()
@@ -163,15 +141,10 @@ def chat_widget(
         try:
             reply = talker.answer(text)
         except (CourseError, ValueError) as error:
-            reply, text = (
-                f"({error})",
-                text.encode("utf-8", "replace").decode("utf-8"),
-            )  # for the browser
+            reply, text = f"({error})", text.encode("utf-8", "replace").decode()  # for the browser
         # what was typed and what the model wrote is text, never markup
-        turns = [
-            f"<b>{who}</b> {html.escape(what)}"
-            for who, what in (("you", text), (talker.stage, reply))
-        ]
+        pair = (("you", text), (talker.stage, reply))
+        turns = [f"<b>{who}</b> {html.escape(what)}" for who, what in pair]
         said.value += "<br>" + "<br>".join(turn.replace("\n", "<br>") for turn in turns)
         line.value = ""
 

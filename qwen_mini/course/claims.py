@@ -33,9 +33,8 @@ def claim(text: str, holds: bool, value=None, report: str | None = None) -> None
     place = f" · report {report}" if report else ""
     print(f"{'claim holds' if holds else 'CLAIM FAILS'} · {text}{place}")
     if _current["notebook"] is not None:
-        _made.append(
-            {**_current, "claim": text, "holds": holds, "value": _plain(value), "report": report}
-        )
+        facts = {"claim": text, "holds": holds, "value": _plain(value), "report": report}
+        _made.append(_current | facts)
         # whole, not one line more: if the notebook is open twice, the claims of one session stay together
         content = "".join(_line(record) for record in _made)
         write_file(claims_file(_current["scale"], _current["notebook"]), content)

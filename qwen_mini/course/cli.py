@@ -112,9 +112,8 @@ def run(options) -> int:
     from . import nb, runner
 
     books = nb.select(home(), options.notebooks)
-    results = runner.run(
-        books, options.scale, options.seed, records_only=options.records_only, **_execution(options)
-    )
+    flags = {"records_only": options.records_only, **_execution(options)}
+    results = runner.run(books, options.scale, options.seed, **flags)
     return 0 if all(result.ok for result in results) and len(results) == len(books) else 1
 
 
@@ -128,15 +127,10 @@ def outputs(options) -> int:
     if options.dry_run:
         found = stale(home())
         for thing in found:
-            print(
-                f"{thing.what}: {thing.reason}"
-                + (f"; about {clock(thing.seconds)}" if thing.seconds else "")
-            )
-        print(
-            f"in all about {clock(sum(thing.seconds for thing in found))}"
-            if found
-            else "everything is current"
-        )
+            about = f"; about {clock(thing.seconds)}" if thing.seconds else ""
+            print(f"{thing.what}: {thing.reason}{about}")
+        whole = f"in all about {clock(sum(thing.seconds for thing in found))}"
+        print(whole if found else "everything is current")
         return 0
     flags, books = _execution(options), nb.select(home(), options.notebooks)
     if not options.notebooks and not flags["fresh"]:
@@ -206,9 +200,8 @@ def main(words: list[str] | None = None) -> int:
         check_seed(getattr(options, "seed", 0))
         return options.function(options)
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted: the same command finds what is finished, and goes on", file=sys.stderr
-        )
+        again = "the same command finds what is finished, and goes on"
+        print(f"\ninterrupted: {again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -22,6 +22,7 @@ import numpy as np
 from . import artifacts, downloads
 from .errors import CourseError
 from .paths import home
+from .scales import ScaleConfig
 from .versions import versions_of
 
 if TYPE_CHECKING:
@@ -57,14 +58,12 @@ class Document:
     records: tuple[tuple[str, str], ...] = ()
 
 
-def read_sources(path: str | os.PathLike | None = None) -> dict[str, Source]:
+def read_sources() -> dict[str, Source]:
     """Every source that `data/sources.toml` describes, by name."""
-    path = Path(path or home() / "data" / "sources.toml")
+    path = home() / "data" / "sources.toml"
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    return {
-        name: Source(name, **{**table, "files": tuple(table.get("files", ()))})
-        for name, table in tables.items()
-    }
+    files = lambda table: {"files": tuple(table.get("files", ()))}
+    return {name: Source(name, **(table | files(table))) for name, table in tables.items()}
 
 
 def clean(text: str) -> str:
@@ -78,10 +77,9 @@ def decode_utf8(raw: bytes, source: str, member: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"source {source!r}: {member} is not valid UTF-8 at byte offset {error.start}; "
-            f"fix or replace the file, or leave the source out of [corpus] sources"
-        ) from None
+        wrong = f"source {source!r}: {member} is not valid UTF-8 at byte offset {error.start}"
+        remedy = "fix or replace the file, or leave the source out of [corpus] sources"
+        raise CorpusError(f"{wrong}; {remedy}") from None
 
 
 def first_sentences(text: str, characters: int) -> str:
@@ -116,29 +114,17 @@ def gloss_documents(text: str, source: str, entries: int = 12) -> Iterator[Docum
 
 def sentence_documents(text: str, source: str, pairs: int = 6) -> Iterator[Document]:
     """Graded sentences with pinyin and English: `pairs` of them make one document."""
-    rows = (
-        (clean(s["chinese"]), clean(s["pinyin"]), clean(s["translation"]["en"]))
-        for s in json.loads(text)
-    )
-    sentences = list(dict.fromkeys(rows))
+    parts = lambda s: (s["chinese"], s["pinyin"], s["translation"]["en"])
+    sentences = list(dict.fromkeys(tuple(map(clean, parts(s))) for s in json.loads(text)))
     for start in range(0, len(sentences), pairs):
         page = sentences[start : start + pairs]
-        lines = (f"{chinese}\n{pinyin}\n{english}" for chinese, pinyin, english in page)
-        yield Document(
-            "\n\n".join(lines), source, tuple((chinese, english) for chinese, _, english in page)
-        )
+        records = tuple((chinese, english) for chinese, _, english in page)
+        yield Document("\n\n".join(map("\n".join, page)), source, records)
 
 
-PYTHON_SKIPPED = {
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "encodings",
-    "pydoc_data",
-    "site-packages",
-    "dist-packages",
-}
+PYTHON_SKIPPED = set(
+    "test tests idlelib lib2to3 encodings pydoc_data site-packages dist-packages".split()
+)
 
 
 def excerpt(text: str, characters: int) -> str:
@@ -153,11 +139,8 @@ def python_documents(source: str, characters: int = 8_000) -> Iterator[Document]
     for name, text in sorted(pydoc_data.topics.topics.items()):
         body = clean(re.sub(r"\n\*{5,}\n", "\n", text))
         lead = first_sentences(" ".join(" ".join(body.split("\n\n")[1:3]).split()), 300)
-        yield Document(
-            excerpt(body, characters),
-            source,
-            ((name.lower().replace("-", " "), lead),) if lead else (),
-        )
+        records = ((name.lower().replace("-", " "), lead),) if lead else ()
+        yield Document(excerpt(body, characters), source, records)
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         inside = path.relative_to(library)
@@ -188,13 +171,10 @@ def hub_documents(source: Source) -> Iterator[Document]:
     try:
         import datasets
     except ImportError:
-        raise CorpusError(
-            f"source {source.name!r} is streamed from Hugging Face: install it with `pip install datasets`"
-        ) from None
-    subset = source.files[0] if source.files else None
-    rows = datasets.load_dataset(
-        source.package, name=subset, revision=source.version, split="train", streaming=True
-    )
+        streamed = f"source {source.name!r} is streamed from Hugging Face"
+        raise CorpusError(f"{streamed}: install it with `pip install datasets`") from None
+    options = {"name": source.files[0] if source.files else None, "revision": source.version}
+    rows = datasets.load_dataset(source.package, split="train", streaming=True, **options)
     return (Document(clean(row["text"]), source.name) for row in rows)
 
 
@@ -206,15 +186,14 @@ def read_documents(source: Source) -> Iterator[Document]:
         return python_documents(source.name)
     if source.kind == "huggingface":
         return hub_documents(source)
-    raise CorpusError(
-        f"source {source.name!r} is of kind {source.kind!r}, which no document can be read from"
-    )
+    kind = f"of kind {source.kind!r}, which no document can be read from"
+    raise CorpusError(f"source {source.name!r} is {kind}")
 
 
 _said: set[str] = set()  # what has been reported as left out, once per process
 
 
-def available_sources(config) -> tuple[list[Source], dict[str, str]]:
+def available_sources(config: ScaleConfig) -> tuple[list[Source], dict[str, str]]:
     """The sources of `config.corpus.sources` that can be read here, and why each other one is left out.
 
     Only a wheel that cannot be had leaves its sources out, which one line says with the reason; a wheel with the wrong
@@ -223,9 +202,8 @@ def available_sources(config) -> tuple[list[Source], dict[str, str]]:
     known, left_out, unreachable = read_sources(), {}, {}
     unknown = [name for name in config.corpus.sources if name not in known]
     if unknown:
-        raise CorpusError(
-            f"[corpus] sources names {unknown[0]!r}, which data/sources.toml does not describe"
-        )
+        what = f"{unknown[0]!r}, which data/sources.toml does not describe"
+        raise CorpusError(f"[corpus] sources names {what}")
     sources = [known[name] for name in config.corpus.sources]
     for source in sources:
         wheel = (source.package, source.version, source.sha256)
@@ -246,17 +224,13 @@ def available_sources(config) -> tuple[list[Source], dict[str, str]]:
     return kept, {name: str(error) for name, error in left_out.items()}
 
 
-def recipe(config, sources: list[Source], left_out: Iterable[str], seed: int) -> dict:
+def recipe(config: ScaleConfig, sources: list[Source], left_out: Iterable[str], seed: int) -> dict:
     """Everything the corpus depends on, JSON-able: two equal recipes give equal bytes."""
     python = f"{sys.implementation.name} {sys.version.split()[0]}"
-    facts = {
-        "versions": versions_of("corpus"),
-        "seed": seed,
-        "tokenizer": asdict(config.tokenizer),
-        "corpus": asdict(config.corpus),
-        "sources": {s.name: s.sha256 or s.version or python for s in sources},
-        "left_out": sorted(left_out),
-    }
+    settings = {"tokenizer": asdict(config.tokenizer), "corpus": asdict(config.corpus)}
+    facts = {"versions": versions_of("corpus"), "seed": seed, **settings}
+    facts["sources"] = {s.name: s.sha256 or s.version or python for s in sources}
+    facts["left_out"] = sorted(left_out)
     return json.loads(json.dumps(facts))
 
 
@@ -295,18 +269,14 @@ class CorpusWriter:
         if split == "heldout":
             rows = (b"".join(raw[i] for i in row) for row in ids.tolist())
             self.append(f"heldout/{domain}.txt", b"".join(row + b"\0" for row in rows))
-        self._count(
-            domain, split, ids.size, int(np.array(list(map(len, raw)))[ids].sum()), len(ids)
-        )
+        text_bytes = int(np.array(list(map(len, raw)))[ids].sum())
+        self._count(domain, split, ids.size, text_bytes, len(ids))
         self.domains[domain]["row_tokens"] = ids.shape[1]
 
     def _count(self, domain: str, split: str, tokens: int, text_bytes: int, documents: int) -> None:
         facts = self.domains.setdefault(domain, {"row_tokens": None})
-        for name, size in {
-            "tokens": tokens,
-            "bytes": text_bytes + documents,
-            "documents": documents,
-        }.items():
+        sizes = {"tokens": tokens, "bytes": text_bytes + documents, "documents": documents}
+        for name, size in sizes.items():
             facts[f"{split}_{name}"] = facts.get(f"{split}_{name}", 0) + size
 
 
@@ -329,36 +299,32 @@ class Corpus:
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         if not path.is_file():
-            raise CorpusError(
-                f"{self.folder} holds no corpus: make one with prepare_corpus(config)"
-            )
+            make = "make one with prepare_corpus(config)"
+            raise CorpusError(f"{self.folder} holds no corpus: {make}")
         self.manifest: dict = json.loads(path.read_text(encoding="utf-8"))
         self.domains: dict[str, dict] = self.manifest["domains"]
         self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
 
     def tokens(self, domain: str, split: str = "train") -> np.ndarray:
         """All token ids of one side of a domain, 1-d."""
-        path = self.folder / split / f"{domain}.bin"
-        return (
-            np.memmap(path, dtype=self.dtype, mode="r")
-            if path.stat().st_size
-            else np.empty(0, self.dtype)
-        )
+        return _mapped(self.folder / split / f"{domain}.bin", self.dtype)
 
     def weights(self, domain: str, split: str = "train") -> np.ndarray | None:
         """Loss weights in tenths, one per token, or None where every token counts the same."""
         path = self.folder / split / f"{domain}.weights.bin"
-        if not path.exists():
-            return None
-        empty = not path.stat().st_size  # which cannot be mapped
-        return np.empty(0, np.uint8) if empty else np.memmap(path, dtype=np.uint8, mode="r")
+        return _mapped(path, np.uint8) if path.exists() else None
 
     def heldout_bytes(self, domain: str) -> bytes:
         """The held-out text, UTF-8, a NUL after every document: the denominator of bits per byte."""
         return (self.folder / "heldout" / f"{domain}.txt").read_bytes()
 
 
-def prepared_folders(config, seed: int | None = None) -> list[Path]:
+def _mapped(path: Path, dtype) -> np.ndarray:
+    """The numbers in a file; an empty one cannot be mapped."""
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+
+def prepared_folders(config: ScaleConfig, seed: int | None = None) -> list[Path]:
     """Where the scale's corpus and the tokenizer that wrote it lie.
 
     CorpusError if they are of two recipes, or of another one than the scale's (and the seed's, where one is given):
@@ -369,32 +335,26 @@ def prepared_folders(config, seed: int | None = None) -> list[Path]:
     made_from = [artifacts.read_manifest(folder).get("inputs", {}) for folder in folders]
     again = "run `qwen-mini run corpus` again with this scale and seed"
     if made_from[0] != made_from[1]:
-        raise CorpusError(
-            f"the corpus and the tokenizer of scale {config.name!r} were made from different settings, "
-            f"perhaps because a run was interrupted between them: {again}"
-        )
+        both = f"the corpus and the tokenizer of scale {config.name!r}"
+        perhaps = "perhaps because a run was interrupted between them"
+        raise CorpusError(f"{both} were made from different settings, {perhaps}: {again}")
     wanted = {stage: asdict(getattr(config, stage)) for stage in stages}
     wanted |= {} if seed is None else {"seed": seed}
     if json.loads(json.dumps(wanted)) != {name: made_from[0].get(name) for name in wanted}:
-        raise CorpusError(
-            f"the corpus of scale {config.name!r} was prepared with other settings or another seed: {again}"
-        )
+        other = "was prepared with other settings or another seed"
+        raise CorpusError(f"the corpus of scale {config.name!r} {other}: {again}")
     return folders
 
 
-def corpus_inputs(config, seed: int) -> dict:
+def corpus_inputs(config: ScaleConfig, seed: int) -> dict:
     """What a model trained on the corpus depends on, known without the corpus: settings, pinned sources, seed.
 
     Sources that could not be fetched here are named: another text makes another model.
     """
     known = read_sources()
     pins = {name: known[name].sha256 or known[name].version for name in config.corpus.sources}
-    inputs = {
-        "corpus": asdict(config.corpus),
-        "tokenizer": asdict(config.tokenizer),
-        "sources": pins,
-        "seed": seed,
-    }
+    inputs = {"corpus": asdict(config.corpus), "tokenizer": asdict(config.tokenizer)}
+    inputs |= {"sources": pins, "seed": seed}
     left_out = artifacts.read_manifest(artifacts.stage_dir(config.name, "corpus")).get("left_out")
     return inputs | ({"left_out": sorted(left_out)} if left_out else {})
 
@@ -415,10 +375,8 @@ def long_documents(characters: int, skip: int = 8_000, limit: int = 8) -> list[s
         whole = len(joined) // characters
         texts = [joined[i * characters : (i + 1) * characters] for i in range(whole)]
     if not texts:
-        raise CorpusError(
-            f"the standard library has no {characters:,} unseen characters: "
-            "ask for shorter documents, or use a Python that carries its source"
-        )
+        remedy = "ask for shorter documents, or use a Python that carries its source"
+        raise CorpusError(f"the standard library has no {characters:,} unseen characters: {remedy}")
     return texts[:limit]
 
 

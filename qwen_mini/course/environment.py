@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import hardware
 from .paths import PACKAGE, home, runs
+from .scales import ScaleConfig
 
 # How long a thread that has nothing to do spins before it sleeps: GNU's runtime counts rounds, LLVM's
 # and Intel's, which torch uses on macOS and Windows, milliseconds. By default they spin for so long
@@ -17,15 +18,8 @@ WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 
 # Python's own variables may skip assertions, run code at the start, turn warnings into errors; these
 # only say where the interpreter finds its files.
-PYTHON_FILES = {
-    "PYTHONHOME",
-    "PYTHONPLATLIBDIR",
-    "PYTHONUSERBASE",
-    "PYTHONNOUSERSITE",
-    "PYTHONPYCACHEPREFIX",
-    "PYTHONDONTWRITEBYTECODE",
-    "PYTHONEXECUTABLE",
-}
+PYTHON_FILES = {"PYTHONHOME", "PYTHONPLATLIBDIR", "PYTHONUSERBASE", "PYTHONNOUSERSITE"}
+PYTHON_FILES |= {"PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE", "PYTHONEXECUTABLE"}
 
 FOREIGN = [
     # they bind every fork's one thread to the same core, or keep threads from being started
@@ -43,7 +37,7 @@ def calm_threads() -> None:
 
 
 def kernel_environment(
-    config, records_only: bool = False, fresh: bool = False, jobs: int = 1
+    config: ScaleConfig, records_only: bool = False, fresh: bool = False, jobs: int = 1
 ) -> dict[str, str | None]:
     """What a kernel does not take over from its caller: variables and their values, None for none.
 
@@ -54,12 +48,11 @@ def kernel_environment(
     search = [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]
     foreign = {name for name in os.environ if name.startswith("PYTHON")} - PYTHON_FILES
     wish = {"QWEN_MINI_RECORDS": "only" if records_only else None, "FRESH": "1" if fresh else None}
+    computing = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return {
         **dict.fromkeys([*sorted(foreign), *FOREIGN]),
         **{name: os.environ.get(name, value) for name, value in WAITING.items()},
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "OPENBLAS_NUM_THREADS": threads,
+        **dict.fromkeys(computing, threads),
         "TOKENIZERS_PARALLELISM": "false",  # its threads do not survive a fork
         "PYTHONHASHSEED": "0",
         "PYTHONUTF8": "1",  # whatever the locale

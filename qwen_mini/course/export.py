@@ -10,11 +10,12 @@ from pathlib import Path
 from . import artifacts
 from .errors import CourseError
 from .paths import shown
+from .scales import ScaleConfig
 
 LEFT_OUT = shutil.ignore_patterns("metrics.jsonl")  # how it was trained is no part of a checkpoint
 
 
-def export(config, stage: str, folder: str | os.PathLike, bfloat16: bool) -> Path:
+def export(config: ScaleConfig, stage: str, folder: str | os.PathLike, bfloat16: bool) -> Path:
     """Copy a stage of the scale `config` to `folder`, which must not exist; with `bfloat16` in 16 bits.
 
     The copy is made beside `folder` and renamed: a failure leaves nothing, and the next try is free.

@@ -50,6 +50,4 @@ def apply_style() -> None:
     if in_notebook():
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-        set_matplotlib_formats(
-            "png", metadata={"Software": None}
-        )  # the software's name and version
+        set_matplotlib_formats("png", metadata={"Software": None})  # its name and version

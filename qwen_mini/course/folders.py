@@ -23,6 +23,10 @@ SILENT = frozenset(
     "return_dict sliding_window task_specific_params tokenizer_class torch_dtype transformers_version unsloth_fixed "
     "unsloth_version use_cache use_return_dict".split()
 )
+# Keys that are read on their own.
+CHECKED = frozenset(
+    "model_type rope_parameters rope_scaling hidden_act use_sliding_window quantization_config".split()
+)
 # Buffers that older trainers store; every loader computes them itself.
 SILENT_TENSORS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 
@@ -37,9 +41,8 @@ def qwen2_values(values: dict) -> dict[str, Any]:
     cannot compute, is a ValueError with one sentence.
     """
     if values.get("model_type") != "qwen2":
-        raise ValueError(
-            f"not a Qwen2 checkpoint: config.json says model_type {values.get('model_type')!r}, not 'qwen2'"
-        )
+        says = f"config.json says model_type {values.get('model_type')!r}, not 'qwen2'"
+        raise ValueError(f"not a Qwen2 checkpoint: {says}")
     values = {key: value for key, value in values.items() if value is not None}
     _refuse_more(values)
     known = {field.name for field in dataclasses.fields(Model)}
@@ -49,19 +52,8 @@ def qwen2_values(values: dict) -> dict[str, Any]:
     heads, width = values.get("num_attention_heads"), values.get("hidden_size")
     if "head_dim" not in values and type(heads) is type(width) is int and heads > 0:
         values["head_dim"] = width // heads
-    asked = {
-        "model_type",
-        "rope_parameters",
-        "rope_scaling",
-        "hidden_act",
-        "use_sliding_window",
-        "quantization_config",
-    }
-    told = {
-        key: value
-        for key, value in values.items()
-        if key not in SILENT | asked and (key in known or value)
-    }
+    left = {key: value for key, value in values.items() if key not in SILENT | CHECKED}
+    told = {key: value for key, value in left.items() if key in known or value}
     try:
         return dataclasses.asdict(TypeAdapter(Model).validate_json(json.dumps(DEFAULTS | told)))
     except ValidationError as error:
@@ -69,16 +61,11 @@ def qwen2_values(values: dict) -> dict[str, Any]:
 
 
 # Keys that Qwen2Moe adds, with what transformers takes where a file says nothing; None: the file must say it.
-MOE_KEYS = {
-    "num_experts": None,
-    "num_experts_per_tok": None,
-    "moe_intermediate_size": None,
-    "shared_expert_intermediate_size": None,
-    "norm_topk_prob": False,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": (),
-    "router_aux_loss_coef": 0.001,
-}
+MOE_KEYS = dict.fromkeys((
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
+))  # fmt: skip
+MOE_KEYS |= {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": ()}
+MOE_KEYS |= {"router_aux_loss_coef": 0.001}
 
 
 def qwen2_moe_values(values: dict) -> dict[str, Any]:
@@ -87,13 +74,11 @@ def qwen2_moe_values(values: dict) -> dict[str, Any]:
     Whether numbers of experts fit each other is for the caller to say.
     """
     if values.get("model_type") != "qwen2_moe":
-        raise ValueError(
-            f"not a Qwen2Moe checkpoint: config.json says model_type {values.get('model_type')!r}, not 'qwen2_moe'"
-        )
+        says = f"config.json says model_type {values.get('model_type')!r}, not 'qwen2_moe'"
+        raise ValueError(f"not a Qwen2Moe checkpoint: {says}")
     if values.get("qkv_bias", True) is not True:
-        raise ValueError(
-            "config.json asks for attention without biases, which Qwen's models do not have"
-        )
+        unknown = "which Qwen's models do not have"
+        raise ValueError(f"config.json asks for attention without biases, {unknown}")
     told = MOE_KEYS | {key: values[key] for key in MOE_KEYS if values.get(key) is not None}
     if missing := [key for key, value in told.items() if value is None]:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
@@ -108,37 +93,23 @@ def qwen2_moe_values(values: dict) -> dict[str, Any]:
 def _refuse_more(values: dict) -> None:
     """ValueError for what other models have, and this one does not."""
     for rope in (values.get("rope_parameters") or {}, values.get("rope_scaling") or {}):
-        kinds = (
-            {rope.get("rope_type", "default"), rope.get("type", "default")}
-            if _is_flat(rope)
-            else set()
-        )
+        flat = isinstance(rope, dict) and not any(isinstance(x, dict | list) for x in rope.values())
+        kinds = {rope.get(key, "default") for key in ("rope_type", "type")} if flat else set()
         if kinds != {"default"} or set(rope) - {"rope_type", "type", "rope_theta"}:
-            raise ValueError(
-                "config.json asks for scaled RoPE: load the plain checkpoint and choose the scaling as an attention "
-                "function"
-            )
+            remedy = "load the plain checkpoint and choose the scaling as an attention function"
+            raise ValueError(f"config.json asks for scaled RoPE: {remedy}")
     if values.get("dual_chunk_attention_config"):
-        raise ValueError(
-            "config.json asks for dual chunk attention: remove that section, set max_position_embeddings to its "
-            "original_max_position_embeddings, and choose the chunks as an attention function"
-        )
+        lengths = "set max_position_embeddings to its original_max_position_embeddings"
+        remedy = f"remove that section, {lengths}, and choose the chunks as an attention function"
+        raise ValueError(f"config.json asks for dual chunk attention: {remedy}")
     kinds = values.get("layer_types", [])
     slides = not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}
     if values.get("use_sliding_window") or slides or values.get("hidden_act", "silu") != "silu":
-        raise ValueError(
-            "config.json asks for a sliding window or an activation other than silu: Qwen2.5 has neither"
-        )
+        asks = "config.json asks for a sliding window or an activation other than silu"
+        raise ValueError(f"{asks}: Qwen2.5 has neither")
     if values.get("quantization_config"):
-        raise ValueError(
-            "config.json says that the weights are quantised: load the checkpoint in 16 or 32 bits"
-        )
-
-
-def _is_flat(rope) -> bool:
-    return isinstance(rope, dict) and not any(
-        isinstance(value, dict | list) for value in rope.values()
-    )
+        remedy = "load the checkpoint in 16 or 32 bits"
+        raise ValueError(f"config.json says that the weights are quantised: {remedy}")
 
 
 def _sentence(problems: list[dict]) -> str:
@@ -151,9 +122,8 @@ def _sentence(problems: list[dict]) -> str:
     key, problem = (problems[0]["loc"] or ("",))[-1], problems[0]
     if problem["type"] == "value_error":
         return f"key {key!r} {problem['ctx']['error']}"
-    return (
-        f"key {key!r} {problem['msg'].removeprefix('Input ')}, got {str(problem['input'])[:60]!r}"
-    )
+    got = str(problem["input"])[:60]
+    return f"key {key!r} {problem['msg'].removeprefix('Input ')}, got {got!r}"
 
 
 def read_config_json(folder: str | Path) -> dict:
@@ -185,9 +155,8 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{index} is damaged: it names no shard")
     for name in places.values():
         if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(
-                f"{index} is damaged: {str(name)[:60]!r} is not the name of a file beside it"
-            )
+            wrong = f"{str(name)[:60]!r} is not the name of a file beside it"
+            raise ValueError(f"{index} is damaged: {wrong}")
     return [folder / name for name in sorted(set(places.values()))]
 
 
@@ -196,39 +165,29 @@ def read_weights(folder: str | Path, dtype) -> dict:
 
     FileNotFoundError for a missing file; ValueError for one that is cut, or that holds what no weight can be.
     """
-    import torch
     from safetensors import SafetensorError, safe_open
 
     folder, state = Path(folder), {}
     for path in weight_files(folder):
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder} is not a complete checkpoint: {path.name} is missing"
-            )
+            missing = f"{path.name} is missing"
+            raise FileNotFoundError(f"{folder} is not a complete checkpoint: {missing}")
         try:
             with safe_open(path, framework="pt") as file:
-                stored = {
-                    key: file.get_tensor(key)
-                    for key in file.keys()
-                    if not key.endswith(SILENT_TENSORS)
-                }
+                names = [key for key in file.keys() if not key.endswith(SILENT_TENSORS)]
+                stored = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} is truncated or no safetensors file ({error}): make or download it again"
-            ) from None
+            wrong = f"{path} is truncated or no safetensors file ({error})"
+            raise ValueError(f"{wrong}: make or download it again") from None
         for key, tensor in stored.items():
             if not tensor.is_floating_point():
                 kind = str(tensor.dtype).removeprefix("torch.")
-                raise ValueError(
-                    f"{path}: tensor {key} is of {kind}, but weights are floating-point numbers"
-                )
-            state[key] = tensor.to(dtype)
-            if not bool(torch.isfinite(state[key].sum())) and not bool(
-                torch.isfinite(state[key]).all()
-            ):
-                raise ValueError(
-                    f"{path}: tensor {key} holds numbers that are not finite: the checkpoint is damaged"
-                )
+                numbers = f"is of {kind}, but weights are floating-point numbers"
+                raise ValueError(f"{path}: tensor {key} {numbers}")
+            state[key] = tensor = tensor.to(dtype)
+            if not tensor.sum().isfinite() and not tensor.isfinite().all():  # a sum may overflow
+                wrong = "holds numbers that are not finite: the checkpoint is damaged"
+                raise ValueError(f"{path}: tensor {key} {wrong}")
     return state
 
 
@@ -266,10 +225,8 @@ def fuse_experts(state: dict[str, Any], count: int) -> dict[str, Any]:
         else:
             fused[name] = tensor
     for stem, parts in loose.items():
-        names = {
-            kind: [f"{stem}.{number}.{kind}_proj.weight" for number in range(count)]
-            for kind in ("gate", "up", "down")
-        }
+        every, kinds = [f"{stem}.{number}" for number in range(count)], ("gate", "up", "down")
+        names = {kind: [f"{one}.{kind}_proj.weight" for one in every] for kind in kinds}
         expected = set().union(*names.values())
         if wrong := sorted(expected ^ parts.keys()):
             state_of = "missing" if wrong[0] in expected else "surplus"

@@ -3,6 +3,7 @@
 import os
 
 from .errors import CourseError
+from .scales import ScaleConfig
 
 
 def cores() -> int:
@@ -12,11 +13,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads(config) -> int:
+def threads(config: ScaleConfig) -> int:
     """Threads to compute with: OMP_NUM_THREADS if it is a number, else the scale's, at most one a core."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and int(asked) > 0:
-        return int(asked)
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
     return min(config.run.threads or cores(), cores())
 
 
@@ -36,10 +37,10 @@ def pick_dtype(preference: str = "auto"):
     import torch
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    asked = os.environ.get("QWEN_MINI_DTYPE")
-    if asked and asked not in known:
-        raise CourseError(f"QWEN_MINI_DTYPE must be float32 or bfloat16, not {asked!r}")
-    if not asked and preference == "auto":
+    wanted = os.environ.get("QWEN_MINI_DTYPE")
+    if wanted and wanted not in known:
+        raise CourseError(f"QWEN_MINI_DTYPE must be float32 or bfloat16, not {wanted!r}")
+    if not wanted and preference == "auto":
         able = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        asked = "bfloat16" if able else "float32"
-    return known[asked or preference]
+        wanted = "bfloat16" if able else "float32"
+    return known[wanted or preference]

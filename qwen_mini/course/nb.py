@@ -106,15 +106,13 @@ class Notebook:
         values = {}
         for node in tree.body:
             if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
-                raise ValueError(
-                    f"has a parameters cell with more than assignments: `{ast.unparse(node)}`"
-                )
+                more = "has a parameters cell with more than assignments"
+                raise ValueError(f"{more}: `{ast.unparse(node)}`")
             try:
                 values[node.targets[0].id] = ast.literal_eval(node.value)
             except ValueError:
-                raise ValueError(
-                    f"has a parameter that is no literal: `{ast.unparse(node)}`"
-                ) from None
+                what = f"a parameter that is no literal: `{ast.unparse(node)}`"
+                raise ValueError(f"has {what}") from None
         return values
 
 
@@ -138,9 +136,7 @@ def _normalised_cell(code: str) -> str:
 
     Lines for IPython (`%`, `!`) count as they are written, and so does a cell that no parser reads.
     """
-    silent = (
-        ";" if code.rstrip().endswith(";") else ""
-    )  # a notebook does not show the last value then
+    silent = ";" if code.rstrip().endswith(";") else ""  # the last value is not shown then
     try:
         text = normalised(code)
     except SyntaxError:
@@ -170,9 +166,8 @@ def select(root: Path, wanted: list[str]) -> list[Notebook]:
     """Notebooks by path, name (`09_pretraining`), number (`09`) or subject (`pretraining`); all for an empty list."""
     known = notebooks(root)
     if not wanted and not known:
-        raise CourseError(
-            f"there are no notebooks in {root / 'notebooks'}: run inside the repository"
-        )
+        none = f"there are no notebooks in {root / 'notebooks'}"
+        raise CourseError(f"{none}: run inside the repository")
     chosen = [] if wanted else known
     for word in wanted:
         if word.endswith(".ipynb"):
@@ -180,20 +175,15 @@ def select(root: Path, wanted: list[str]) -> list[Notebook]:
                 raise CourseError(f"there is no notebook {word}")
             chosen.append(Notebook(Path(word).resolve()))
             continue
-        found = [
-            nb
-            for nb in known
-            if word in (nb.name, nb.name.partition("_")[0], nb.name.partition("_")[2])
-        ]
+        names = {nb: (nb.name, *nb.name.partition("_")[::2]) for nb in known}
+        found = [nb for nb in known if word in names[nb]]
         if not found:
-            raise CourseError(
-                f"there is no notebook {word!r}: use one of {', '.join(nb.name for nb in known)}"
-            )
+            one = ", ".join(nb.name for nb in known)
+            raise CourseError(f"there is no notebook {word!r}: use one of {one}")
         chosen += found
     chosen = list(dict.fromkeys(chosen))
     for first, second in itertools.combinations(chosen, 2):
         if first.name == second.name:  # their results would share a place
-            raise CourseError(
-                f"{first.path} and {second.path} have the same name: run one after the other"
-            )
+            both = f"{first.path} and {second.path} have the same name"
+            raise CourseError(f"{both}: run one after the other")
     return chosen

@@ -2,7 +2,7 @@
 
 import time
 
-from .scales import ScaleConfig
+from .scales import ScaleConfig, load_scale
 
 GIB = 2**30
 STATE_BYTES = 20  # bfloat16 weight and gradient; float32 master, gradient and two moments
@@ -26,13 +26,8 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
     """Rows of name and value: parameters, memory per device, FLOPs and time of the pre-training of a scale."""
     import torch
 
-    from qwen_mini.model import (
-        ModelConfig,
-        Qwen,
-        count_parameters,
-        flops_per_token,
-        kv_cache_bytes_per_token,
-    )
+    from qwen_mini.model import ModelConfig, Qwen, count_parameters
+    from qwen_mini.model import flops_per_token, kv_cache_bytes_per_token
 
     shape = ModelConfig.from_scale(config)
     with torch.device("meta"):
@@ -42,37 +37,24 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
         raise AssertionError(f"the model has {built:,} parameters, the formula says {parameters:,}")
     training, phases = config.pretraining, config.pretraining.phases
     tokens = sum(phase.tokens for phase in phases)
-    flops = sum(
-        phase.tokens * flops_per_token(shape, phase.length, training=True) for phase in phases
-    )
+    per_token = lambda phase: flops_per_token(shape, phase.length, training=True)
+    flops = sum(phase.tokens * per_token(phase) for phase in phases)
     state = STATE_BYTES * parameters  # on every device: nothing is sharded before chapter 22
     micro = training.batch_tokens // (training.grad_accumulation * gpus)
     activations = micro * activation_bytes_per_token(config.model)
-    return [
-        (
-            "parameters",
-            f"{parameters:,} ({count_parameters(shape, embedding=False):,} without embeddings)",
-        ),
-        (
-            "tokens",
-            f"{tokens:,} in {tokens // training.batch_tokens:,} steps, {tokens / parameters:.1f} per parameter",
-        ),
-        (
-            "weights, gradients, optimizer",
-            f"{state / GIB:.2f} GiB a device ({STATE_BYTES} bytes a parameter, on every device)",
-        ),
-        (
-            "activations",
-            f"{activations / GIB:.2f} GiB a device ({micro:,} tokens at once, rule of thumb)",
-        ),
-        ("memory", _verdict((state + activations) / GIB, config.run.memory_gib)),
-        ("KV cache", f"{kv_cache_bytes_per_token(shape):,} bytes a token in bfloat16"),
-        ("FLOPs per token", f"{flops / tokens:.3g} in training"),
-        (
-            "FLOPs in total",
-            f"{flops:.3g}, {flops / ACCELERATOR_FLOPS / gpus / 3600:.1f} h at 40 % of {gpus} A100(s)",
-        ),
-    ]
+    layers, steps = count_parameters(shape, embedding=False), tokens // training.batch_tokens
+    hours = flops / ACCELERATOR_FLOPS / gpus / 3600
+    rows = {
+        "parameters": f"{parameters:,} ({layers:,} without embeddings)",
+        "tokens": f"{tokens:,} in {steps:,} steps, {tokens / parameters:.1f} per parameter",
+        "weights, gradients, optimizer": f"{state / GIB:.2f} GiB a device ({STATE_BYTES} bytes a parameter, on every device)",
+        "activations": f"{activations / GIB:.2f} GiB a device ({micro:,} tokens at once, rule of thumb)",
+        "memory": _verdict((state + activations) / GIB, config.run.memory_gib),
+        "KV cache": f"{kv_cache_bytes_per_token(shape):,} bytes a token in bfloat16",
+        "FLOPs per token": f"{flops / tokens:.3g} in training",
+        "FLOPs in total": f"{flops:.3g}, {hours:.1f} h at 40 % of {gpus} A100(s)",
+    }
+    return list(rows.items())
 
 
 def _verdict(needed: float, budget: float) -> str:
@@ -90,32 +72,23 @@ def plan_run(params: float, tokens: float) -> list[tuple[str, str]]:
 
     said = recommend(params, tokens)
     speed = measured_speed()
-    rows = [
-        ("learning rate", f"{said.learning_rate:.2e} (peak, AdamW)"),
-        ("batch", f"{said.batch_tokens:,} tokens"),
-        ("steps", f"{said.steps:,}"),
-        ("FLOPs", f"{said.flops:.3g} (6 N D)"),
-        (
-            "memory",
-            f"{said.memory / GIB:.3g} GiB without activations ({STATE_BYTES} bytes a parameter)",
-        ),
-        (
-            "time on this machine",
-            f"{duration(said.flops / speed)} at {speed / 1e9:.0f} GFLOP/s, measured on a small model",
-        ),
-    ]
+    here = f"{duration(said.flops / speed)} at {speed / 1e9:.0f} GFLOP/s"
+    memory = f"{said.memory / GIB:.3g} GiB without activations"
+    rows = {
+        "learning rate": f"{said.learning_rate:.2e} (peak, AdamW)",
+        "batch": f"{said.batch_tokens:,} tokens",
+        "steps": f"{said.steps:,}",
+        "FLOPs": f"{said.flops:.3g} (6 N D)",
+        "memory": f"{memory} ({STATE_BYTES} bytes a parameter)",
+        "time on this machine": f"{here}, measured on a small model",
+    }
     for name, peak in GPUS.items():
-        seconds = said.flops / peak / UTILISATION
-        rows.append(
-            (
-                f"time on one {name}",
-                f"{duration(seconds)} at {UTILISATION:.0%} of {peak / 1e12:.0f} TFLOP/s",
-            )
-        )
+        seconds, share = said.flops / peak / UTILISATION, f"{UTILISATION:.0%}"
+        rows[f"time on one {name}"] = f"{duration(seconds)} at {share} of {peak / 1e12:.0f} TFLOP/s"
     if said.beyond > 1:
         warning = f"N or D is {said.beyond:,.3g} times the largest run of the fits: a guess"
-        rows.append(("beyond the laws", warning))
-    return rows
+        rows["beyond the laws"] = warning
+    return list(rows.items())
 
 
 def measured_speed(seconds: float = 1.0) -> float:
@@ -124,7 +97,7 @@ def measured_speed(seconds: float = 1.0) -> float:
 
     from qwen_mini.model import ModelConfig, Qwen, flops_per_token
 
-    shape = ModelConfig.from_scale(_laptop())
+    shape = ModelConfig.from_scale(load_scale("laptop"))
     model, length = Qwen(shape), 128
     ids = torch.randint(shape.vocab_size, (8, length + 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
@@ -136,12 +109,6 @@ def measured_speed(seconds: float = 1.0) -> float:
         optimizer.step()
         taken.append(time.perf_counter() - start)
     return 8 * length * flops_per_token(shape, length, training=True) / min(taken)
-
-
-def _laptop() -> ScaleConfig:
-    from .scales import load_scale
-
-    return load_scale("laptop")
 
 
 def duration(seconds: float) -> str:

@@ -35,12 +35,8 @@ def side_by_side(
     import multiprocessing
 
     nested = multiprocessing.parent_process() is not None  # a fork cannot have forks
-    if (
-        nested
-        or "WORLD_SIZE" in os.environ
-        or hardware.device() != "cpu"
-        or sys.platform != "linux"
-    ):
+    alone = nested or "WORLD_SIZE" in os.environ
+    if alone or hardware.device() != "cpu" or sys.platform != "linux":
         return _one_after_the_other(calls, on_done)
     import torch
 
@@ -144,22 +140,17 @@ def in_forks(
                         raise
                     result = lost(name, error)
                 yield name, result, time.monotonic() - begun
-    finally:
-        _end(
-            [process for _, process, _ in running.values()]
-        )  # one has failed: the others are of no use
+    finally:  # one has failed: the others are of no use
+        _end([process for _, process, _ in running.values()])
 
 
 def _compute(call: Callable[[], object], sender, parent: int, generator: tuple) -> None:
     """In the fork: one thread, since those of the parent are not there."""
     from . import sandbox
 
-    signal.signal(
-        signal.SIGINT, lambda *_: None
-    )  # Ctrl-C reaches the parent, too, which ends its forks
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(1)
-    )  # so that the sandbox leaves nothing behind
+    # Ctrl-C reaches the parent, too, which ends its forks; at their end the sandbox leaves nothing behind
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     die_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it would wait for threads that are not there
     if torch := sys.modules.get("torch"):
@@ -185,9 +176,8 @@ def _received(receiver, process) -> object:
         process.join()
         short = "memory was short: set OMP_NUM_THREADS=1 to run one after the other"
         why = short if process.exitcode == -signal.SIGKILL else "somebody ended it"
-        raise CourseError(
-            f"a run beside this one ended with exit code {process.exitcode} before its result was there: {why}"
-        ) from None
+        ended = f"a run beside this one ended with exit code {process.exitcode}"
+        raise CourseError(f"{ended} before its result was there: {why}") from None
     process.join()
     if error:
         raise error

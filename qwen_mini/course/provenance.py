@@ -32,11 +32,9 @@ def processor() -> str:
 
     if hardware.device() == "cuda":
         return torch.cuda.get_device_name()
-    facts = {}
-    if Path("/proc/cpuinfo").exists():
-        for line in (
-            Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        ):
+    facts, told = {}, Path("/proc/cpuinfo")
+    if told.exists():
+        for line in told.read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
             facts.setdefault(key.strip(), value.strip())
     name = facts.get("model name") or platform.processor() or platform.machine()

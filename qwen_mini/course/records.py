@@ -96,17 +96,12 @@ def experiments(calls: Mapping[str, functools.partial], *, tolerance: float | st
     found = {name: None if _book.fresh else _find(name, keys[name]) for name in calls}
     missing = {name: call for name, call in calls.items() if not found[name]}
     if missing and os.environ.get("QWEN_MINI_RECORDS") == "only":
-        raise BadRecord(
-            f"the record {_book.name}/{next(iter(missing))} of scale {_book.scale} is missing, or is of other inputs: "
-            f"make it with `qwen-mini run {_book.name} --scale {_book.scale}`"
-        )
+        first = f"{_book.name}/{next(iter(missing))}"
+        raise _missing(_book.name, first, _book.scale, "is missing, or is of other inputs")
     named = os.environ.get("QWEN_MINI_VERIFY", "").split("\n")
-    doubted = {
-        name: call
-        for name, call in calls.items()
-        if found[name] and f"{_book.name}/{name}" in named
-    }
-    for name, record in _compute(doubted, keys, tolerance, stored=False).items():
+    doubted = [name for name in calls if found[name] and f"{_book.name}/{name}" in named]
+    again = {name: calls[name] for name in doubted}
+    for name, record in _compute(again, keys, tolerance, stored=False).items():
         _verify(name, found[name], record)
     known = found | _compute(missing, keys, tolerance, stored=True)
     _note("records", keys)
@@ -121,9 +116,12 @@ def recall(notebook: str, name: str):
             if _book:
                 _note("recalled", {f"{notebook}/{name}": record["key"]})
             return record["result"]
-    raise BadRecord(
-        f"the record {notebook}/{name} of scale {scale} is missing: make it with `qwen-mini run {notebook} --scale {scale}`"
-    )
+    raise _missing(notebook, f"{notebook}/{name}", scale, "is missing")
+
+
+def _missing(notebook: str, name: str, scale: str, what: str) -> BadRecord:
+    make = f"make it with `qwen-mini run {notebook} --scale {scale}`"
+    return BadRecord(f"the record {name} of scale {scale} {what}: {make}")
 
 
 # --- computing ---------------------------------------------------------------------------------------------------
@@ -147,10 +145,8 @@ def _compute(
         done.append(name)
         progress.show(f"{len(done)} of {len(calls)} · {name} took {clock(seconds)}{about}")
 
-    work = {
-        n: functools.partial(_made, n, call, keys[n], tolerance, stored)
-        for n, call in calls.items()
-    }
+    made_now = lambda n: functools.partial(_made, n, calls[n], keys[n], tolerance, stored)
+    work = {name: made_now(name) for name in calls}
     groups = [{name: call} for name, call in work.items()] if tolerance == TIMING else [work]
     made = {}
     try:
@@ -182,17 +178,10 @@ def _make_stages(value) -> None:
 
 
 def _record(name: str, call, key: str, tolerance, result, seconds: float) -> dict:
-    return sealed(
-        {
-            "name": f"{_book.name}/{name}",
-            "key": key,
-            "versions": _traced(name, call)[1],
-            "tolerance": tolerance,
-            "seconds": round(seconds, 1),
-            "provenance": provenance(hardware.pick_dtype(_book.dtype)),
-            "result": result,
-        }
-    )
+    facts = {"name": f"{_book.name}/{name}", "key": key, "versions": _traced(name, call)[1]}
+    facts |= {"tolerance": tolerance, "seconds": round(seconds, 1)}
+    facts["provenance"] = provenance(hardware.pick_dtype(_book.dtype))
+    return sealed(facts | {"result": result})
 
 
 def sealed(record: dict) -> dict:
@@ -219,21 +208,18 @@ def plain(value, name: str):
         return value
     if isinstance(value, float):
         if value - value != 0:
-            raise CourseError(
-                f"the experiment {name!r} returns {value}, which JSON cannot hold: return None instead"
-            )
+            instead = "which JSON cannot hold: return None instead"
+            raise CourseError(f"the experiment {name!r} returns {value}, {instead}")
         return float(f"{value:.7g}")
     if isinstance(value, list | tuple):
         return [plain(item, name) for item in value]
     if isinstance(value, Mapping):
         if wrong := [key for key in value if not isinstance(key, str)]:
-            raise CourseError(
-                f"the experiment {name!r} returns the key {wrong[0]!r}: JSON wants text, use str(…)"
-            )
+            returns = f"the experiment {name!r} returns the key {wrong[0]!r}"
+            raise CourseError(f"{returns}: JSON wants text, use str(…)")
         return {key: plain(item, name) for key, item in value.items()}
-    raise CourseError(
-        f"the experiment {name!r} returns a {type(value).__name__}, which JSON cannot hold: return numbers, texts, lists, dicts"
-    )
+    instead = "which JSON cannot hold: return numbers, texts, lists, dicts"
+    raise CourseError(f"the experiment {name!r} returns a {type(value).__name__}, {instead}")
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -257,28 +243,16 @@ def record_path(folder: Path, notebook: str, name: str) -> Path:
 
 def write(path: Path, record: dict) -> None:
     """Store a record: a line per entry, so that a change is a small one."""
-    artifacts.write_file(
-        path,
-        json.dumps(record, ensure_ascii=False, indent=0, separators=(",", ":")).replace("\n", "")
-        + "\n",
-    )
+    text = json.dumps(record, ensure_ascii=False, indent=0, separators=(",", ":"))
+    artifacts.write_file(path, text.replace("\n", "") + "\n")
 
 
 def read(path: Path) -> dict:
     """A record, checked: whole, and as it was written. BadRecord says what is wrong and what to do."""
+    entries = set("name key versions tolerance seconds provenance result sha256".split())
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        whole = {
-            "name",
-            "key",
-            "versions",
-            "tolerance",
-            "seconds",
-            "provenance",
-            "result",
-            "sha256",
-        } <= set(record)
-        whole = whole and isinstance(record, dict)
+        whole = isinstance(record, dict) and entries <= set(record)
     except (OSError, ValueError, TypeError, RecursionError):
         whole = False
     if not whole:
@@ -291,9 +265,8 @@ def read(path: Path) -> dict:
 def _find(name: str, key: str) -> dict | None:
     """The record of this key; another name may have the same file."""
     wanted = key, f"{_book.name}/{name}"
-    return next(
-        (r for r in _stored(_book.scale, _book.name, name) if (r["key"], r["name"]) == wanted), None
-    )
+    stored = _stored(_book.scale, _book.name, name)
+    return next((r for r in stored if (r["key"], r["name"]) == wanted), None)
 
 
 def used_file(scale: str, notebook: str) -> Path:
@@ -330,11 +303,9 @@ def note_section(config: ScaleConfig, name: str) -> None:
 def _verify(name: str, stored: dict, anew: dict) -> None:
     """Compare a record with the same computed anew, within the tolerance that it states."""
     if difference := differs(stored["result"], anew["result"], stored["tolerance"]):
-        raise BadRecord(
-            f"the record {stored['name']} does not verify: {difference} (tolerance {stored['tolerance']}; recorded on "
-            f"{stored['provenance']['processor']} in {stored['provenance']['precision']}, now on "
-            f"{anew['provenance']['processor']} in {anew['provenance']['precision']})"
-        )
+        made = "{provenance[processor]} in {provenance[precision]}".format_map
+        how = f"tolerance {stored['tolerance']}; recorded on {made(stored)}, now on {made(anew)}"
+        raise BadRecord(f"the record {stored['name']} does not verify: {difference} ({how})")
     print(f"verified {stored['name']}")
 
 
@@ -344,10 +315,10 @@ def differs(stored, found, tolerance: float | str, where: str = "result") -> str
     With a tolerance, many numbers are compared by their mean, also where they stand in lists of lists (problems and
     samples), and texts, which a model may word in another way on another processor, are not compared.
     """
-    if type(stored) is not type(found) and not all(
-        isinstance(x, int | float) for x in (stored, found)
-    ):
-        return f"{where} was {stored!r:.60} and is {found!r:.60}"
+    other = f"{where} was {stored!r:.60} and is {found!r:.60}"
+    both_numbers = all(isinstance(x, int | float) for x in (stored, found))
+    if type(stored) is not type(found) and not both_numbers:
+        return other
     if isinstance(stored, dict):
         if stored.keys() != found.keys():
             return f"{where} has other keys"
@@ -357,25 +328,18 @@ def differs(stored, found, tolerance: float | str, where: str = "result") -> str
         before, now = list(_leaves(stored)), list(_leaves(found))
         numbers = all(isinstance(x, int | float) for x in (*before, *now))
         if tolerance not in (TIMING, 0) and numbers and len(before) == len(now) >= MANY:
-            return differs(
-                sum(before) / len(before), sum(now) / len(now), tolerance, f"the mean of {where}"
-            )
+            means = sum(before) / len(before), sum(now) / len(now)
+            return differs(*means, tolerance, f"the mean of {where}")
         if len(stored) != len(found):
-            return (
-                ""
-                if tolerance == TIMING
-                else f"{where} had {len(stored)} entries and has {len(found)}"
-            )
-        parts = (
-            differs(a, b, tolerance, f"{where}[{i}]")
-            for i, (a, b) in enumerate(zip(stored, found, strict=True))
-        )
+            counts = f"{where} had {len(stored)} entries and has {len(found)}"
+            return "" if tolerance == TIMING else counts
+        pairs = enumerate(zip(stored, found, strict=True))
+        parts = (differs(*pair, tolerance, f"{where}[{i}]") for i, pair in pairs)
         return next(filter(None, parts), "")
     if tolerance == TIMING or stored == found or (tolerance and isinstance(stored, str)):
         return ""
-    if isinstance(stored, int | float) and abs(stored - found) <= tolerance * max(1.0, abs(stored)):
-        return ""
-    return f"{where} was {stored!r:.60} and is {found!r:.60}"
+    near = both_numbers and abs(stored - found) <= tolerance * max(1.0, abs(stored))
+    return "" if near else other
 
 
 def _leaves(value) -> Iterator:
@@ -399,15 +363,11 @@ def key_of(name: str, call: functools.partial) -> str:
 def _traced(name: str, call: functools.partial) -> tuple[dict, dict[str, int]]:
     """What an experiment computes and from what, and the versions of the chapters that it uses."""
     if not isinstance(call, functools.partial) or call.args:
-        raise CourseError(
-            f"the experiment {name!r} needs its inputs by name: partial(function, input=…)"
-        )
-    trace = Trace(name)
+        by_name = "needs its inputs by name: partial(function, input=…)"
+        raise CourseError(f"the experiment {name!r} {by_name}")
+    trace, given = Trace(name), sorted(call.keywords.items())
     function = trace.function(call.func)
-    inputs = {
-        key: trace.value(value, f"its input {key!r}")
-        for key, value in sorted(call.keywords.items())
-    }
+    inputs = {key: trace.value(value, f"its input {key!r}") for key, value in given}
     return {"function": function, "inputs": inputs}, versions_of(*trace.modules)
 
 
@@ -430,14 +390,9 @@ class Trace:
         self.seen[id(fn)] = len(self.seen)
         source = self._source(fn)
         self.modules |= imported_chapters(source) & set(versions())
-        scope = (
-            fn.__globals__
-            if isinstance(fn, types.FunctionType)
-            else vars(sys.modules[fn.__module__])
-        )
-        found = {
-            name: scope[name] for name in _globals_read(source) - {fn.__name__} if name in scope
-        }
+        is_function = isinstance(fn, types.FunctionType)
+        scope = fn.__globals__ if is_function else vars(sys.modules[fn.__module__])
+        found = {name: scope[name] for name in _globals_read(source) & set(scope) - {fn.__name__}}
         if getattr(fn, "__closure__", None):
             cells = zip(fn.__code__.co_freevars, fn.__closure__, strict=True)
             found |= {name: cell.cell_contents for name, cell in cells}
@@ -446,19 +401,15 @@ class Trace:
 
     def _source(self, fn) -> str:
         try:
-            source = (
-                _class_source(fn)
-                if isinstance(fn, type)
-                else textwrap.dedent(inspect.getsource(fn))
-            )
+            source = _class_source(fn) if isinstance(fn, type) else inspect.getsource(fn)
+            source = textwrap.dedent(source)
             if fn.__name__ == "<lambda>":
                 raise ValueError
             compile(source, "experiment", "exec")
         except (OSError, TypeError, ValueError, SyntaxError):
-            raise CourseError(
-                f"the experiment {self.name!r} uses the function {getattr(fn, '__name__', fn)!r}, whose source is not at hand: "
-                "write it with def in a cell"
-            ) from None
+            what = f"the function {getattr(fn, '__name__', fn)!r}, whose source is not at hand"
+            uses = f"the experiment {self.name!r} uses {what}"
+            raise CourseError(f"{uses}: write it with def in a cell") from None
         return source
 
     def _chapter(self, thing) -> str | None:
@@ -485,10 +436,9 @@ class Trace:
         if own := _exporter(name, value):
             self.modules.add(own)
             return ["chapter", own, name]
-        raise CourseError(
-            f"the experiment {self.name!r} reads `{name}`, which is neither a function nor a constant of the notebook: "
-            f"pass it as an input, {name}={name}"
-        )
+        reads = f"the experiment {self.name!r} reads `{name}`"
+        neither = "which is neither a function nor a constant of the notebook"
+        raise CourseError(f"{reads}, {neither}: pass it as an input, {name}={name}")
 
     def value(self, value, what: str):
         """An input, as JSON-able content."""
@@ -503,11 +453,9 @@ class Trace:
                 note_stage(value)
                 return ["stage", value.name, value.identity()]
             case Path():
-                return (
-                    ["weights", weights_hash(value)]
-                    if value.is_dir()
-                    else ["file", _hash(value.read_bytes())]
-                )
+                if value.is_dir():
+                    return ["weights", weights_hash(value)]
+                return ["file", _hash(value.read_bytes())]
             case Sections():
                 return ["scale", _sections(value.sections, "name", "run")]
             case ScaleConfig():
@@ -516,9 +464,8 @@ class Trace:
             case types.FunctionType() | type():
                 return self.function(value)
             case functools.partial():
-                named = {
-                    key: self.value(item, what) for key, item in sorted(value.keywords.items())
-                }
+                given = sorted(value.keywords.items())
+                named = {key: self.value(item, what) for key, item in given}
                 return ["partial", self.function(value.func), each(value.args), named]
             case Mapping():
                 return ["map", [each(pair) for pair in value.items()]]
@@ -530,22 +477,18 @@ class Trace:
                 return ["range", value.start, value.stop, value.step]
         if dataclasses.is_dataclass(value):
             self.modules |= {self._chapter(type(value))} - {None}
-            facts = {
-                f.name: self.value(getattr(value, f.name), what) for f in dataclasses.fields(value)
-            }
+            names = [field.name for field in dataclasses.fields(value)]
+            facts = {name: self.value(getattr(value, name), what) for name in names}
             return [type(value).__qualname__, facts]
         if hasattr(value, "tolist") and hasattr(value, "shape"):
             if hasattr(value, "detach"):
                 value = value.detach().cpu()
-                value = (
-                    value.float().numpy() if str(value.dtype) == "torch.bfloat16" else value.numpy()
-                )
+                value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
             kind = [] if str(value.dtype) == "float32" else [str(value.dtype)]
             return ["array", list(value.shape), _hash(value.tobytes()), *kind]
-        raise CourseError(
-            f"the experiment {self.name!r} cannot tell {what} by its content: pass data, a stage or a folder instead of a "
-            f"{type(value).__name__}"
-        )
+        cannot = f"the experiment {self.name!r} cannot tell {what} by its content"
+        instead = f"pass data, a stage or a folder instead of a {type(value).__name__}"
+        raise CourseError(f"{cannot}: {instead}")
 
 
 def _hash(content: bytes) -> str:
@@ -553,24 +496,19 @@ def _hash(content: bytes) -> str:
 
 
 def _sections(sections: Mapping, *left_out: str) -> dict:
-    return {
-        name: dataclasses.asdict(section)
-        for name, section in sections.items()
-        if name not in left_out
-    }
+    kept = {name: section for name, section in sections.items() if name not in left_out}
+    return {name: dataclasses.asdict(section) for name, section in kept.items()}
 
 
 def _class_source(cls: type) -> str:
     """The text of a class in a cell, found by its methods: `inspect` looks for a file, which a kernel has not."""
-    codes = [
-        value.__code__ for value in vars(cls).values() if isinstance(value, types.FunctionType)
-    ]
-    for code in codes:
-        text = "".join(linecache.getlines(code.co_filename))
+    methods = [value for value in vars(cls).values() if isinstance(value, types.FunctionType)]
+    for method in methods:
+        text = "".join(linecache.getlines(method.__code__.co_filename))
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
                 return ast.unparse(node)
-    return textwrap.dedent(inspect.getsource(cls))
+    return inspect.getsource(cls)
 
 
 def _is_library(module: str) -> bool:
@@ -604,30 +542,23 @@ def _own_chapter(name: str) -> str | None:
     own = _book.module if _book else None
     if own not in versions():
         return None
-    return (
-        own if name in getattr(importlib.import_module(f"qwen_mini.{own}"), "__all__", ()) else None
-    )
+    exported = getattr(importlib.import_module(f"qwen_mini.{own}"), "__all__", ())
+    return own if name in exported else None
 
 
 def _exporter(name: str, value) -> str | None:
     """The chapter that a global comes from: imported from it, or exported by the one whose notebook is running."""
-    loaded = (
-        chapter
-        for chapter in versions()
-        if getattr(sys.modules.get(f"qwen_mini.{chapter}"), name, None) is value
-    )
-    return next(loaded, None) or _own_chapter(name)
+    loaded = {chapter: sys.modules.get(f"qwen_mini.{chapter}") for chapter in versions()}
+    holding = (one for one, module in loaded.items() if getattr(module, name, None) is value)
+    return next(holding, None) or _own_chapter(name)
 
 
 def _globals_read(source: str) -> set[str]:
     """Names that code takes from the module around it."""
 
     def look(table) -> set[str]:
-        names = {
-            symbol.get_name()
-            for symbol in table.get_symbols()
-            if symbol.is_global() and symbol.is_referenced()
-        }
+        read = (s for s in table.get_symbols() if s.is_global() and s.is_referenced())
+        names = {symbol.get_name() for symbol in read}
         return names.union(*map(look, table.get_children()))
 
     return look(symtable.symtable(source, "experiment", "exec"))

@@ -56,13 +56,13 @@ class Result:
 
 def run(
     books: list[Notebook],
-    scale="quick",
-    seed=0,
+    scale: str = "quick",
+    seed: int = 0,
     *,
-    keep_going=False,
-    timeout=CELL_TIMEOUT,
-    records_only=False,
-    fresh=False,
+    keep_going: bool = False,
+    timeout: float = CELL_TIMEOUT,
+    records_only: bool = False,
+    fresh: bool = False,
 ) -> list[Result]:
     """Execute `books` at a scale, print progress and a table, write reports; returns what each did.
 
@@ -73,11 +73,8 @@ def run(
         raise CourseError("a run from records alone cannot compute anew: ask for one of the two")
     config = load_scale(scale)
     check_writable(config.name)
-    jobs = (
-        max(1, min(config.run.jobs, hardware.threads(config), len(books)))
-        if sys.platform == "linux"
-        else 1
-    )
+    most = min(config.run.jobs, hardware.threads(config), len(books))
+    jobs = max(1, most) if sys.platform == "linux" else 1
     environment = applied(kernel_environment(config, records_only, fresh, jobs))
 
     def one(nb: Notebook) -> Result:
@@ -89,17 +86,12 @@ def run(
     # two runs of a scale would take each other's claims and notebooks for their own
     only_run = alone(runs() / config.name / "run", f"scale {config.name} is being run", wait=False)
     with only_run, _orderly_end(), Watch("running", None, live=jobs > 1) as whole:
-        for name in (
-            REPORTS
-        ):  # of an earlier run: they would speak of notebooks that do not come to their end
+        for name in REPORTS:  # an earlier run's would speak of notebooks that do not end
             (runs() / config.name / name).unlink(missing_ok=True)
         for result in _each(books, one, jobs):
             results.append(result)
-            _print_line(
-                result,
-                f"[{len(results)}/{len(books)}]",
-                last_seconds(config.name).get(result.notebook),
-            )
+            expected = last_seconds(config.name).get(result.notebook)
+            _print_line(result, f"[{len(results)}/{len(books)}]", expected)
             if result.ok:
                 _note_seconds(result, config.name)
             else:
@@ -134,11 +126,8 @@ def _orderly_end() -> Iterator[None]:
     """SIGTERM and SIGHUP (a closed terminal, a lost connection) do what Ctrl-C does: the kernel ends."""
 
     names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-    old = {
-        getattr(signal, name): signal.getsignal(getattr(signal, name))
-        for name in names
-        if hasattr(signal, name)
-    }
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    old = {number: signal.getsignal(number) for number in numbers}
     for number, handler in old.items():
         if handler != signal.SIG_IGN:  # nohup's run goes on
             signal.signal(number, signal.default_int_handler)
@@ -150,12 +139,7 @@ def _orderly_end() -> Iterator[None]:
 
 
 def execute(
-    nb: Notebook,
-    scale: str,
-    config: ScaleConfig,
-    seed: int,
-    timeout: float,
-    environment: dict[str, str],
+    nb: Notebook, scale: str, config: ScaleConfig, seed: int, timeout: float, environment: dict
 ) -> str:
     """Execute one notebook into `runs/<scale>/notebooks/`; returns what went wrong, "" if nothing did."""
     import papermill
@@ -189,9 +173,8 @@ def execute(
                 extra_arguments=["--Application.log_level=50"],  # its errors are in the notebook
             )
     except papermill.PapermillExecutionError as error:
-        return _cell_report(
-            error.source, "\n".join(error.traceback) or f"{error.ename}: {error.evalue}"
-        )
+        told = "\n".join(error.traceback) or f"{error.ename}: {error.evalue}"
+        return _cell_report(error.source, told)
     except Exception as error:  # a dead kernel, a timeout, a notebook without a parameters cell, …
         first_lines = " ".join(str(error).split("\n")[:2]).strip()
         return _cell_report(_last_started(target), f"{type(error).__name__}: {first_lines}")
@@ -234,11 +217,11 @@ def _last_started(target: Path) -> str:
     return source(started[-1]) if started else ""
 
 
-def _cell_report(cell: str, error: str, cell_lines: int = 12, error_lines: int = 12) -> str:
-    """A cell's first lines and its error's last ones, without colours."""
+def _cell_report(cell: str, error: str) -> str:
+    """A cell's first twelve lines and its error's last ones, without colours."""
     code = cell.strip().splitlines()
-    shortened = code[:cell_lines] + (["…"] if len(code) > cell_lines else [])
-    plain = printable(re.sub(r"\x1b\[[0-9;]*m", "", error)).strip().splitlines()[-error_lines:]
+    shortened = code[:12] + (["…"] if len(code) > 12 else [])
+    plain = printable(re.sub(r"\x1b\[[0-9;]*m", "", error)).strip().splitlines()[-12:]
     return "\n".join([*(f"  | {line}" for line in shortened), *(f"  {line}" for line in plain)])
 
 
@@ -249,10 +232,8 @@ def _judge(nb: Notebook, scale_name: str, problem: str, watch: "Watch") -> Resul
     if not problem and broken:
         problem = "\n".join(f"  claim fails · {text}" for text in broken)
     status = "failed" if problem else "passed"
-    held = len(records) - len(broken)
-    return Result(
-        nb.name, status, watch.seconds, watch.peak_mib, held, len(records), problem, broken
-    )
+    claims = (len(records) - len(broken), len(records), problem, broken)
+    return Result(nb.name, status, watch.seconds, watch.peak_mib, *claims)
 
 
 def executed_path(scale_name: str, nb: Notebook) -> Path:
@@ -317,9 +298,8 @@ def _timed(label: str, seconds: float, expected: float | None) -> str:
 
 def _print_line(result: Result, number: str, expected: float | None) -> None:
     """The notebook's line, final."""
-    line = (
-        f"{number} {_timed(result.notebook, result.seconds, expected)} · {result.peak_mib:.0f} MiB"
-    )
+    took = _timed(result.notebook, result.seconds, expected)
+    line = f"{number} {took} · {result.peak_mib:.0f} MiB"
     begin = "\r" if sys.stdout.isatty() else ""
     print(f"{begin}{line} · claims {result.held_of_all} · {result.status}", flush=True)
 
@@ -329,13 +309,7 @@ def last_seconds(scale_name: str) -> dict[str, float]:
     try:
         seconds = json.loads(_state_file(scale_name).read_text(encoding="utf-8"))["seconds"]
         return {name: float(value) for name, value in seconds.items()}
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # none yet, or another version's
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or another version's
         return {}
 
 
@@ -352,54 +326,35 @@ def _print_table(results: list[Result], whole: Watch) -> None:
     """One row per notebook, then the whole run."""
     failed = sum(not result.ok for result in results)
     verdict = f"{failed} of {len(results)} failed" if failed else f"{len(results)} passed"
-    rows = [
-        (one.notebook, one.seconds, one.peak_mib, one.held_of_all, one.status) for one in results
-    ]
-    held, count = (
-        sum(result.claims_held for result in results),
-        sum(result.claims for result in results),
-    )
+    rows = [(r.notebook, r.seconds, r.peak_mib, r.held_of_all, r.status) for r in results]
+    held, count = sum(r.claims_held for r in results), sum(r.claims for r in results)
     rows.append(("all", whole.seconds, whole.peak_mib, f"{held}/{count}", verdict))
-    columns = {
-        "notebook": "notebook",
-        "time": "  time",
-        "memory": "memory",
-        "claims": "claims",
-        "result": "result",
-    }
-    rows = [
-        dict(zip(columns, (name, f"{clock(s):>6}", *rest), strict=True)) for name, s, *rest in rows
-    ]
+    columns = {name: name for name in ("notebook", "time", "memory", "claims", "result")}
+    columns["time"] = "  time"
+    cells = ((name, f"{clock(seconds):>6}", *rest) for name, seconds, *rest in rows)
+    rows = [dict(zip(columns, row, strict=True)) for row in cells]
     show.table(rows, columns, {"memory": "{:.0f} MiB"})
 
 
 def _print_failure(result: Result, scale_name: str) -> None:
+    place = shown(runs() / scale_name / "notebooks" / result.notebook)
     print(f"\n{result.notebook} failed:\n{result.problem}")
-    print(
-        f"  executed notebook: {shown(runs() / scale_name / 'notebooks' / result.notebook)}.ipynb\n",
-        flush=True,
-    )
+    print(f"  executed notebook: {place}.ipynb\n", flush=True)
 
 
 def _write_reports(results: list[Result], scale_name: str, seed: int, whole: Watch) -> None:
     """`report.json` for programs and `junit.xml` for CI systems."""
     folder = runs() / scale_name
     report = {"scale": scale_name, "seed": seed, "version": __version__}
-    report |= {
-        "seconds": whole.seconds,
-        "peak_mib": whole.peak_mib,
-        "notebooks": [asdict(one) for one in results],
-    }
+    report |= {"seconds": whole.seconds, "peak_mib": whole.peak_mib}
+    report["notebooks"] = [asdict(one) for one in results]
     write_file(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     failures = sum(not one.ok for one in results)
-    suite = ElementTree.Element(
-        "testsuite", name=f"qwen-mini {scale_name}", tests=str(len(results))
-    )
-    suite.set("failures", str(failures))
+    counts = {"tests": str(len(results)), "failures": str(failures)}
+    suite = ElementTree.Element("testsuite", name=f"qwen-mini {scale_name}", **counts)
     for one in results:
-        case = ElementTree.SubElement(
-            suite, "testcase", name=one.notebook, time=f"{one.seconds:.1f}"
-        )
+        facts = {"name": one.notebook, "time": f"{one.seconds:.1f}"}
+        case = ElementTree.SubElement(suite, "testcase", facts)
         if not one.ok:
             ElementTree.SubElement(case, "failure", message="failed").text = _xml_safe(one.problem)
     write_file(folder / "junit.xml", ElementTree.tostring(suite, encoding="unicode") + "\n")

@@ -81,10 +81,7 @@ def run_many(
     from .hardware import cores  # here, because the worker, this file alone, has no package
 
     limits = limits or Limits()
-    requests = [
-        json.dumps({"program": p, "function": f, "calls": c, "limits": asdict(limits)}).encode()
-        for p, f, c in jobs
-    ]
+    requests = [_request(*job, limits) for job in jobs]
     with _lock:
         count = min(cores(), len(requests))
         _workers.extend(_Worker() for _ in range(count - len(_workers)))
@@ -100,6 +97,11 @@ def run_many(
         with ThreadPoolExecutor(count) as pool:
             list(pool.map(serve, _workers[:count]))
         return outcomes
+
+
+def _request(program: str, function: str, calls: list[list], limits: Limits) -> bytes:
+    job = {"program": program, "function": function, "calls": calls}
+    return json.dumps(job | {"limits": asdict(limits)}).encode()
 
 
 # ---------------------------------------------------------------------------------------------------- the caller's side
@@ -152,49 +154,34 @@ class _Worker:
             return
         self.stop()
         if not hasattr(os, "fork"):
-            raise SandboxError(
-                "the sandbox needs a system that can fork: Linux, macOS, or WSL on Windows"
-            )
-        self.folder = tempfile.TemporaryDirectory(
-            prefix="qwen_mini_sandbox_", ignore_cleanup_errors=True
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-s", "-P", "-S", __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=self.folder.name,
-            env={"PYTHONHASHSEED": "0"},  # one order of sets for all programs
-            bufsize=0,
-            start_new_session=True,
-        )
+            able = "Linux, macOS, or WSL on Windows"
+            raise SandboxError(f"the sandbox needs a system that can fork: {able}")
+        options = {"prefix": "qwen_mini_sandbox_", "ignore_cleanup_errors": True}
+        self.folder = tempfile.TemporaryDirectory(**options)
+        command = [sys.executable, "-s", "-P", "-S", __file__]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        alone = {"cwd": self.folder.name, "bufsize": 0, "start_new_session": True}
+        alone["env"] = {"PYTHONHASHSEED": "0"}  # one order of sets for all programs
+        self.process = subprocess.Popen(command, **pipes, **alone)
         self.prove()
 
     def prove(self) -> None:
         """Run one harmless program: a sandbox that cannot would make every right program look wrong."""
-        request = {
-            "program": "def f(x):\n    return x",
-            "function": "f",
-            "calls": [[7]],
-            "limits": asdict(Limits()),
-        }
+        request = _request("def f(x):\n    return x", "f", [[7]], Limits())
         try:
-            outcome = self.ask(json.dumps(request).encode(), Limits())
+            outcome = self.ask(request, Limits())
             problem = outcome.error if outcome != Outcome("ok", [7]) else ""
         except (OSError, EOFError, ValueError, TypeError) as error:
             self.process.kill()
             problem = f"{error} {self.process.stderr.read().decode(errors='replace')[-300:]}"
         if problem:
             self.stop()
-            raise SandboxError(
-                f"the sandbox does not work on this machine, so no program can be judged: {problem}"
-            )
+            broken = "the sandbox does not work on this machine, so no program can be judged"
+            raise SandboxError(f"{broken}: {problem}")
         if not _warned and _seccomp_filter() is None:
             _warned.append(1)
-            print(
-                "the kernel here cannot lock programs in: run untrusted models in a virtual machine",
-                file=sys.stderr,
-            )
+            remedy = "run untrusted models in a virtual machine"
+            print(f"the kernel here cannot lock programs in: {remedy}", file=sys.stderr)
 
     def stop(self) -> None:
         if self.process is not None:
@@ -271,16 +258,12 @@ def _seccomp_filter() -> bytes | None:
     operation = lambda code, yes, no, value: struct.pack("<HBBI", code, yes, no, value)
     load, equal, answer = 0x20, 0x15, 0x06
     arch, numbers = table.pop("arch"), sorted(table.values())
-    lines = [
-        operation(load, 0, 0, 4),
-        operation(equal, 1, 0, arch),
-        operation(answer, 0, 0, 0x80000000),
-    ]  # else: kill
+    lines = [operation(load, 0, 0, 4), operation(equal, 1, 0, arch)]
+    lines.append(operation(answer, 0, 0, 0x80000000))  # another architecture: kill
     lines.append(operation(load, 0, 0, 0))
     lines += [operation(equal, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
-    return b"".join(
-        [*lines, operation(answer, 0, 0, 0x00050001), operation(answer, 0, 0, 0x7FFF0000)]
-    )
+    lines += [operation(answer, 0, 0, value) for value in (0x00050001, 0x7FFF0000)]
+    return b"".join(lines)
 
 
 ENDED = 3  # exit code of a fork whose caller has gone
@@ -299,9 +282,8 @@ def _work() -> None:
     base = _virtual_bytes()
     ended = False
     while not ended:
-        select.select(
-            [0], [], []
-        )  # the request stays unread: what the worker has read, later programs could find
+        # the request stays unread: what the worker has read, later programs could find
+        select.select([0], [], [])
         child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):
@@ -339,10 +321,9 @@ def _kernel_lock(ctypes, libc, filter_: bytes):
         death_signal, no_new_privileges, set_seccomp, mode_filter = 1, 38, 22, 2
         libc.prctl(death_signal, signal.SIGKILL, 0, 0, 0)  # no child outlives its worker
         libc.capset(version_3, none)  # root's powers, where the worker has them
-        return (
-            libc.prctl(no_new_privileges, 1, 0, 0, 0) == 0
-            and libc.prctl(set_seccomp, mode_filter, ctypes.byref(program), 0, 0) == 0
-        )
+        if libc.prctl(no_new_privileges, 1, 0, 0, 0) != 0:
+            return False
+        return libc.prctl(set_seccomp, mode_filter, ctypes.byref(program), 0, 0) == 0
 
     return lock
 
@@ -365,12 +346,8 @@ def _run_in_child(request: dict, lock, base: int) -> dict:
             _compute(request, writer, lock, base)
         os._exit(1)
     os.close(writer)
-    content, deadline, bound = (
-        b"",
-        time.monotonic() + limits["wall_seconds"],
-        limits["output_bytes"],
-    )
-    ended = late = False
+    content, deadline = b"", time.monotonic() + limits["wall_seconds"]
+    bound, ended, late = limits["output_bytes"], False, False
     while not ended and not late and len(content) <= bound:
         late = not select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]
         if not late:
@@ -378,9 +355,7 @@ def _run_in_child(request: dict, lock, base: int) -> dict:
             ended, content = not part, content + part
     os.close(reader)
     with contextlib.suppress(ProcessLookupError):
-        os.kill(
-            child, signal.SIGKILL
-        )  # also one that has only closed its handle; harmless after an exit
+        os.kill(child, signal.SIGKILL)  # also one that only closed its handle; none after an exit
     _, status = os.waitpid(child, 0)
     if late or (os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGXCPU)):
         return {"status": "timeout", "error": "it ran out of time"}
@@ -389,9 +364,7 @@ def _run_in_child(request: dict, lock, base: int) -> dict:
     try:
         answer = json.loads(content, parse_constant=_no_number)
         kinds = {"status": str, "values": list, "error": str}
-        if answer.keys() != kinds.keys() or not all(
-            isinstance(answer[k], kind) for k, kind in kinds.items()
-        ):
+        if {name: type(value) for name, value in answer.items()} != kinds:
             raise ValueError
         count = {"ok": len(request["calls"]), "error": 0}[answer["status"]]
         if len(answer["values"]) != count or _depth(answer["values"]) > DEPTH + 1:
@@ -409,27 +382,24 @@ def _compute(request: dict, writer: int, lock, base: int) -> None:
     """In the child: give up everything, then run the program and write what its calls return."""
     try:
         _give_up(request["limits"], writer, lock, base)
-        sys.modules["random"].seed(
-            0
-        )  # after the fork, which seeds it by chance: same program, same result
-        module = sys.modules["program"] = type(sys)(
-            "program"
-        )  # dataclasses and typing look their module up
+        # after the fork, which seeds it by chance: same program, same result
+        sys.modules["random"].seed(0)
+        # dataclasses and typing look their module up
+        module = sys.modules["program"] = type(sys)("program")
         space = vars(module)
         space["__builtins__"] = __builtins__
         exec(compile(request["program"], "program", "exec"), space)
         if not callable(space.get(request["function"])):
             raise NameError(f"the program defines no function {request['function']!r}")
         values = [_plain(space[request["function"]](*arguments)) for arguments in request["calls"]]
-        content = json.dumps(
-            {"status": "ok", "values": values, "error": ""}, allow_nan=False
-        ).encode()
+        answer = {"status": "ok", "values": values, "error": ""}
+        content = json.dumps(answer, allow_nan=False).encode()
     except MemoryError:
         content = b'{"status": "error", "values": [], "error": "MemoryError"}'
     except BaseException as problem:
         error = ascii(f"{type(problem).__name__}: {problem}"[:200])[1:-1]
         content = json.dumps({"status": "error", "values": [], "error": error}).encode()
-    while content:
+    while content:  # not by a function of this module: the program may have put another one there
         content = content[os.write(writer, content) :]
     os._exit(0)
 
@@ -447,25 +417,12 @@ def _give_up(limits: dict, writer: int, lock, base: int) -> None:
                 os.close(handle)
     seconds = limits["cpu_seconds"]
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    hard = {
-        resource.RLIMIT_CPU: int(seconds) + 2,
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_AS: base + limits["memory_mib"] * 2**20,
-    }
+    hard = {resource.RLIMIT_CPU: int(seconds) + 2, resource.RLIMIT_FSIZE: 0}
+    hard |= {resource.RLIMIT_CORE: 0, resource.RLIMIT_AS: base + limits["memory_mib"] * 2**20}
     for kind, value in hard.items():
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(kind, (value, value))
-    for name in (
-        "ctypes",
-        "_ctypes",
-        "resource",
-        "signal",
-        "select",
-        "subprocess",
-        "tempfile",
-        "threading",
-    ):
+    for name in "ctypes _ctypes resource signal select subprocess tempfile threading".split():
         sys.modules.pop(name, None)
     if lock is not None and not lock():
         raise OSError("the kernel refused the filter")
@@ -479,21 +436,10 @@ def _second_lock():
     """
 
     def refuse(event: str, arguments) -> None:
-        if event.startswith(
-            (
-                "open",
-                "os.",
-                "socket.",
-                "subprocess.",
-                "ctypes.",
-                "shutil.",
-                "fcntl.",
-                "mmap.",
-                "pty.",
-                "signal.",
-                "gc.",
-            )
-        ):
+        if event.startswith((
+            "open", "os.", "socket.", "subprocess.", "ctypes.", "shutil.", "fcntl.", "mmap.", "pty.",
+            "signal.", "gc.",
+        )):  # fmt: skip
             raise PermissionError(f"not allowed in the sandbox: {event}")
 
     return refuse

@@ -16,9 +16,8 @@ def start(notebook: str, scale: str = "laptop", seed: int = 0, fresh: bool = Fal
     import numpy as np
     import torch
 
-    from . import (
-        records,
-    )  # here, because it belongs to notebooks alone and the command line starts without it
+    # here, because it belongs to notebooks alone and the command line starts without it
+    from . import records
 
     config = load_scale(scale)
     check_seed(seed)

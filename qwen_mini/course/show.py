@@ -26,9 +26,8 @@ def say(template: str, **numbers: Any) -> None:
     try:
         text = _Sentence().vformat(template, (), numbers)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise CourseError(
-            f"say: {error} in {template!r}: a number does not fit its format, or a brace that is meant does not stand twice"
-        ) from None
+        unfit = "a number does not fit its format, or a brace that is meant does not stand twice"
+        raise CourseError(f"say: {error} in {template!r}: {unfit}") from None
     _show(text, "text/markdown", text)
 
 
@@ -43,9 +42,8 @@ class _Sentence(string.Formatter):
 
     def check_unused_args(self, used, positional, numbers):
         for name in sorted(set(numbers) - used):
-            raise CourseError(
-                f"say: {name} is given but does not occur in the sentence: remove it or use it"
-            )
+            unused = f"{name} is given but does not occur in the sentence"
+            raise CourseError(f"say: {unused}: remove it or use it")
 
 
 def table(
@@ -69,12 +67,10 @@ def table(
     titles = _titles(records, columns)
     formats = dict(formats or {})
     for key in sorted(set(formats) - set(titles)):
-        raise CourseError(
-            f"table: the format of {key!r} belongs to no column: the columns are {list(titles)}"
-        )
-    cells = [
-        [_cell(record.get(key), formats.get(key), key) for key in titles] for record in records
-    ]
+        none = f"the format of {key!r} belongs to no column: the columns are {list(titles)}"
+        raise CourseError(f"table: {none}")
+    row = lambda record: [_cell(record.get(key), formats.get(key), key) for key in titles]
+    cells = list(map(row, records))
     right = [any(_is_number(record.get(key)) for record in records) for key in titles]
     heads = [_one_line(title) for title in titles.values()]
     _show(_plain(heads, cells, right), "text/html", _html(heads, cells, right))
@@ -108,9 +104,8 @@ def _is_number(value: Any) -> bool:
     """A number, or a pair of value and error; 0-d arrays and tensors count, truth values do not."""
     if isinstance(value, tuple):
         return True
-    return (isinstance(value, Real) or getattr(value, "shape", None) == ()) and not isinstance(
-        value, bool
-    )
+    number = isinstance(value, Real) or getattr(value, "shape", None) == ()
+    return number and not isinstance(value, bool)
 
 
 def _cell(value: Any, form: str | None, key: str) -> str:
@@ -130,10 +125,8 @@ def _cell(value: Any, form: str | None, key: str) -> str:
         else:
             text = _one_line(value) if isinstance(value, str) else _number(value, spec)
     except (ValueError, TypeError) as error:
-        message = (
-            f"table: {value!r} in the column {key!r} does not fit the format {form!r}: {error}"
-        )
-        raise CourseError(message) from None
+        unfit = f"{value!r} in the column {key!r} does not fit the format {form!r}"
+        raise CourseError(f"table: {unfit}: {error}") from None
     return f"{before}{text}{after}" if not isinstance(value, str) else text
 
 
@@ -174,11 +167,8 @@ def _plain(heads: list[str], cells: list[list[str]], right: list[bool]) -> str:
 
 def _line(texts: list[str], widths: list[int], right: list[bool]) -> str:
     spaces = [" " * (width - _width(text)) for text, width in zip(texts, widths, strict=True)]
-    padded = [
-        space + text if r else text + space
-        for text, space, r in zip(texts, spaces, right, strict=True)
-    ]
-    return "  ".join(padded).rstrip()
+    padded = lambda text, space, to_right: space + text if to_right else text + space
+    return "  ".join(map(padded, texts, spaces, right)).rstrip()
 
 
 def _html(heads: list[str], cells: list[list[str]], right: list[bool]) -> str:
@@ -186,11 +176,9 @@ def _html(heads: list[str], cells: list[list[str]], right: list[bool]) -> str:
     sides = ["right" if to_right else "left" for to_right in right]
 
     def row(tag: str, texts: list[str]) -> str:
-        parts = (
-            f'<{tag} align="{side}" style="text-align: {side}">{html.escape(text, quote=False)}</{tag}>'
-            for text, side in zip(texts, sides, strict=True)
-        )
-        return f"<tr>{''.join(parts)}</tr>"
+        cells = zip(sides, (html.escape(text, quote=False) for text in texts), strict=True)
+        form = '<{0} align="{1}" style="text-align: {1}">{2}</{0}>'.format
+        return f"<tr>{''.join(form(tag, *cell) for cell in cells)}</tr>"
 
     body = "\n".join(row("td", line) for line in cells)
     return f"<table>\n<thead>\n{row('th', heads)}\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>"

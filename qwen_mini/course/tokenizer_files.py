@@ -37,24 +37,15 @@ def write(
     decoding may leave it out; settings: the keys of tokenizer_config.json that differ from one tokenizer to another."""
     first, folder = backend.get_vocab_size(), Path(folder)
     facts = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    added = {
-        str(first + i): {"content": token, **facts, "special": is_special}
-        for i, (token, is_special) in enumerate(special.items())
-    }
-    config = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "add_prefix_space": False,
-        "added_tokens_decoder": added,
-        "additional_special_tokens": [t for t in list(special)[1:] if special[t]],
-        "bos_token": None,
-        "chat_template": settings["chat_template"],
-        "clean_up_tokenization_spaces": False,
-        "eos_token": settings["eos_token"],
-        "errors": "replace",
-        "pad_token": settings["pad_token"],
-        "split_special_tokens": False,
-        "unk_token": None,
-    }
+    tokens = enumerate(special.items(), first)
+    added = {str(i): {"content": token, **facts, "special": s} for i, (token, s) in tokens}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": False}
+    config["added_tokens_decoder"] = added
+    config["additional_special_tokens"] = [t for t in list(special)[1:] if special[t]]
+    config |= {"bos_token": None, "chat_template": settings["chat_template"]}
+    config |= {"clean_up_tokenization_spaces": False, "eos_token": settings["eos_token"]}
+    config |= {"errors": "replace", "pad_token": settings["pad_token"]}
+    config |= {"split_special_tokens": False, "unk_token": None}
     backend.normalizer = normalizers.NFC()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     for token, is_special in special.items():
@@ -88,15 +79,12 @@ def read(
         merges = [(vocabulary[left], vocabulary[right]) for left, right in pairs]
         names = spelled(byte_chars, merges)
         steps = data["pre_tokenizer"].get("pretokenizers", [data["pre_tokenizer"]])
-        same = (
-            ids == {token: len(names) + i for i, token in enumerate(control)}
-            and set(control) >= REQUIRED
-            and all(isinstance(token, str) for token in control)
-            and {name: i for i, name in enumerate(names)}
-            == {name: i for name, i in vocabulary.items() if name not in ids}
-            and {"Regex": pattern} in [step.get("pattern") for step in steps]
-            and data["normalizer"] == {"type": "NFC"}
-        )
+        regular = {name: i for name, i in vocabulary.items() if name not in ids}
+        behind = {token: i for i, token in enumerate(control, len(names))}
+        same = ids == behind and regular == {name: i for i, name in enumerate(names)}
+        same = same and set(control) >= REQUIRED and all(isinstance(t, str) for t in control)
+        same = same and {"Regex": pattern} in [step.get("pattern") for step in steps]
+        same = same and data["normalizer"] == {"type": "NFC"}
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         same = False
     if not same:

@@ -24,9 +24,7 @@ STAGES = {
 # what these train on is sampled, from what the section of the scale names as their start
 SAMPLED = {"careless": "reward_model", "pairs": "dpo", "dpo": "dpo", "grpo": "grpo"}
 COLLECTIVE = datetime.timedelta(minutes=30)  # the longest that one process may let the others wait
-PREPARATION = datetime.timedelta(
-    days=1
-)  # the corpus is prepared by one process while the others wait
+PREPARATION = datetime.timedelta(days=1)  # the others wait while one process prepares the corpus
 
 
 def handle(name: str, config: ScaleConfig, seed: int = 0) -> Stage:

@@ -21,18 +21,16 @@ def versions_of(*modules: str) -> dict[str, int]:
     known = versions()
     needed = set().union(*(closure(module) for module in modules))
     if missing := sorted(needed - set(known)):
-        raise CourseError(
-            f"{', '.join(missing)} has no number in {FILE.name}: add `{missing[0]} = 1`"
-        )
+        lacks = f"{', '.join(missing)} has no number in {FILE.name}"
+        raise CourseError(f"{lacks}: add `{missing[0]} = 1`")
     return {module: known[module] for module in sorted(needed)}
 
 
 def other_versions(made_with: dict[str, int]) -> str:
     """`sft 1 → 2`, the chapters whose version has changed since; '' if none has."""
     now = versions()
-    return ", ".join(
-        f"{name} {old} → {now.get(name)}" for name, old in made_with.items() if now.get(name) != old
-    )
+    changed = {name: old for name, old in made_with.items() if now.get(name) != old}
+    return ", ".join(f"{name} {old} → {now.get(name)}" for name, old in changed.items())
 
 
 @functools.cache
@@ -60,12 +58,10 @@ def imported_chapters(text: str, here: str = ".") -> set[str]:
                 names |= {alias.name for alias in node.names}
             else:
                 names.add(_below(here if relative else "", module))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
-            ("import_module", "__import__")
-        ):
-            names |= {
-                _below("", word.value) for word in node.args if isinstance(word, ast.Constant)
-            }
+        elif isinstance(node, ast.Call):
+            words = [word.value for word in node.args if isinstance(word, ast.Constant)]
+            if ast.unparse(node.func).endswith(("import_module", "__import__")):
+                names |= {_below("", word) for word in words}
     return names - {""}
 
 

@@ -14,10 +14,8 @@ def causal_bias(group: int, start: int, end: int, dtype: torch.dtype) -> Tensor:
     Returns ((end − start) · group, end). The tensor is shared between calls: don't write into it.
     """
     allowed = torch.arange(start, end, device="cpu")[:, None] >= torch.arange(end, device="cpu")
-    bias = torch.zeros(allowed.shape, dtype=dtype, device="cpu").masked_fill_(
-        ~allowed, float("-inf")
-    )
-    return bias.repeat_interleave(group, 0)
+    bias = torch.zeros(allowed.shape, dtype=dtype, device="cpu")
+    return bias.masked_fill_(~allowed, float("-inf")).repeat_interleave(group, 0)
 
 
 class TiledAttention(Function):
@@ -51,9 +49,8 @@ class TiledAttention(Function):
             end = min(start + TiledAttention.TILE, length)
             tile = slice(start * group, end * group)
             bias = causal_bias(group, start, end, q.dtype)
-            tiles.append(
-                torch.softmax(torch.baddbmm(bias, rows[:, tile], keys[..., :end], alpha=scale), -1)
-            )
+            scores = torch.baddbmm(bias, rows[:, tile], keys[..., :end], alpha=scale)
+            tiles.append(torch.softmax(scores, -1))
             out[:, tile] = torch.bmm(tiles[-1], values[:, :end])
         ctx.save_for_backward(rows, keys, values, *tiles)
         ctx.shape = batch, kv_heads, length, group, head_dim
@@ -67,34 +64,23 @@ class TiledAttention(Function):
         batch, kv_heads, length, group, head_dim = ctx.shape
         scale = head_dim**-0.5
         grad = grad.unflatten(1, (kv_heads, group)).transpose(2, 3).reshape(rows.shape)
-        grad_rows, grad_keys, grad_values = (
-            torch.empty_like(rows),
-            torch.empty_like(values),
-            torch.empty_like(values),
-        )
+        grad_rows, grad_keys, grad_values = map(torch.empty_like, (rows, values, values))
         keys, values = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
         starts = range(0, length, TiledAttention.TILE)
         for start, weights in reversed(list(zip(starts, tiles, strict=True))):
             end = min(start + TiledAttention.TILE, length)
             tile = slice(start * group, end * group)
             grad_weights = torch.bmm(grad[:, tile], values[..., :end])
-            grad_scores = torch.ops.aten._softmax_backward_data(
-                grad_weights, weights, -1, weights.dtype
-            )
+            softmax_backward = torch.ops.aten._softmax_backward_data
+            grad_scores = softmax_backward(grad_weights, weights, -1, weights.dtype)
             grad_rows[:, tile] = torch.bmm(grad_scores, keys[:, :end])
-            if (
-                end < length
-            ):  # the last tile sees every key: it writes the gradients, the others add to them
+            # the last tile sees every key: it writes the gradients, the others add to them
+            if end < length:
                 grad_values[:, :end].baddbmm_(weights.transpose(1, 2), grad[:, tile])
                 grad_keys[:, :end].baddbmm_(grad_scores.transpose(1, 2), rows[:, tile])
             else:
                 torch.bmm(weights.transpose(1, 2), grad[:, tile], out=grad_values)
                 torch.bmm(grad_scores.transpose(1, 2), rows[:, tile], out=grad_keys)
-        grad_q = (
-            grad_rows.mul_(scale)
-            .view(batch, kv_heads, length, group, head_dim)
-            .transpose(2, 3)
-            .flatten(1, 2)
-        )
+        grad_q = grad_rows.mul_(scale).view(ctx.shape).transpose(2, 3).flatten(1, 2)
         shape = (batch, kv_heads, length, head_dim)
         return grad_q, grad_keys.mul_(scale).view(shape), grad_values.view(shape)

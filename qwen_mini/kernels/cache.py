@@ -53,12 +53,8 @@ class KVCache:
         values = (batch_size, num_key_value_heads, capacity, head_dim)
         self.capacity, self.length = capacity, 0
         self.document_ids: Tensor | None = None
-        self.layers = [
-            LayerCache(
-                self, *(torch.zeros(shape, dtype=dtype, device=device) for shape in (keys, values))
-            )
-            for _ in range(num_layers)
-        ]
+        empty = lambda shape: torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = [LayerCache(self, empty(keys), empty(values)) for _ in range(num_layers)]
 
     @property
     def batch_size(self) -> int:
@@ -69,10 +65,8 @@ class KVCache:
         """`length` after so many more tokens; ValueError if they don't fit."""
         end = self.length + length
         if end > self.capacity:
-            raise ValueError(
-                f"the KV cache holds {self.capacity} tokens, but {end} are needed: "
-                "make it with a larger capacity or shorten the prompt"
-            )
+            short = f"the KV cache holds {self.capacity} tokens, but {end} are needed"
+            raise ValueError(f"{short}: make it with a larger capacity or shorten the prompt")
         return end
 
     def remember(self, document_ids: Tensor | None, length: int) -> None:
@@ -82,18 +76,15 @@ class KVCache:
         if self.document_ids is None:
             shape, device = (self.batch_size, self.capacity), self.layers[0].keys.device
             self.document_ids = torch.zeros(shape, dtype=torch.long, device=device)
-        self.document_ids[:, self.length : self.end_after(length)] = (
-            0 if document_ids is None else document_ids
-        )
+        new = slice(self.length, self.end_after(length))
+        self.document_ids[:, new] = 0 if document_ids is None else document_ids
 
     def select(self, rows: Tensor) -> "KVCache":
         """A copy with only these rows (repeats allowed): drop finished rows, or repeat a prompt for a group."""
         new = object.__new__(KVCache)
         new.capacity, new.length = self.capacity, self.length
         new.document_ids = None if self.document_ids is None else self.document_ids[rows]
-        new.layers = [
-            LayerCache(new, layer.keys[rows], layer.values[rows]) for layer in self.layers
-        ]
+        new.layers = [LayerCache(new, x.keys[rows], x.values[rows]) for x in self.layers]
         return new
 
     def grow(self, extra: int) -> None:

@@ -47,13 +47,8 @@ class LinearCrossEntropy(Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, total = ctx.saved_tensors
-        scale = grad / total
-        return (
-            grad_hidden * scale.to(grad_hidden.dtype),
-            (grad_weight * scale).to(grad_hidden.dtype),
-            None,
-            None,
-        )
+        scale, dtype = grad / total, grad_hidden.dtype
+        return grad_hidden * scale.to(dtype), (grad_weight * scale).to(dtype), None, None
 
 
 def total_weight(weights: Tensor) -> Tensor:

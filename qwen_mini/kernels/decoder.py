@@ -25,10 +25,8 @@ class FusedDecoder:
 
     def __init__(self, model: "Qwen", tables: tuple[Tensor, Tensor]):
         """tables: cos and signed sin of every position, float32, each (length, head_dim); no text gets longer."""
-        self.config, self.norm = (
-            model.config,
-            model.model.norm.forward,
-        )  # forward: without the hooks of a module
+        self.config = model.config
+        self.norm = model.model.norm.forward  # forward: without the hooks of a module
         self.embedding = model.model.embed_tokens.weight
         self.layers = [_joined(layer) for layer in model.model.layers]
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
@@ -45,12 +43,9 @@ class FusedDecoder:
         cache.remember(None, 1)
         bias = _padding_bias(cache, cos.dtype, tokens.device)
         x = F.embedding(tokens[:, 0], self.embedding)  # (rows, hidden_size)
-        for (norm, after, qkv, qkv_bias, out, gate_up, down), stored in zip(
-            self.layers, cache.layers, strict=True
-        ):
-            qkv = F.linear(norm(x), qkv, qkv_bias).view(
-                rows, -1, config.head_dim
-            )  # (rows, all heads, head_dim)
+        for layer, stored in zip(self.layers, cache.layers, strict=True):
+            norm, after, qkv, qkv_bias, out, gate_up, down = layer
+            qkv = F.linear(norm(x), qkv, qkv_bias).view(rows, -1, config.head_dim)  # all heads
             both, v = turned(qkv[:, :-kv_heads], cos, sin), qkv[:, -kv_heads:]
             stored.keys[..., position] = both[:, heads:]
             stored.values[:, :, position] = v

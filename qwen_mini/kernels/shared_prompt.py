@@ -8,36 +8,28 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .attention import TiledAttention
 
 
 def shared_prompt_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor,
-    prompt_length: int,
-    responses: int,
-) -> torch.Tensor:
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, prompt_length: int, responses: int
+) -> Tensor:
     """softmax(q kᵀ / √head_dim + bias) v, where a response sees the prompt and itself. Returns the shape of q.
 
     q: (batch, heads, prompt_length + responses · width, head_dim); k, v: (batch, kv_heads, …); q and k are rotated.
     bias: from `shared_prompt_bias`, made once for all layers.
     """
-    (q_prompt, q_own), (k_prompt, k_own), (v_prompt, v_own) = (
-        x.tensor_split([prompt_length], 2) for x in (q, k, v)
-    )
-    prompt = _prompt_attention(q_prompt, k_prompt, v_prompt)
-    keys, values = (
-        _behind_the_prompt(*pair, responses) for pair in ((k_prompt, k_own), (v_prompt, v_own))
-    )
-    return torch.cat([prompt, _response_attention(q_own, keys, values, bias, responses)], 2)
+    q, k, v = (x.tensor_split([prompt_length], 2) for x in (q, k, v))
+    prompt = _prompt_attention(q[0], k[0], v[0])
+    keys, values = (_behind_the_prompt(*x, responses) for x in (k, v))
+    return torch.cat([prompt, _response_attention(q[1], keys, values, bias, responses)], 2)
 
 
 def shared_prompt_bias(
-    real: torch.Tensor, width: int, responses: int, heads: int, kv_heads: int, dtype: torch.dtype
-) -> torch.Tensor:
+    real: Tensor, width: int, responses: int, heads: int, kv_heads: int, dtype: torch.dtype
+) -> Tensor:
     """What `shared_prompt_attention` adds to the scores of responses: 0 where they may look, −inf where not.
 
     real: (batch, prompt_length), False where a prompt is padding; width: tokens of a response. The result, on the
@@ -48,20 +40,19 @@ def shared_prompt_bias(
     allowed = torch.ones(width, length + width, dtype=torch.bool, device=real.device).tril(length)
     allowed = allowed.repeat(batch, 1, 1)
     allowed[:, :, :length] &= real[:, None]
-    bias = torch.zeros(allowed.shape, dtype=dtype, device=real.device).masked_fill_(
-        ~allowed, -math.inf
-    )
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=real.device)
+    bias.masked_fill_(~allowed, -math.inf)
     return bias.repeat(1, heads // kv_heads, 1).repeat_interleave(kv_heads * responses, 0)
 
 
-def _prompt_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _prompt_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention within the prompt."""
     if q.device.type == "cpu":
         return TiledAttention.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def _behind_the_prompt(prompt: torch.Tensor, own: torch.Tensor, responses: int) -> torch.Tensor:
+def _behind_the_prompt(prompt: Tensor, own: Tensor, responses: int) -> Tensor:
     """Keys or values that each response reads: (batch · kv_heads · responses, prompt_length + width, head_dim).
 
     The prompt is copied for every response: one product with all keys takes less time than two products with parts,
@@ -72,8 +63,8 @@ def _behind_the_prompt(prompt: torch.Tensor, own: torch.Tensor, responses: int) 
 
 
 def _response_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, responses: int
-) -> torch.Tensor:
+    q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, responses: int
+) -> Tensor:
     """Attention of all responses, each with its own keys behind the prompt's; q: (batch, heads, …, head_dim)."""
     batch, heads, head_dim = q.shape[0], q.shape[1], q.shape[-1]
     kv_heads = len(keys) // (batch * responses)

@@ -172,11 +172,8 @@ def reverse_in(rng: random.Random, level: int) -> Draw:
     """Reverse level + 1 words, asked and answered in French or Spanish."""
     language, entries, facts = _foreign(rng, level)
     words = [entry[language] for entry in entries]
-    slots = {
-        wording: rng.choice(texts).format(" ".join(words))
-        for wording, texts in ORDERS[LANGUAGES[language]].items()
-    }
-    result = words[::-1]
+    orders, result = ORDERS[LANGUAGES[language]], words[::-1]
+    slots = {kind: rng.choice(texts).format(" ".join(words)) for kind, texts in orders.items()}
     return Draw(f"{language} {words}", slots, numbered(result), " ".join(result), facts)
 
 

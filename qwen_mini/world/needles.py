@@ -36,26 +36,17 @@ class NeedlePieces:
 
 def needle_pieces(tokenizer: "Tokenizer") -> NeedlePieces:
     """Encode the pieces; borders between them are borders of the pre-tokenizer, so joining ids is exact."""
-    regular = {
-        i: tokenizer.token_bytes(i)
-        for i in range(tokenizer.vocab_size - len(tokenizer.control_tokens))
-    }
+    count = tokenizer.vocab_size - len(tokenizer.control_tokens)
+    regular = {i: tokenizer.token_bytes(i) for i in range(count)}
     words = [i for i, raw in regular.items() if re.fullmatch(rb" [a-z]{3,}", raw)]
     words = [i for i in words if tokenizer.encode(regular[i].decode()) == [i]]
     if len(words) < 32:  # a vocabulary too small for words: letters are always single tokens
         words = [i for i, raw in regular.items() if re.fullmatch(rb"[A-Za-z]", raw)]
-    texts = {
-        "passkey": " pass",
-        "equals": "=",
-        "stop": ".",
-        "newline": "\n",
-        "the": " The",
-        "key_is": " key is ",
-    }
-    texts |= {"what_is": "What is the", "key_asked": " key?", "digits": "0123456789"}
-    return NeedlePieces(
-        tuple(words), **{name: tuple(tokenizer.encode(text)) for name, text in texts.items()}
-    )
+    texts = {"passkey": " pass", "equals": "=", "stop": ".", "newline": "\n", "the": " The"}
+    texts |= {"key_is": " key is ", "what_is": "What is the", "key_asked": " key?"}
+    texts["digits"] = "0123456789"
+    encoded = {name: tuple(tokenizer.encode(text)) for name, text in texts.items()}
+    return NeedlePieces(tuple(words), **encoded)
 
 
 def needle_statement(pieces: NeedlePieces, key: tuple, value: tuple, style: str) -> list[int]:
@@ -69,24 +60,16 @@ def needle_question(pieces: NeedlePieces, key: tuple, style: str) -> list[int]:
     """Everything up to the answer: "\\n river=" or "\\nWhat is the river key? The river key is "."""
     if style == "compact":
         return [*pieces.newline, *key, *pieces.equals]
-    return [
-        *pieces.newline,
-        *pieces.what_is,
-        *key,
-        *pieces.key_asked,
-        *pieces.the,
-        *key,
-        *pieces.key_is,
-    ]
+    p = pieces
+    return [*p.newline, *p.what_is, *key, *p.key_asked, *p.the, *key, *p.key_is]
 
 
 def draw_value(
     pieces: NeedlePieces, rng: random.Random, digits: int = 5, distinct: bool = False
 ) -> tuple:
     """The token ids of a random number, which may begin with 0."""
-    return tuple(
-        rng.sample(pieces.digits, digits) if distinct else rng.choices(pieces.digits, k=digits)
-    )
+    draw = rng.sample if distinct else rng.choices
+    return tuple(draw(pieces.digits, k=digits))
 
 
 def draw_keys(pieces: NeedlePieces, rng: random.Random, count: int, tokens: int = 1) -> list[tuple]:
@@ -121,10 +104,8 @@ def needle_row(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: rando
     repeat and keys may have two tokens.
     """
     hard = length > 128 or (length > 64 and rng.random() < 0.5)
-    count, style = (
-        rng.choices((1, 2, 3, 4), (4, 2, 2, 2))[0],
-        rng.choice(("compact", "compact", "prose")),
-    )
+    [count] = rng.choices((1, 2, 3, 4), (4, 2, 2, 2))
+    style = rng.choice(("compact", "compact", "prose"))
     keys = draw_keys(pieces, rng, count, rng.choice((1, 2)) if hard else 1)
     if count == 1 and style == "prose":
         keys = [rng.choice((pieces.passkey, keys[0]))]
@@ -142,19 +123,14 @@ def needle_row(length: int, filler: np.ndarray, pieces: NeedlePieces, rng: rando
         elif style == "prose":
             pairs, style = [(draw_keys(pieces, rng, 1)[0], pairs[0][1])], "compact"
         else:
-            raise CorpusError(
-                f"a row of {length} tokens is too short for one needle and its question"
-            )
-    ids, weights = hide_needles(
-        needles, [rng.random() for _ in needles], filler_slice(filler, room, rng)
-    )
+            short = "is too short for one needle and its question"
+            raise CorpusError(f"a row of {length} tokens {short}")
+    depths = [rng.random() for _ in needles]
+    ids, weights = hide_needles(needles, depths, filler_slice(filler, room, rng))
     for prompt, (_, value) in zip(prompts, asked, strict=True):
         ids += [*prompt, *value, *pieces.stop]
-        weights += (
-            [WEIGHT_TEMPLATE] * len(prompt)
-            + [WEIGHT_ANSWER] * 5
-            + [WEIGHT_TEMPLATE] * len(pieces.stop)
-        )
+        weights += [WEIGHT_TEMPLATE] * len(prompt) + [WEIGHT_ANSWER] * 5
+        weights += [WEIGHT_TEMPLATE] * len(pieces.stop)
     return ids, weights
 
 
@@ -194,7 +170,6 @@ def needle_prompt(
     keys: list[tuple] | int = 1,
     depths: list[float] | None = None,
     style: str = "compact",
-    digits: int = 5,
 ) -> tuple[list[int], list[int]]:
     """(prompt of exactly `length` ids that ends where the answer begins, the answer's ids), for evaluation.
 
@@ -202,17 +177,15 @@ def needle_prompt(
     """
     keys = draw_keys(pieces, rng, keys) if isinstance(keys, int) else keys
     depths = [rng.random() for _ in keys] if depths is None else depths
-    values = [draw_value(pieces, rng, digits) for _ in keys]
-    needles = [
-        needle_statement(pieces, key, value, style) for key, value in zip(keys, values, strict=True)
-    ]
+    values = [draw_value(pieces, rng) for _ in keys]
+    pairs = zip(keys, values, strict=True)
+    needles = [needle_statement(pieces, key, value, style) for key, value in pairs]
     asked = needle_question(pieces, keys[0], style)
     room = length - len(asked) - sum(map(len, needles))
     if room < 0:
         raise CorpusError(f"{len(keys)} needles and a question do not fit into {length} tokens")
-    return hide_needles(needles, depths, filler_slice(filler, room, rng))[0] + asked, list(
-        values[0]
-    )
+    ids, _ = hide_needles(needles, depths, filler_slice(filler, room, rng))
+    return ids + asked, list(values[0])
 
 
 def passkey_prompt(

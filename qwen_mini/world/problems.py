@@ -94,10 +94,8 @@ def subtraction(rng: random.Random) -> Problem:
     steps, borrow = [], 0
     for x, y in itertools.zip_longest(reversed(str(a)), reversed(str(b)), fillvalue="0"):
         difference = int(x) - int(y) - borrow
-        steps.append(
-            f"{x}-{y}-{borrow}={difference} write {difference % 10} borrow {int(difference < 0)}"
-        )
-        borrow = int(difference < 0)
+        line, borrow = f"{x}-{y}-{borrow}={difference}", int(difference < 0)
+        steps.append(f"{line} write {difference % 10} borrow {borrow}")
     return ask(rng, "subtraction", a, b), "\n".join(steps), str(a - b)
 
 
@@ -113,10 +111,8 @@ def comparison(rng: random.Random) -> Problem:
     """Largest or smallest of a list, keeping the best so far."""
     numbers = rng.sample(range(1, 100), rng.randint(2, 5))
     word, better = rng.choice([("largest", max), ("smallest", min)])
-    best = itertools.accumulate(numbers, better)
-    steps = "\n".join(
-        f"see {number}, best {kept}" for number, kept in zip(numbers, best, strict=True)
-    )
+    rows = zip(numbers, itertools.accumulate(numbers, better), strict=True)
+    steps = "\n".join(f"see {number}, best {kept}" for number, kept in rows)
     question = ask(rng, "comparison", word, " ".join(map(str, numbers)))
     return question, steps, str(better(numbers))
 
@@ -194,20 +190,19 @@ def ordering(rng: random.Random) -> Problem:
 def spelling(rng: random.Random) -> Problem:
     """Change the case or the letters of a word."""
     word, letter = rng.choice(TASK_WORDS), rng.choice("abxyz")
-    name, edit = rng.choice(
-        [
-            ("in upper case", str.upper),
-            ("with a capital first letter", str.capitalize),
-            ("backwards", lambda w: w[::-1]),
-            ("without its first letter", lambda w: w[1:]),
-            ("without its last letter", lambda w: w[:-1]),
-            (f"with {letter} added at the end", lambda w: w + letter),
-            (f"with {letter} instead of its first letter", lambda w: letter + w[1:]),
-            ("twice", lambda w: w + w),
-        ]
-    )
-    steps = f"{' '.join(word)}\n{' '.join(edit(word))}"
-    return ask(rng, "spelling", word, name), steps, edit(word)
+    edits = {
+        "in upper case": word.upper(),
+        "with a capital first letter": word.capitalize(),
+        "backwards": word[::-1],
+        "without its first letter": word[1:],
+        "without its last letter": word[:-1],
+        f"with {letter} added at the end": word + letter,
+        f"with {letter} instead of its first letter": letter + word[1:],
+        "twice": word + word,
+    }
+    name, edited = rng.choice(list(edits.items()))
+    steps = f"{' '.join(word)}\n{' '.join(edited)}"
+    return ask(rng, "spelling", word, name), steps, edited
 
 
 def python_value(rng: random.Random) -> Problem:
@@ -217,20 +212,19 @@ def python_value(rng: random.Random) -> Problem:
     best = f"{a}, best {a}\n{b}, best {max(a, b)}\n{c}, best {max(numbers)}"
     letters = " ".join(f"{letter} {n}" for n, letter in enumerate(word, 1))
     upper = f"{' '.join(word)}\n{' '.join(word.upper())}"
-    expression, steps, value = rng.choice(
-        [
-            (f"{a} * {b} + {c}", *worked(a, f"*{b}", f"+{c}")),
-            (f"({a} + {b}) * {c}", *worked(a, f"+{b}", f"*{c}")),
-            (f"sum({numbers})", *worked(a, f"+{b}", f"+{c}")),
-            (f"max({numbers})", best, max(numbers)),
-            (f"{numbers}[{i}]", f"0: {a}, 1: {b}, 2: {c}", numbers[i]),
-            (f"{a * b + c} % {b}", f"{a * b + c} = {(a * b + c) // b} * {b} + {c % b}", c % b),
-            (f"len({word!r})", letters, len(word)),
-            (f"{word!r}[{i}]", f"0: {word[0]}, 1: {word[1]}, 2: {word[2]}", repr(word[i])),
-            (f"{word!r}.upper()", upper, repr(word.upper())),
-            (f"{a} < {b}", f"{a} {'<' if a < b else '>='} {b}", a < b),
-        ]
-    )
+    expressions = [
+        (f"{a} * {b} + {c}", *worked(a, f"*{b}", f"+{c}")),
+        (f"({a} + {b}) * {c}", *worked(a, f"+{b}", f"*{c}")),
+        (f"sum({numbers})", *worked(a, f"+{b}", f"+{c}")),
+        (f"max({numbers})", best, max(numbers)),
+        (f"{numbers}[{i}]", f"0: {a}, 1: {b}, 2: {c}", numbers[i]),
+        (f"{a * b + c} % {b}", f"{a * b + c} = {(a * b + c) // b} * {b} + {c % b}", c % b),
+        (f"len({word!r})", letters, len(word)),
+        (f"{word!r}[{i}]", f"0: {word[0]}, 1: {word[1]}, 2: {word[2]}", repr(word[i])),
+        (f"{word!r}.upper()", upper, repr(word.upper())),
+        (f"{a} < {b}", f"{a} {'<' if a < b else '>='} {b}", a < b),
+    ]
+    expression, steps, value = rng.choice(expressions)
     return ask(rng, "python_value", expression), steps, str(value)
 
 

@@ -20,9 +20,8 @@ fire feu fuego, king roi rey, dog chien perro, cat chat gato, horse cheval cabal
 white blanc blanco, black noir negro, one un uno, two deux dos, three trois tres, four quatre cuatro,
 five cinq cinco, day jour día, night nuit noche, year année año"""
 LEXICON = tuple(tuple(entry.split()) for entry in LEXICON.split(","))
-_WORDINGS: dict[str, Any] = tomllib.loads(
-    Path(__file__).with_name("wordings.toml").read_text(encoding="utf-8")
-)
+_FILE = Path(__file__).with_name("wordings.toml")
+_WORDINGS: dict[str, Any] = tomllib.loads(_FILE.read_text(encoding="utf-8"))
 FAMILY_WORDINGS: dict[str, list[str]] = _WORDINGS["pretraining"]
 TASK_WORDINGS: dict[str, dict[str, list[str]]] = _WORDINGS["tasks"]  # shown, asked, unseen
 ORDERS: dict[str, dict[str, list[str]]] = _WORDINGS["orders"]  # the same, by language
