@@ -193,7 +193,7 @@ def fit_basins(
     """ln y = c(group) + k (ln x − ln x*)², with x* a power law of the sizes and one k for all groups.
 
     Linear in c, k and k times the coefficients of the law: one least-squares problem, and no group without a minimum
-    inside its grid is left out. ValueError if the points do not determine it, or if k is not positive.
+    inside its grid is left out. ValueError if the points do not determine it, k is not positive, or a minimum is 1000 times outside.
     """
     x, y, logs = np.log(np.asarray(x, float)), np.log(np.asarray(y, float)), _logs(len(y), sizes)
     names, place = np.unique(np.asarray(groups), return_inverse=True)
@@ -211,7 +211,12 @@ def fit_basins(
         raise ValueError(f"the points show no minimum, their curvature is {k:.2g}: widen the grid")
     exponents = -solution[len(names) + 2 :] / (2 * k)
     scale = -solution[len(names) + 1] / (2 * k) - exponents @ middle
-    heights = y - k * (x - scale - logs @ exponents) ** 2
+    places = scale + logs @ exponents
+    if np.abs(places - x).max() > math.log(1000):
+        raise ValueError(
+            "a minimum lies more than a factor of 1000 beyond its grid: widen the grid"
+        )
+    heights = y - k * (x - places) ** 2
     lowest = np.exp(np.bincount(place, heights) / np.bincount(place)).tolist()
     law = PowerLaw(math.exp(scale), dict(zip(sizes, exponents.tolist(), strict=True)))
     spread = math.sqrt(rest @ rest / max(1, len(y) - matrix.shape[1]))
