@@ -327,7 +327,7 @@ def _cells() -> list[dict]:
     return cells
 
 
-@golden("scaling_laws", "fits")
+@golden("scaling_laws", "laws")
 def _():
     rates = laws.fit_rate_law(_cells())
     rows = [cell | {"loss": rates.lowest[i]} for i, cell in enumerate(_cells())]
