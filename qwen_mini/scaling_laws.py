@@ -35,6 +35,7 @@ from torch import Tensor
 from .course import records
 from .course.small_text import SmallText
 from .kernels.ensemble import Ensemble, EnsembleAdamW
+from .kernels.least_squares import nonnegative
 from .model import ModelConfig, Qwen
 from .training import learning_rate_factor
 
@@ -193,7 +194,7 @@ def fit_basins(
     """ln y = c(group) + k (ln x − ln x*)², with x* a power law of the sizes and one k for all groups.
 
     Linear in c, k and k times the coefficients of the law: one least-squares problem, and no group without a minimum
-    inside its grid is left out. ValueError if the points do not determine it, k is not positive, or a minimum is 1000 times outside.
+    inside its grid is left out. ValueError if the points do not determine it, or show no minimum within a factor of 1000.
     """
     x, y, logs = np.log(np.asarray(x, float)), np.log(np.asarray(y, float)), _logs(len(y), sizes)
     names, place = np.unique(np.asarray(groups), return_inverse=True)
@@ -213,9 +214,7 @@ def fit_basins(
     scale = -solution[len(names) + 1] / (2 * k) - exponents @ middle
     places = scale + logs @ exponents
     if np.abs(places - x).max() > math.log(1000):
-        raise ValueError(
-            "a minimum lies more than a factor of 1000 beyond its grid: widen the grid"
-        )
+        raise ValueError("a minimum lies more than a factor of 1000 beyond its grid: widen it")
     heights = y - k * (x - places) ** 2
     lowest = np.exp(np.bincount(place, heights) / np.bincount(place)).tolist()
     law = PowerLaw(math.exp(scale), dict(zip(sizes, exponents.tolist(), strict=True)))
@@ -235,7 +234,7 @@ def bottom(x: Sequence[float], y: Sequence[float], points: int = 3) -> np.ndarra
 
 
 def fit_rate_law(cells: Sequence[Mapping], names: str = "NDB") -> Basins:
-    """The best rate as a power of the sizes `names` from cells (N, D, B, rates, losses), each a group by its place."""
+    """The best rate as a power of the sizes `names`, from cells (N, D, B, rates, losses); a group is a cell's place."""
     near = [(i, j) for i, cell in enumerate(cells) for j in bottom(cell["rates"], cell["losses"])]
     rates, losses = ([cells[i][key][j] for i, j in near] for key in ("rates", "losses"))
     sizes = {name: [cells[i][name] for i, _ in near] for name in names}
@@ -311,7 +310,8 @@ class LossLaw:
         """(N, D) of the lowest loss with factor · N^power · D = flops; in closed form."""
         if flops <= 0 or not (self.A > 0 and self.B > 0):
             raise ValueError(
-                f"a best size needs a budget and terms of N and D above 0, got {flops:g} FLOPs, A {self.A:g}, B {self.B:g}"
+                f"a best size needs a budget and terms of N and D above 0, got {flops:g} FLOPs, "
+                f"A {self.A:g}, B {self.B:g}"
             )
         total = self.alpha + power * self.beta
         ratio = self.alpha * self.A / (power * self.beta * self.B)
@@ -342,7 +342,7 @@ def fit_loss_law(
         alpha, beta = (x.ravel() for x in np.meshgrid(*axes, indexing="ij"))
         powers = np.exp(-alpha[:, None] * n), np.exp(-beta[:, None] * d)
         terms = np.stack([np.ones_like(powers[0]), *powers], 2) / L[:, None]
-        solution, error = _nonnegative(terms * np.sqrt(used)[:, None], np.sqrt(used))
+        solution, error = nonnegative(terms * np.sqrt(used)[:, None], np.sqrt(used))
         place = int(error.argmin())
         best = solution[place], alpha[place], beta[place], error[place]
         step = (high - low) / 24
@@ -351,22 +351,6 @@ def fit_loss_law(
     (E, A, B), alpha, beta, error = best
     spread = math.sqrt(error / max(1.0, used.sum() - 5))
     return LossLaw(*map(float, (E, A * N.min() ** alpha, B * D.min() ** beta, alpha, beta, spread)))
-
-
-def _nonnegative(terms: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares (problems, points, 3) → coefficients ≥ 0 (problems, 3) and squared errors (problems,)."""
-    found = np.zeros((len(terms), 3))
-    errors = np.full(len(terms), np.inf)
-    for kept in ([0, 1, 2], [1, 2], [0, 1], [0, 2]):  # the terms that are not 0
-        part = terms[:, :, kept]
-        gram = np.einsum("pik,pil->pkl", part, part) + 1e-12 * np.eye(len(kept))
-        solution = np.linalg.solve(gram, np.einsum("pik,i->pk", part, target)[..., None])[..., 0]
-        error = np.square(np.einsum("pik,pk->pi", part, solution) - target).sum(1)
-        better = (solution >= 0).all(1) & (error < errors)
-        found[better] = 0.0
-        found[np.ix_(better, kept)] = solution[better]
-        errors[better] = error[better]
-    return found, errors
 
 
 # %% ../notebooks/11_scaling_laws.ipynb #43c7207d

@@ -13,6 +13,7 @@ from qwen_mini.course import cli, home, load_scale, plan, records, small_text
 from qwen_mini.course.nb import Notebook
 from qwen_mini.kernels.ensemble import Ensemble, EnsembleAdamW
 from qwen_mini.kernels.expert_ensemble import ExpertEnsemble, Experts
+from qwen_mini.kernels.least_squares import nonnegative
 from qwen_mini.model import Qwen, count_parameters, dense_layer, flops_per_token
 from qwen_mini.moe import MoeConfig, QwenMoe
 from qwen_mini.scaling_laws import (
@@ -21,7 +22,6 @@ from qwen_mini.scaling_laws import (
     best_settings,
     bootstrap,
     bottom,
-    fit_basins,
     fit_batch_law,
     fit_loss_law,
     fit_power_law,
@@ -164,7 +164,9 @@ def test_a_mixture_learns_with_its_balance_loss():
     torch.manual_seed(0)
     ensemble, ids = ExpertEnsemble([with_experts(CONFIG)]), torch.randint(0, 96, (4, 17))
     losses, gradients = ensemble.gradients(ids[:, :-1], ids[:, 1:])
-    assert len(ensemble.penalties) == 2 and all(0.9 < float(p.detach()) < 2 for p in ensemble.penalties)
+    assert len(ensemble.penalties) == 2 and all(
+        0.9 < float(p.detach()) < 2 for p in ensemble.penalties
+    )
     ensemble.balance = 0.0
     torch.testing.assert_close(ensemble.losses(ids[:, :-1], ids[:, 1:]).detach(), losses)
     assert not torch.equal(ensemble.gradients(ids[:, :-1], ids[:, 1:])[1], gradients)
@@ -334,7 +336,9 @@ def test_the_bottom_of_a_grid():
     assert bottom([1, 2, 4, 8], [1, 2, 3, 4]).tolist() == [0, 1, 2]
     assert bottom([1, 2, 4, 8], [4, 3, 2, 1]).tolist() == [1, 2, 3]
     for count in (1, 2):
-        with pytest.raises(ValueError, match=f"three|3 points or more, got {count}: widen the grid"):
+        with pytest.raises(
+            ValueError, match=f"three|3 points or more, got {count}: widen the grid"
+        ):
             bottom([1.0] * count, [2.0] * count)
 
 
@@ -353,7 +357,9 @@ def test_basins_that_determine_no_law_say_so(keep, message):
 
 def test_a_grid_without_basins_says_so():
     rates = 1e-3 * 2.0 ** np.arange(5)
-    cells = [cell | {"rates": rates, "losses": 5 - np.log(rates) ** 2 / 50} for cell in basins(1e-3)]
+    cells = [
+        cell | {"rates": rates, "losses": 5 - np.log(rates) ** 2 / 50} for cell in basins(1e-3)
+    ]
     with pytest.raises(ValueError, match="no minimum, their curvature is -"):
         fit_rate_law(cells)
     with pytest.raises(ValueError, match="a factor of 1000 beyond its grid"):
@@ -394,6 +400,22 @@ def test_a_loss_law_is_recovered(law):
     assert (found.alpha, found.beta) == pytest.approx((law.alpha, law.beta), abs=3e-3)
     assert found(3e6, 3e7) == pytest.approx(law(3e6, 3e7), rel=1e-3)
     assert found.optimal(1e14)[0] == pytest.approx(law.optimal(1e14)[0], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "planted", [[1.0, 2.0, 3.0], [0.0, 2.0, 3.0], [1.0, 0.0, 3.0], [1.0, 2.0, 0.0]]
+)
+def test_least_squares_without_negative_coefficients(planted):
+    generator = np.random.default_rng(0)
+    terms = generator.uniform(0, 1, (20, 8, 3))
+    for one in terms:
+        found, errors = nonnegative(one[None], one @ planted)
+        assert found[0] == pytest.approx(planted, abs=1e-6) and errors[0] < 1e-9
+    target = terms[0] @ planted + generator.normal(0, 0.3, 8)
+    found, errors = nonnegative(terms, target)
+    tried = found[:, None] * np.exp(generator.normal(0, 0.2, (20, 500, 3)))
+    others = np.square(np.einsum("pik,prk->pri", terms, tried) - target).sum(2)
+    assert (found >= 0).all() and (errors <= others.min(1) + 1e-9).all()
 
 
 def test_weights_count_points():
@@ -467,7 +489,9 @@ def test_a_bootstrap_counts_what_determines_no_fit():
 
     found, lost = bootstrap(fit, ["a", "a", "b", "b", "c", "c"], 50)
     assert len(drawn) == 50 and len(found) + lost == 50 and 0 < lost < 25
-    assert all(which[0::2] == [i - 1 for i in which[1::2]] for which in drawn if len(set(which)) == 6)
+    assert all(
+        which[0::2] == [i - 1 for i in which[1::2]] for which in drawn if len(set(which)) == 6
+    )
     with pytest.raises(ValueError, match="a bootstrap of 2 groups"):
         bootstrap(fit, [1, 1, 2, 2])
 
