@@ -194,7 +194,7 @@ def fit_basins(
     """ln y = c(group) + k (ln x − ln x*)², with x* a power law of the sizes and one k for all groups.
 
     Linear in c, k and k times the coefficients of the law: one least-squares problem, and no group without a minimum
-    inside its grid is left out. ValueError if the points do not determine it, or show no minimum within a factor of 1000.
+    inside its grid is left out. ValueError if the points do not determine it, or show no minimum near the grid.
     """
     x, y, logs = np.log(np.asarray(x, float)), np.log(np.asarray(y, float)), _logs(len(y), sizes)
     names, place = np.unique(np.asarray(groups), return_inverse=True)
