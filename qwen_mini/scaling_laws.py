@@ -6,13 +6,17 @@ __all__ = [
     "small_model",
     "heldout_losses",
     "sweep",
-    "parabola_minimum",
     "PowerLaw",
     "fit_power_law",
+    "Basins",
+    "fit_basins",
+    "bottom",
+    "fit_rate_law",
+    "fit_batch_law",
     "bootstrap",
     "interval",
-    "optimal_rates",
-    "fit_batch_law",
+    "whole_windows",
+    "best_settings",
     "LossLaw",
     "fit_loss_law",
     "Recommendation",
@@ -31,6 +35,7 @@ from torch import Tensor
 from .course import records
 from .course.small_text import SmallText
 from .kernels.ensemble import Ensemble, EnsembleAdamW
+from .kernels.least_squares import nonnegative
 from .model import ModelConfig, Qwen
 from .training import learning_rate_factor
 
@@ -129,91 +134,137 @@ def sweep(
     return found
 
 
-# %% ../notebooks/11_scaling_laws.ipynb #4cbad337
-def parabola_minimum(
-    x: Sequence[float], y: Sequence[float], points: int = 3
-) -> tuple[float, float]:
-    """Place and height of the minimum of a parabola through the `points` values around the lowest one.
-
-    ValueError if there are fewer than three points, or if the lowest is at an end: then the grid shows no minimum.
-    """
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    if len(x) < 3:
-        raise ValueError(f"a minimum needs three points or more, got {len(x)}: widen the grid")
-    order = np.argsort(x)
-    x, y = x[order], y[order]
-    lowest = int(y.argmin())
-    if lowest in (0, len(x) - 1):
-        side = "lower" if lowest == 0 else "upper"
-        raise ValueError(
-            f"the lowest value is at the {side} end, {x[lowest]:.4g}: move the grid there"
-        )
-    first = max(0, min(lowest - points // 2, len(x) - points))
-    near = slice(first, first + points)
-    a, b, c = np.polyfit(x[near] - x[lowest], y[near], 2)
-    if a <= 0 or not x[lowest - 1] <= x[lowest] - b / (2 * a) <= x[lowest + 1]:
-        near = slice(lowest - 1, lowest + 2)
-        a, b, c = np.polyfit(x[near] - x[lowest], y[near], 2)
-    return float(x[lowest] - b / (2 * a)), float(c - b * b / (4 * a))
-
-
-# %% ../notebooks/11_scaling_laws.ipynb #1a937a74
+# %% ../notebooks/11_scaling_laws.ipynb #4587d4be
 @dataclasses.dataclass(frozen=True)
 class PowerLaw:
-    """`scale` times a product of powers: `law(N=1e5, D=1e6)`; `spread`: standard error of ln y around it."""
+    """`scale` times a product of powers: `law(N=1e5, D=1e6)`."""
 
     scale: float
     exponents: dict[str, float]
-    spread: float = 0.0
 
     def __call__(self, **sizes: float) -> float:
         """The value at these sizes, all positive and named as in the fit."""
         if set(sizes) != set(self.exponents) or min(sizes.values()) <= 0:
-            raise ValueError(
-                f"the law needs positive numbers for {', '.join(self.exponents)}, got {sizes}"
-            )
+            names = ", ".join(self.exponents)
+            raise ValueError(f"the law needs positive numbers for {names}, got {sizes}")
         return self.scale * math.prod(sizes[name] ** e for name, e in self.exponents.items())
 
 
-# %% ../notebooks/11_scaling_laws.ipynb #674530ac
 def fit_power_law(y: Sequence[float], **sizes: Sequence[float]) -> PowerLaw:
     """Least squares in logarithms: ln y = ln scale + Σ exponent · ln size, one exponent for each named size.
 
     ValueError for numbers that are not positive, fewer points than coefficients, or a size that does not vary.
     """
-    columns = [np.asarray(column, float) for column in sizes.values()]
-    y = np.asarray(y, float)
-    if any(len(column) != len(y) for column in columns):
-        raise ValueError("every size needs one number for each value of y")
-    if any((column <= 0).any() for column in (y, *columns)):
-        raise ValueError(
-            "a power law relates positive numbers: remove those that are 0 or negative"
-        )
-    matrix = np.stack([np.ones(len(y)), *map(np.log, columns)], 1)
-    if len(y) < matrix.shape[1] or np.linalg.matrix_rank(matrix) < matrix.shape[1]:
+    y, logs = np.asarray(y, float), _logs(len(y), sizes)
+    if (y <= 0).any():
+        raise ValueError("a power law relates positive numbers: remove those that are not")
+    matrix = np.column_stack([np.ones(len(y)), logs])
+    if np.linalg.matrix_rank(matrix) < matrix.shape[1]:
         raise ValueError(
             f"{matrix.shape[1]} coefficients need as many points in which {', '.join(sizes)} vary on their own, "
             f"got {len(y)}: measure more sizes"
         )
     solution, *_ = np.linalg.lstsq(matrix, np.log(y), rcond=None)
-    rest = np.log(y) - matrix @ solution
+    return PowerLaw(math.exp(solution[0]), dict(zip(sizes, solution[1:].tolist(), strict=True)))
+
+
+def _logs(count: int, sizes: Mapping[str, Sequence[float]]) -> np.ndarray:
+    """Logarithms of the sizes, (count, number of sizes)."""
+    columns = [np.asarray(column, float) for column in sizes.values()]
+    if any(column.shape != (count,) or (column <= 0).any() for column in columns):
+        raise ValueError(f"every size needs a positive number for each of the {count} points")
+    return np.log(np.stack(columns, 1))
+
+
+# %% ../notebooks/11_scaling_laws.ipynb #378440fb
+@dataclasses.dataclass(frozen=True)
+class Basins:
+    """What `fit_basins` finds: the law of the minima's places, and the lowest value of each group, in the order of
+    `groups`; `curvature` k, and `spread`, the standard error of ln y around the fit."""
+
+    law: PowerLaw
+    lowest: dict
+    curvature: float
+    spread: float
+
+
+def fit_basins(
+    x: Sequence[float], y: Sequence[float], groups: Sequence, **sizes: Sequence[float]
+) -> Basins:
+    """ln y = c(group) + k (ln x − ln x*)², with x* a power law of the sizes and one k for all groups.
+
+    Linear in c, k and k times the coefficients of the law: one least-squares problem, and no group without a minimum
+    inside its grid is left out. ValueError if the points do not determine it, or show no minimum near the grid.
+    """
+    x, y, logs = np.log(np.asarray(x, float)), np.log(np.asarray(y, float)), _logs(len(y), sizes)
+    names, place = np.unique(np.asarray(groups), return_inverse=True)
+    middle = logs.mean(0)
+    shape = np.column_stack([x * x, x, x[:, None] * (logs - middle)])
+    matrix = np.column_stack([np.eye(len(names))[place], shape])
+    if np.linalg.matrix_rank(matrix) < matrix.shape[1]:
+        raise ValueError(
+            f"the {len(y)} points determine no law: a group needs three points, and {', '.join(sizes)} must vary on "
+            "their own"
+        )
+    solution, *_ = np.linalg.lstsq(matrix, y, rcond=None)
+    k, rest = float(solution[len(names)]), y - matrix @ solution
+    if k <= 0:
+        raise ValueError(f"the points show no minimum, their curvature is {k:.2g}: widen the grid")
+    exponents = -solution[len(names) + 2 :] / (2 * k)
+    scale = -solution[len(names) + 1] / (2 * k) - exponents @ middle
+    places = scale + logs @ exponents
+    if np.abs(places - x).max() > math.log(1000):
+        raise ValueError("a minimum lies more than a factor of 1000 beyond its grid: widen it")
+    heights = y - k * (x - places) ** 2
+    lowest = np.exp(np.bincount(place, heights) / np.bincount(place)).tolist()
+    law = PowerLaw(math.exp(scale), dict(zip(sizes, exponents.tolist(), strict=True)))
     spread = math.sqrt(rest @ rest / max(1, len(y) - matrix.shape[1]))
-    exponents = dict(zip(sizes, solution[1:].tolist(), strict=True))
-    return PowerLaw(math.exp(solution[0]), exponents, spread)
+    return Basins(law, dict(zip(names.tolist(), lowest, strict=True)), k, spread)
 
 
-# %% ../notebooks/11_scaling_laws.ipynb #c81ab1a8
-def bootstrap(fit: Callable, count: int, draws: int = 400, seed: int = 0) -> list:
-    """`fit(indices)` for resamples of `count` points with replacement; resamples that determine no fit are left out."""
-    if count < 3:
-        raise ValueError(f"a bootstrap of {count} points says nothing: measure more")
+# %% ../notebooks/11_scaling_laws.ipynb #b896f8f5
+def bottom(x: Sequence[float], y: Sequence[float], points: int = 3) -> np.ndarray:
+    """Places of the `points` values around the lowest y, or of those at its end of the grid."""
+    if len(x) < points:
+        raise ValueError(f"a basin needs {points} points or more, got {len(x)}: widen the grid")
+    order = np.argsort(x)
+    lowest = int(np.asarray(y)[order].argmin())
+    first = min(max(0, lowest - points // 2), len(x) - points)
+    return order[first : first + points]
+
+
+def fit_rate_law(cells: Sequence[Mapping], names: str = "NDB") -> Basins:
+    """The best rate as a power of the sizes `names`, from cells (N, D, B, rates, losses); a group is a cell's place."""
+    near = [(i, j) for i, cell in enumerate(cells) for j in bottom(cell["rates"], cell["losses"])]
+    rates, losses = ([cells[i][key][j] for i, j in near] for key in ("rates", "losses"))
+    sizes = {name: [cells[i][name] for i, _ in near] for name in names}
+    return fit_basins(rates, losses, [i for i, _ in near], **sizes)
+
+
+def fit_batch_law(rows: Sequence[Mapping]) -> PowerLaw:
+    """The best batch as a power of D from the lowest losses of cells (N, D, B, loss); a group is a pair (N, D)."""
+    groups = [f"{row['N']} {row['D']}" for row in rows]
+    B, loss, D = ([row[key] for row in rows] for key in ("B", "loss", "D"))
+    return fit_basins(B, loss, groups, D=D).law
+
+
+# %% ../notebooks/11_scaling_laws.ipynb #20424d0c
+def bootstrap(fit: Callable, groups: Sequence, draws: int = 400, seed: int = 0) -> tuple[list, int]:
+    """`fit(indices)` for resamples of whole groups of points with replacement; and how many determined no fit."""
+    labels, place = np.unique(np.asarray(groups), return_inverse=True)
+    if len(labels) < 3:
+        raise ValueError(f"a bootstrap of {len(labels)} groups says nothing: measure more")
+    members = [np.flatnonzero(place == i) for i in range(len(labels))]
     generator, found = np.random.default_rng(seed), []
     for _ in range(draws):
+        which = generator.integers(len(labels), size=len(labels))
         try:
-            found.append(fit(generator.integers(count, size=count)))
+            found.append(fit(np.concatenate([members[i] for i in which])))
         except ValueError:
             continue
-    return found
+    if not found:
+        raise ValueError(f"none of {draws} draws determines a fit: measure more")
+    return found, draws - len(found)
 
 
 def interval(values: Sequence[float], level: float = 0.9) -> tuple[float, float]:
@@ -222,40 +273,21 @@ def interval(values: Sequence[float], level: float = 0.9) -> tuple[float, float]
     return float(low), float(high)
 
 
-# %% ../notebooks/11_scaling_laws.ipynb #378440fb
-def optimal_rates(cells: Sequence[Mapping]) -> list[dict]:
-    """Of each cell (N, D, B, rates, losses) the best rate and its loss, by a parabola in ln rate.
+# %% ../notebooks/11_scaling_laws.ipynb #fbeb1b8a
+def whole_windows(batch: float, length: int) -> int:
+    """The number of tokens of whole windows nearest to a batch, at least one window."""
+    return length * max(1, round(batch / length))
 
-    A cell whose lowest loss is at an end of its grid is left out: it says only on which side the best rate lies.
+
+def best_settings(N: float, D: float, laws: Mapping, length: int) -> tuple[float, int]:
+    """Learning rate and batch in tokens, in whole windows, by the laws "rate" and "batch".
+
+    Beyond D = laws["tuned"] the batch grows as D, so that the steps stay as many; it is at most a twentieth of D.
     """
-    found = []
-    for cell in cells:
-        try:
-            place, loss = parabola_minimum(np.log(cell["rates"]), cell["losses"])
-        except ValueError:
-            continue
-        found.append({key: cell[key] for key in "NDB"} | {"rate": math.exp(place), "loss": loss})
-    return found
-
-
-# %% ../notebooks/11_scaling_laws.ipynb #b896f8f5
-def fit_batch_law(optima: Sequence[Mapping]) -> PowerLaw:
-    """Best batch as a power of D, from `optimal_rates`: ln loss = c(N, D) + k (ln B − ln B*(D))², one k for all.
-
-    That is linear in its coefficients, and with k shared a cell whose best batch lies beyond its grid still counts: its
-    slope says how far beyond. ValueError if the losses do not curve upwards.
-    """
-    groups = sorted({(row["N"], row["D"]) for row in optima})
-    x, d = (np.log([row[key] for row in optima]) for key in "BD")
-    place = np.array([groups.index((row["N"], row["D"])) for row in optima])
-    if len(optima) < len(groups) + 3 or np.ptp(d) == 0:
-        raise ValueError("a law of the batch needs two values of D and three batches: measure more")
-    matrix = np.column_stack([np.eye(len(groups))[place], x * x, x, x * d])
-    solution, *_ = np.linalg.lstsq(matrix, np.log([row["loss"] for row in optima]), rcond=None)
-    curve, slope, with_d = solution[-3:]
-    if curve <= 0:
-        raise ValueError("the losses show no best batch: widen the grid of batches")
-    return PowerLaw(math.exp(-slope / (2 * curve)), {"D": float(-with_d / (2 * curve))})
+    known = min(D, laws["tuned"])
+    batch = min(PowerLaw(**laws["batch"])(D=known) * D / known, D / 20)
+    batch = whole_windows(batch, length)
+    return PowerLaw(**laws["rate"])(N=N, D=D, B=batch), batch
 
 
 # %% ../notebooks/11_scaling_laws.ipynb #cc4809ec
@@ -274,19 +306,17 @@ class LossLaw:
         """Loss in nats at N parameters and D tokens; numbers or arrays."""
         return self.E + self.A / np.power(N, self.alpha) + self.B / np.power(D, self.beta)
 
-    def optimal(self, flops: float, flops_per: float = 6.0) -> tuple[float, float]:
-        """(N, D) of the lowest loss with `flops_per` · N · D = flops; in closed form."""
-        if flops <= 0:
-            raise ValueError(f"a budget is a positive number of FLOPs, got {flops}")
-        total = self.alpha + self.beta
-        ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / total)
-        size = ratio * (flops / flops_per) ** (self.beta / total)
-        return size, flops / flops_per / size
-
-    @property
-    def exponent(self) -> float:
-        """Of N in the best split of a budget: N* ∝ C^(beta / (alpha + beta))."""
-        return self.beta / (self.alpha + self.beta)
+    def optimal(self, flops: float, factor: float = 6.0, power: float = 1.0) -> tuple[float, float]:
+        """(N, D) of the lowest loss with factor · N^power · D = flops; in closed form."""
+        if flops <= 0 or not (self.A > 0 and self.B > 0):
+            raise ValueError(
+                f"a best size needs a budget and terms of N and D above 0, got {flops:g} FLOPs, "
+                f"A {self.A:g}, B {self.B:g}"
+            )
+        total = self.alpha + power * self.beta
+        ratio = self.alpha * self.A / (power * self.beta * self.B)
+        size = (ratio * (flops / factor) ** self.beta) ** (1 / total)
+        return size, flops / factor / size**power
 
 
 # %% ../notebooks/11_scaling_laws.ipynb #aab131ff
@@ -310,9 +340,9 @@ def fit_loss_law(
     for _ in range(5):
         axes = [np.linspace(low[i], high[i], 25) for i in range(2)]
         alpha, beta = (x.ravel() for x in np.meshgrid(*axes, indexing="ij"))
-        terms = np.stack([np.ones((len(alpha), len(L))), np.exp(-alpha[:, None] * n),
-                          np.exp(-beta[:, None] * d)], 2) / L[:, None]  # fmt: skip
-        solution, error = _nonnegative(terms * np.sqrt(used)[:, None], np.sqrt(used))
+        powers = np.exp(-alpha[:, None] * n), np.exp(-beta[:, None] * d)
+        terms = np.stack([np.ones_like(powers[0]), *powers], 2) / L[:, None]
+        solution, error = nonnegative(terms * np.sqrt(used)[:, None], np.sqrt(used))
         place = int(error.argmin())
         best = solution[place], alpha[place], beta[place], error[place]
         step = (high - low) / 24
@@ -323,27 +353,8 @@ def fit_loss_law(
     return LossLaw(*map(float, (E, A * N.min() ** alpha, B * D.min() ** beta, alpha, beta, spread)))
 
 
-# %% ../notebooks/11_scaling_laws.ipynb #19c37e46
-def _nonnegative(terms: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares (problems, points, 3) → coefficients ≥ 0 (problems, 3) and squared errors (problems,)."""
-    found = np.zeros((len(terms), 3))
-    errors = np.full(len(terms), np.inf)
-    for kept in ([0, 1, 2], [1, 2], [0, 1], [0, 2]):  # the terms that are not 0
-        part = terms[:, :, kept]
-        gram = np.einsum("pik,pil->pkl", part, part) + 1e-12 * np.eye(len(kept))
-        solution = np.linalg.solve(gram, np.einsum("pik,i->pk", part, target)[..., None])[..., 0]
-        error = np.square(np.einsum("pik,pk->pi", part, solution) - target).sum(1)
-        better = (solution >= 0).all(1) & (error < errors)
-        found[better] = 0.0
-        found[np.ix_(better, kept)] = solution[better]
-        errors[better] = error[better]
-    return found, errors
-
-
-# %% ../notebooks/11_scaling_laws.ipynb #aa0f8285
-STATE_BYTES = (
-    20  # a parameter: bfloat16 weight and gradient; float32 master, gradient and two moments
-)
+# %% ../notebooks/11_scaling_laws.ipynb #43c7207d
+STATE_BYTES = 20  # a parameter: bfloat16 weight and gradient; float32 master, gradient, two moments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,10 +380,9 @@ def recommend(N: float, D: float, laws: Mapping | None = None) -> Recommendation
             f"N parameters and D tokens must be positive numbers, got N {N:g} and D {D:g}"
         )
     laws = laws or records.recall("11_scaling_laws", "laws")
-    length = laws["length"]
-    batch = length * max(1, round(PowerLaw(**laws["batch"])(D=D) / length))
+    rate, batch = best_settings(N, D, laws, laws["length"])
     return Recommendation(
-        learning_rate=PowerLaw(**laws["rate"])(N=N, D=D, B=batch),
+        learning_rate=rate,
         batch_tokens=batch,
         steps=max(1, round(D / batch)),
         flops=6.0 * N * D,

@@ -327,31 +327,21 @@ def _cells() -> list[dict]:
     return cells
 
 
-@golden("scaling_laws", "fits")
+@golden("scaling_laws", "laws")
 def _():
-    rows = laws.optimal_rates(_cells())
-    sizes = {name: [row[name] for row in rows] for name in "NDB"}
-    rate, batch = (
-        laws.fit_power_law([row["rate"] for row in rows], **sizes),
-        laws.fit_batch_law(rows),
-    )
+    rates = laws.fit_rate_law(_cells())
+    rows = [cell | {"loss": rates.lowest[i]} for i, cell in enumerate(_cells())]
+    batch = laws.fit_batch_law(rows)
     rng = np.random.default_rng(0)
     N, D = rng.uniform(1e4, 1e6, 12), rng.uniform(1e5, 1e7, 12)
     law = laws.fit_loss_law(N, D, 1.7 + 40 / N**0.3 + 90 / D**0.28)
-    drawn = laws.bootstrap(lambda which: float(N[which].mean()), 12, 50)
-    said = laws.recommend(
-        2e5,
-        3e6,
-        {
-            "rate": dataclasses.asdict(rate),
-            "batch": dataclasses.asdict(batch),
-            "loss": dataclasses.asdict(law),
-            "length": 64,
-            "largest": [1e5, 1e6],
-        },
-    )
-    values = dataclasses.asdict(said) | {"loss law": dataclasses.asdict(law), "rows": len(rows)}
-    return values | {"interval": laws.interval(drawn), "optimum": law.optimal(1e13)}
+    drawn, lost = laws.bootstrap(lambda which: float(N[which].mean()), np.arange(12) // 2, 50)
+    known = {"rate": rates.law, "batch": batch, "loss": law}
+    known = {name: dataclasses.asdict(one) for name, one in known.items()}
+    said = laws.recommend(2e5, 3e6, known | {"tuned": 1e6, "length": 64, "largest": [1e5, 1e6]})
+    values = dataclasses.asdict(said) | {"loss law": known["loss"], "lost": lost}
+    values |= {"curvature": rates.curvature, "interval": laws.interval(drawn)}
+    return values | {"optimum": law.optimal(1e13), "exact": law.optimal(1e13, 90.0, 0.8)}
 
 
 # ---------------------------------------------------------------- long context

@@ -251,9 +251,10 @@ class Sweep:
     rates: Annotated[tuple[Positive, ...], Field(min_length=3)] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 
-# The last one: longer runs of the smallest, for which batch is best changes with the tokens.
-_LONGER = Sweep((24, 2), (256, 512), (480_000, 960_000), (2e-3, 4e-3, 8e-3, 1.6e-2))
-_SWEEPS = (Sweep((24, 2)), Sweep((32, 2), (128,)), Sweep((48, 2)), _LONGER)
+# The last two: longer runs of the smallest, for which batch is best changes with the tokens.
+_LONGER = Sweep((24, 2), (128, 256, 512), (480_000, 960_000), (2e-3, 4e-3, 8e-3, 1.6e-2))
+_LARGE_BATCH = Sweep((24, 2), (1024,), (480_000, 960_000), (4e-3, 8e-3, 1.6e-2, 3.2e-2))
+_SWEEPS = (Sweep((24, 2)), Sweep((32, 2), (128,)), Sweep((48, 2)), _LONGER, _LARGE_BATCH)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -270,9 +271,9 @@ class ScalingLaws:
     sweeps: Annotated[tuple[Sweep, ...], Field(min_length=1)] = _SWEEPS
     ladder: tuple[Shape, ...] = ((16, 2), (24, 2), (32, 2), (48, 2), (64, 2), (80, 3), (96, 4))
     budgets: tuple[Positive, ...] = (3e10, 1e11, 3e11, 1e12)
-    ratio: tuple[Positive, Positive] = (0.3, 160.0)
-    heldout_model: Shape = (64, 3)
-    heldout_tokens: Count = 480_000
+    ratio: tuple[Positive, Positive] = (0.7, 200.0)
+    heldout_model: Shape = (72, 3)
+    heldout_tokens: Count = 400_000
     widths: tuple[Count, ...] = (32, 64, 96)
     width_tokens: Count = 48_000
     moe_models: tuple[Shape, ...] = ((24, 2), (48, 2))
