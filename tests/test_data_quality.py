@@ -28,10 +28,10 @@ from qwen_mini.data_quality import (
     verify_arithmetic,
     within_epochs,
 )
-from qwen_mini.kernels.mixtures import Ensemble, Shape, rows_of, train_ensemble, windows_of
+from qwen_mini.kernels.ensemble import Ensemble, EnsembleAdamW, rows_of, windows_of
 from qwen_mini.kernels.text_scores import Reference
 from qwen_mini.kernels.words import blocks, ngrams, signatures, split_words
-from qwen_mini.model import ModelConfig, Qwen, assign_weights
+from qwen_mini.model import ModelConfig, Qwen
 from qwen_mini.world.crawl import crawl_of, split_parts
 from qwen_mini.world.noise import careless, edited, mojibake, noise_texts
 from qwen_mini.world.problems import FAMILIES
@@ -363,44 +363,70 @@ def test_bad_rules_and_empty_tests():
     assert list(decontaminate(["a b c"], ["d"])) == [-1]
 
 
-# ---------------------------------------------------------------- the ensemble
-def test_a_member_is_a_qwen():
-    shape = Shape(300, 32, 64, 2, 2)
-    ensemble = Ensemble(shape, [0, 1, 2])
-    for weight in ensemble.weights.values():
-        weight.mul_(5)
-    windows = torch.randint(0, 300, (3, 2, 17), generator=torch.Generator().manual_seed(0))
-    losses = ensemble.losses(windows)
-    scores, right = ensemble.token_scores(windows[1])
-    config = ModelConfig(300, 32, 64, 2, 2, 2, 16, 64, 1_000.0, tie_word_embeddings=True)
-    for i, loss in enumerate(losses):
-        qwen = Qwen(config).eval()
-        assign_weights(qwen, ensemble.state(i), "a member")
-        want = qwen(windows[i, :, :-1], targets=windows[i, :, 1:])
-        torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
+# ---------------------------------------------------------------- members with data of their own
+SHAPE = ModelConfig(50, 16, 32, 1, 2, 2, 8, 16, 1_000.0, tie_word_embeddings=True)
+
+
+def members(count: int) -> list[Qwen]:
+    made = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        made.append(Qwen(SHAPE))
+    return made
+
+
+def test_members_with_windows_and_weights_of_their_own_are_qwens():
+    models, rng = members(3), torch.Generator().manual_seed(0)
+    ensemble = Ensemble(models)
+    windows = torch.randint(0, 50, (3, 2, 17), generator=rng)
+    weights = torch.rand((3, 2, 16), generator=rng)
+    plain = ensemble.losses(windows[..., :-1], windows[..., 1:])
+    weighed, gradients = ensemble.gradients(windows[..., :-1], windows[..., 1:], weights)
+    shared, right = ensemble.token_scores(windows[1], rows=1)
+    names = list(ensemble.parameters)
+    for i, model in enumerate(models):
+        want = model(windows[i, :, :-1], targets=windows[i, :, 1:])
+        torch.testing.assert_close(plain[i], want, rtol=1e-5, atol=1e-5)
+        logits = model(windows[i, :, :-1])
+        nll = torch.nn.functional.cross_entropy(logits.mT, windows[i, :, 1:], reduction="none")
+        want = (nll * weights[i]).sum() / weights[i].sum()
+        torch.testing.assert_close(weighed[i], want.detach(), rtol=1e-5, atol=1e-5)
+        parameters = dict(model.named_parameters())
+        grads = torch.autograd.grad(want, [parameters[name] for name in names])
+        flat = torch.cat([g.flatten() for g in grads])
+        torch.testing.assert_close(gradients[i], flat, rtol=1e-4, atol=1e-6)
         with torch.no_grad():
-            logits = qwen(windows[1, :, :-1])
+            logits = model(windows[1, :, :-1])
         nll = torch.nn.functional.cross_entropy(logits.mT, windows[1, :, 1:], reduction="none")
-        torch.testing.assert_close(scores[i], nll, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(shared[i], nll, rtol=1e-4, atol=1e-4)
         assert torch.equal(right[i], logits.argmax(-1) == windows[1, :, 1:])
 
 
+def test_shared_ids_are_everybodys_own():
+    ensemble, windows = Ensemble(members(2)), torch.randint(0, 50, (3, 17))
+    each = windows.expand(2, -1, -1)
+    found = [ensemble.gradients(w[..., :-1], w[..., 1:]) for w in (windows, each)]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
 def test_members_do_not_touch_each_other():
-    shape, rng = Shape(50, 16, 32, 1, 2), np.random.default_rng(0)
-    data = rng.integers(0, 50, (2, 4, 9))
-    both, alone = Ensemble(shape, [3, 4]), Ensemble(shape, [4])
-    train_ensemble(both, lambda step: data, 5, [1e-2, 3e-3])
-    train_ensemble(alone, lambda step: data[1:], 5, [3e-3])
-    for name, weight in both.weights.items():
-        torch.testing.assert_close(weight[1], alone.weights[name][0], rtol=1e-4, atol=1e-6)
+    models, data = members(2), torch.randint(0, 50, (5, 2, 4, 9))
+    both, alone = Ensemble(models), Ensemble(models[1:])
+    for ensemble, rates, part in ((both, [1e-2, 3e-3], data), (alone, [3e-3], data[:, 1:])):
+        adamw = EnsembleAdamW(ensemble)
+        for windows in part:
+            _, gradients = ensemble.gradients(windows[..., :-1], windows[..., 1:])
+            adamw.step(gradients, torch.tensor(rates))
+    torch.testing.assert_close(both.weights[1], alone.weights[0], rtol=1e-4, atol=1e-6)
 
 
-def test_training_lowers_the_loss_of_every_member():
-    data = np.tile(np.arange(9), (3, 4, 1))
-    losses = train_ensemble(
-        Ensemble(Shape(50, 16, 32, 1, 2), [0, 1, 2]), lambda step: data, 60, [1e-2] * 3
-    )
-    assert losses.shape == (60, 3) and (losses[-1] < 0.3 * losses[0]).all()
+def test_half_precision_computes_and_full_precision_stores():
+    ensemble, windows = Ensemble(members(2), torch.bfloat16), torch.randint(0, 50, (2, 3, 17))
+    losses, gradients = ensemble.gradients(windows[..., :-1], windows[..., 1:])
+    exact = Ensemble(members(2)).losses(windows[..., :-1], windows[..., 1:])
+    assert gradients.dtype == ensemble.weights.dtype == torch.float32
+    torch.testing.assert_close(losses, exact.detach(), rtol=2e-2, atol=2e-2)
 
 
 def test_windows_cover_a_stream_before_any_comes_again():
