@@ -11,8 +11,9 @@ import pytest
 import torch
 from tiny import answered
 
-from qwen_mini.course import home
+from qwen_mini.course import home, load_scale
 from qwen_mini.course.nb import Notebook
+from qwen_mini.course.proxies import Proxies
 from qwen_mini.data_quality import (
     TestIndex,
     all_scores,
@@ -33,8 +34,9 @@ from qwen_mini.kernels.overlap import lcs_lengths
 from qwen_mini.kernels.text_scores import MODEL, Reference, model_scores, softmax_regression
 from qwen_mini.kernels.words import blocks, ngrams, signatures, split_words
 from qwen_mini.model import ModelConfig, Qwen
+from qwen_mini.tokenizer import Tokenizer
 from qwen_mini.world import noise as world_noise
-from qwen_mini.world.crawl import PARTS, counts, crawl_of, labelled_texts, split_parts
+from qwen_mini.world.crawl import PARTS, counts, crawl_of, labelled_texts, origins, split_parts
 from qwen_mini.world.noise import careless, edited, found_texts, mojibake, noise_texts, passages
 from qwen_mini.world.problems import FAMILIES
 
@@ -449,6 +451,32 @@ def test_half_precision_computes_and_full_precision_stores():
     torch.testing.assert_close(losses, exact.detach(), rtol=2e-2, atol=2e-2)
 
 
+@pytest.fixture(scope="module")
+def proxies(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    Tokenizer.train([text_of(400, i) for i in range(20)], 300).save_pretrained(folder)
+    return Proxies(folder, load_scale("quick"))
+
+
+def test_proxies_learn_what_their_text_says(proxies):
+    texts = {"a": [text_of(200, i) for i in range(8)], "b": ["one two three four " * 40] * 4}
+    ensemble, epochs = proxies.compare(texts, 4_096, [0, 1], factor=4)
+    streams = proxies.streams(texts)
+    bits = proxies.bits_per_byte(ensemble, streams).reshape(2, 2, 2)  # (arms, seeds, streams)
+    assert (bits[0, :, 0] < bits[1, :, 0]).all() and (bits[1, :, 1] < bits[0, :, 1]).all()
+    assert epochs == pytest.approx([4_096 / len(stream) for stream in streams.values()])
+
+
+def test_windows_of_a_mixture_have_its_shares(proxies):
+    streams = {"a": np.zeros(20_000, np.uint16), "b": np.ones(3_000, np.uint16)}
+    windows = proxies.mixed(streams, [0.75, 0.25], 51_200, seed=1)
+    assert windows.shape == (400, 129) and abs(windows[:, 0].mean() - 0.25) < 0.07
+    assert windows.tolist() == proxies.mixed(streams, [3, 1], 51_200, seed=1).tolist()
+    with pytest.raises(ValueError, match="100 are too few"):
+        proxies.mixed(streams, [0.5, 0.5], 100, seed=0)
+    assert {len(s) for s in proxies.heldout({"a": [text_of(900, 0)] * 9}, 100).values()} == {512}
+
+
 def test_windows_cover_a_stream_before_any_comes_again():
     stream = np.arange(101)
     assert rows_of(stream, 10).shape == (10, 11) and rows_of(stream[:5], 10).shape == (1, 11)
@@ -466,6 +494,8 @@ def test_noise_is_what_it_says(parts):
     json.dumps(rows)
     facts = counts([text for text, _, _ in rows], [kind for _, _, kind in rows])
     assert sum(f["documents"] for f in facts.values()) == len(rows) and set(facts) == kinds
+    found = origins(["é", "b", "c"], ["clean", "near-copies", "licences"])
+    assert found == {"documents": 3, "kB": 0.004, "clean": 1, "near-copies": 1, "noise": 1}
 
 
 def test_documents_serve_one_purpose(parts):

@@ -102,3 +102,10 @@ def counts(texts: Iterable[str], kinds: Iterable[str]) -> dict[str, dict]:
         facts["documents"] += 1
         facts["kB"] += len(text.encode()) / 1000
     return found
+
+
+def origins(texts: list[str], kinds: list[str]) -> dict[str, float]:
+    """Documents, kB, and how many documents are clean, near-copies, or noise of whatever kind."""
+    found = {"documents": len(texts), "kB": sum(len(text.encode()) for text in texts) / 1000}
+    found |= {kind: kinds.count(kind) for kind in ("clean", "near-copies")}
+    return found | {"noise": len(texts) - found["clean"] - found["near-copies"]}
