@@ -109,7 +109,7 @@ def fit_head(scores: np.ndarray, domains: np.ndarray, kinds: Sequence[str]) -> H
 def all_scores(
     texts: Sequence[str], reference: Reference, model=None, tokenizer=None, tokens: int = 128
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(texts, scores) of form, content and, with a model, its opinion of the first `tokens`; and the likeliest domains."""
+    """(texts, scores) of form, content and, with a model, its opinion of the first `tokens`; and likeliest domains."""
     if not len(texts):
         raise ValueError("the corpus is empty: there is nothing to score")
     scores, domains = reference.scores(texts)
