@@ -3,14 +3,12 @@
 # %% auto #0
 __all__ = [
     "ROWS",
-    "MODEL",
     "Texts",
     "Shares",
     "near_duplicates",
-    "model_scores",
     "Head",
-    "softmax_regression",
     "fit_head",
+    "all_scores",
     "quality_score",
     "mixture_features",
     "fit_mixture_law",
@@ -19,13 +17,10 @@ __all__ = [
     "rebalance",
     "within_epochs",
     "verify_arithmetic",
-    "lcs_lengths",
-    "TestIndex",
     "decontaminate",
 ]
 
 # %% ../notebooks/10_data_quality.ipynb #d587d212
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -33,18 +28,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from .kernels.text_scores import Reference
-from qwen_mini.kernels.words import (
-    MULTIPLIER,
-    Words,
-    blocks,
-    bucket,
-    mix,
-    ngrams,
-    powers,
-    signatures,
-    split_words,
-)
+from .kernels.overlap import TestIndex, overlapping
+from .kernels.text_scores import Reference, model_scores, softmax_regression
+from .kernels.words import MULTIPLIER, blocks, mix, powers, signatures, split_words
 from .pretraining import token_sizes
 
 # %% ../notebooks/10_data_quality.ipynb #07bfa2b5
@@ -77,42 +63,6 @@ def near_duplicates(texts: Iterable[str], threshold: float = 0.5) -> Iterator[in
 
 
 # %% ../notebooks/10_data_quality.ipynb #acd6adbf
-MODEL = ["bits per byte", "spread", "surprises", "sure tokens", "gain by context"]
-
-
-@torch.no_grad()
-def model_scores(
-    model, tokenizer, texts: Sequence[str], tokens: int = 128, batch: int = 64
-) -> np.ndarray:
-    """(texts, 5) scores of `MODEL`: what a language model thinks of the first `tokens` tokens of every text."""
-    sizes = torch.from_numpy(token_sizes(tokenizer)).float()
-    ids = [
-        [tokenizer.endoftext_id, *(x or [tokenizer.endoftext_id])[:tokens]]
-        for x in tokenizer.encode_batch(texts)
-    ]
-    order, result = sorted(range(len(ids)), key=lambda i: len(ids[i])), np.empty((len(ids), 5))
-    for group in (order[i : i + batch] for i in range(0, len(ids), batch)):
-        rows = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(ids[i]) for i in group], batch_first=True
-        )
-        lengths = torch.tensor([len(ids[i]) - 1 for i in group])[:, None]
-        inside = torch.arange(rows.shape[1] - 1) < lengths
-        logits = model(rows[:, :-1]).float()
-        nll = logits.logsumexp(-1) - logits.gather(-1, rows[:, 1:, None])[..., 0]
-        mean = lambda values, where=inside: (values * where).sum(1) / where.sum(1).clamp_min(1)
-        late = inside & (torch.arange(rows.shape[1] - 1) >= lengths / 2)
-        found = [
-            mean(nll) / mean(sizes[rows[:, 1:]]) / math.log(2),
-            mean((nll - mean(nll)[:, None]) ** 2).sqrt(),
-            mean(nll > 8),
-            mean(nll < 0.5),
-            mean(nll, inside & ~late) - mean(nll, late),
-        ]
-        result[group] = torch.stack(found, 1).numpy()
-    return result
-
-
-# %% ../notebooks/10_data_quality.ipynb #a913f5b0
 @dataclass(frozen=True)
 class Head:
     """Scores → log-odds of clean text: distances from clean texts of the same domain, then a softmax over kinds."""
@@ -127,34 +77,19 @@ class Head:
         z = np.clip((scores - self.center[domains]) / self.scale[domains], -6, 6)
         return np.column_stack([z, z * z / 6, np.ones(len(z))])
 
-    def log_odds(self, scores: np.ndarray, domains: np.ndarray) -> np.ndarray:
-        """log p(clean) / p(not clean) of every text; keep what is above `threshold`."""
+    def quality(self, scores: np.ndarray, domains: np.ndarray) -> np.ndarray:
+        """log p(clean) / p(not clean) of every text, minus the threshold: keep what is not below 0."""
         logits = self.features(scores, domains) @ self.weights
-        return logits[:, 0] - np.logaddexp.reduce(logits[:, 1:], axis=1)
+        return logits[:, 0] - np.logaddexp.reduce(logits[:, 1:], axis=1) - self.threshold
+
+    def keeping(self, share: float, scores: np.ndarray, domains: np.ndarray) -> "Head":
+        """With the threshold that keeps this share of clean texts; take texts that the weights have not seen."""
+        moved = float(np.quantile(self.quality(scores, domains), 1 - share))
+        return replace(self, threshold=self.threshold + moved)
 
 
-def softmax_regression(x: np.ndarray, y: np.ndarray, decay=1.0, steps: int = 60) -> np.ndarray:
-    """Weights (features, classes) that minimise −Σ log p(y | x) + decay/2 · |w|², by L-BFGS."""
-    features, labels = torch.tensor(x), torch.tensor(y)
-    weights = torch.zeros(x.shape[1], int(y.max()) + 1, dtype=features.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=steps, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        fit = torch.nn.functional.cross_entropy(features @ weights, labels, reduction="sum")
-        total = fit + decay / 2 * weights.square().sum()
-        total.backward()
-        return total
-
-    optimizer.step(loss)
-    return weights.detach().numpy()
-
-
-# %% ../notebooks/10_data_quality.ipynb #5c6e8af9
-def fit_head(
-    scores: np.ndarray, domains: np.ndarray, kinds: Sequence[str], keep: float = 0.975
-) -> Head:
-    """A head fitted to texts of kind "clean" or of noise; the threshold keeps a share of the clean ones."""
+def fit_head(scores: np.ndarray, domains: np.ndarray, kinds: Sequence[str]) -> Head:
+    """A head fitted to texts of kind "clean" or of noise, with the threshold 0."""
     names = ["clean", *sorted(set(kinds) - {"clean"})]
     labels = np.array([names.index(kind) for kind in kinds])
     clean = labels == 0
@@ -166,33 +101,35 @@ def fit_head(
         rows = scores[clean & (domains == domain)]
         if len(rows) >= 20:
             center[domain], scale[domain] = rows.mean(0), rows.std(0) + 0.1 * general
-    head = Head(center, scale, np.zeros((2 * scores.shape[1] + 1, len(names))))
-    x, odds, fold = (
-        head.features(scores, domains),
-        np.empty(len(labels)),
-        np.arange(len(labels)) % 2,
-    )
-    for side in (0, 1):  # the threshold comes from texts that these weights have not seen
-        seen = fold != side
-        half = replace(head, weights=softmax_regression(x[seen], labels[seen]))
-        odds[~seen] = half.log_odds(scores[~seen], domains[~seen])
-    threshold = float(np.quantile(odds[clean], 1 - keep))
-    return replace(head, weights=softmax_regression(x, labels), threshold=threshold)
+    head = Head(center, scale, np.empty(0))
+    return replace(head, weights=softmax_regression(head.features(scores, domains), labels))
+
+
+# %% ../notebooks/10_data_quality.ipynb #d569e3a0
+def all_scores(
+    texts: Sequence[str], reference: Reference, model=None, tokenizer=None, tokens: int = 128
+) -> tuple[np.ndarray, np.ndarray]:
+    """(texts, scores) of form, content and, with a model, its opinion of the first `tokens`; and likeliest domains."""
+    if not len(texts):
+        raise ValueError("the corpus is empty: there is nothing to score")
+    scores, domains = reference.scores(texts)
+    if model is not None:
+        sizes = torch.from_numpy(token_sizes(tokenizer)).float()
+        end, ids = tokenizer.endoftext_id, tokenizer.encode_batch(texts)
+        rows = [[end, *(row or [end])[:tokens]] for row in ids]
+        scores = np.column_stack([scores, model_scores(model, rows, sizes)])
+    return scores, domains
 
 
 def quality_score(
     texts: Sequence[str], reference: Reference, head: Head, model=None, tokenizer=None
 ) -> np.ndarray:
-    """Log-odds that each text is clean, minus the head's threshold, (texts,): keep what is above 0.
+    """Log-odds that each text is clean, minus the head's threshold, (texts,): keep what is not below 0.
 
     With a model its scores count, too; the head must have been fitted with it, or without. ValueError for no texts.
     """
-    if not len(texts):
-        raise ValueError("the corpus is empty: there is nothing to score")
-    scores, domains = reference.scores(texts)
-    if model is not None:
-        scores = np.column_stack([scores, model_scores(model, tokenizer, texts)])
-    return head.log_odds(scores, domains) - head.threshold
+    scores, domains = all_scores(texts, reference, model, tokenizer)
+    return head.quality(scores, domains)
 
 
 # %% ../notebooks/10_data_quality.ipynb #9d6975a1
@@ -226,7 +163,7 @@ def draw_mixtures(prior: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
     return np.stack([rng.dirichlet(prior * width) for width in widths])
 
 
-# %% ../notebooks/10_data_quality.ipynb #cb19d61b
+# %% ../notebooks/10_data_quality.ipynb #cf12bbfc
 Texts, Shares = dict[str, list[str]], dict[str, float]  # by domain
 
 
@@ -254,7 +191,6 @@ def rebalance(documents: Texts, shares: Shares, size: int, seed=0, most_epochs=4
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
-# %% ../notebooks/10_data_quality.ipynb #5b39e23e
 def within_epochs(shares: Shares, documents: Texts, size: int, most_epochs=4.0) -> Shares:
     """Shares that repeat no domain more than `most_epochs` times; what is cut off goes to the others in proportion."""
     names = list(shares)
@@ -301,53 +237,7 @@ def _value(expression: str) -> int:
     return value
 
 
-# %% ../notebooks/10_data_quality.ipynb #a3b28d4e
-def lcs_lengths(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Length of the longest common subsequence of each pair of rows: a (pairs, m), b (pairs, k) → (pairs,).
-
-    Zeros are padding and match nothing. One row of the usual table at a time: L[j] = max over j' ≤ j of the better of
-    the row above at j' and the diagonal plus a match.
-    """
-    row = np.zeros((len(a), b.shape[1] + 1), np.int16)
-    for column in a.T:
-        match = (b == column[:, None]) & (column[:, None] != 0)
-        row[:, 1:] = np.maximum(row[:, 1:], row[:, :-1] + match)
-        np.maximum.accumulate(row, axis=1, out=row)
-    return row[:, -1]
-
-
-# %% ../notebooks/10_data_quality.ipynb #7c57d12e
-class TestIndex:
-    """The n-grams of test items in sorted order, each with the first 16 places where it occurs."""
-
-    MOST = 16  # a boilerplate run of words that more items share is looked up in these
-
-    def __init__(self, items: Sequence[str], n: int = 8):
-        if n < 1 or not items:
-            raise ValueError(
-                f"an index needs test items and n of 1 or more, got {len(items)}, n = {n}"
-            )
-        self.n, self.words = n, split_words(items)
-        hashes, places = ngrams(self.words, n)
-        order = np.argsort(hashes, kind="stable")
-        hashes, places = hashes[order], places[order]
-        self.hashes, firsts, counts = np.unique(hashes, return_index=True, return_counts=True)
-        self.places, self.firsts, self.counts = places, firsts, np.minimum(counts, self.MOST)
-        self.present = np.zeros(1 << 24, bool)
-        self.present[bucket(self.hashes, len(self.present))] = True
-
-    def hits(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs (index into `hashes`, word of an item) of equal n-grams."""
-        maybe = np.flatnonzero(self.present[bucket(hashes, len(self.present))])
-        at = np.minimum(np.searchsorted(self.hashes, hashes[maybe]), len(self.hashes) - 1)
-        same = self.hashes[at] == hashes[maybe]
-        maybe, at = maybe[same], at[same]
-        repeats = self.counts[at]
-        offsets = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-        return np.repeat(maybe, repeats), self.places[np.repeat(self.firsts[at], repeats) + offsets]
-
-
-# %% ../notebooks/10_data_quality.ipynb #526b553a
+# %% ../notebooks/10_data_quality.ipynb #d84c76de
 def decontaminate(
     documents: Iterable[str], tests: Sequence[str] | TestIndex, least: int = 13, share: float = 0.6
 ) -> Iterator[int]:
@@ -364,36 +254,4 @@ def decontaminate(
         )
     index = tests if isinstance(tests, TestIndex) else TestIndex(tests)
     for block in blocks(documents):
-        yield from _contaminated(split_words(block), index, least, share).tolist()
-
-
-# %% ../notebooks/10_data_quality.ipynb #505b22d0
-def _contaminated(words: Words, index: TestIndex, least: int, share: float) -> np.ndarray:
-    """`decontaminate` of one block."""
-    result, starts, firsts = np.full(len(words.starts) - 1, -1), words.starts, index.words.starts
-    hashes, places = ngrams(words, index.n)
-    mine, theirs = index.hits(hashes)
-    if not len(mine):
-        return result
-    mine, item = places[mine], index.words.texts[theirs]
-    text, sizes = words.texts[mine], np.diff(firsts)[item]
-    width = np.maximum(sizes // 2, 1)  # hits of one alignment share a window
-    begin = (mine - (theirs - firsts[item])) // width * width - sizes // 4
-    sizes, item, text, begin = np.unique(np.stack([sizes, item, text, begin]), axis=1)
-    shorter = np.minimum(sizes, np.diff(starts)[text])
-    needed = np.maximum(least, np.ceil(share * shorter - 1e-9))
-    possible = np.flatnonzero(shorter >= least)
-    for part in np.array_split(possible, len(possible) // 2048 + 1):
-        i, t = item[part], text[part]
-        a = _windows(index.words, i, firsts[i], firsts[i + 1])
-        b = _windows(words, t, np.maximum(begin[part], starts[t]), begin[part] + 2 * sizes[part])
-        found = lcs_lengths(a, b) >= needed[part]
-        result[t[found]] = i[found]
-    return result
-
-
-def _windows(words: Words, texts: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """(windows, widest) hashes of words from each begin to its end or that of its text, then zeros."""
-    at = begins[:, None] + np.arange(max(0, (ends - begins).max(initial=0)))
-    inside = at < np.minimum(ends, words.starts[texts + 1])[:, None]
-    return np.where(inside, words.hashes[np.minimum(at, len(words.hashes) - 1)], np.uint64(0))
+        yield from overlapping(split_words(block), index, least, share).tolist()

@@ -3,13 +3,15 @@
 import random
 
 import numpy as np
+import torch
 from golden_registry import digest, golden
 from golden_texts import TEXTS
 
 from qwen_mini import data_quality as q
-from qwen_mini.kernels import mixtures as e
 from qwen_mini.kernels import words as w
+from qwen_mini.kernels.ensemble import Ensemble, EnsembleAdamW
 from qwen_mini.kernels.text_scores import Reference
+from qwen_mini.model import ModelConfig, Qwen
 from qwen_mini.world import noise, problems
 
 WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "n", "rst")]
@@ -95,6 +97,16 @@ def _():
 
 @golden("data_quality", "ensemble")
 def _():
-    data = np.random.default_rng(0).integers(0, 40, (3, 6, 13))
-    ensemble = e.Ensemble(e.Shape(40, 16, 32, 2, 2), [0, 1, 2])
-    return e.train_ensemble(ensemble, lambda step: data, 4, [1e-2, 3e-3, 1e-3], 2)
+    models, data = [], torch.from_numpy(np.random.default_rng(0).integers(0, 40, (4, 3, 6, 13)))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        models.append(
+            Qwen(ModelConfig(40, 16, 32, 2, 2, 2, 8, 16, 1_000.0, tie_word_embeddings=True))
+        )
+    ensemble = Ensemble(models)
+    adamw, found = EnsembleAdamW(ensemble, betas=(0.9, 0.95)), []
+    for windows in data:
+        losses, gradients = ensemble.gradients(windows[..., :-1], windows[..., 1:])
+        adamw.step(gradients, torch.tensor([1e-2, 3e-3, 1e-3]))
+        found.append(losses)
+    return found

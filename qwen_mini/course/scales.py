@@ -206,8 +206,8 @@ class LongContext:
 class DataQuality:
     """Chapter 10: `crawl_bytes` of clean text in the crawl, `noise` texts of a kind and `documents` of a domain to learn from.
 
-    `tokens`, `mixture_tokens`: of every small model of an ablation, and of one of the `mixtures`; `start`: which base
-    model scores text.
+    `tokens`, `mixture_tokens`: of every small model of an ablation, and of one of the `mixtures`; `seeds`: models of an
+    arm; `start`: which base model scores text, the first `scored_tokens` of each.
     """
 
     crawl_bytes: Count = 1_200_000
@@ -217,7 +217,9 @@ class DataQuality:
     mixtures: Annotated[int, Field(gt=7)] = 32
     mixture_tokens: Count = 102_400
     learning_rate: Positive = 1e-3
+    seeds: Annotated[int, Field(ge=2, le=8)] = 5
     test_items: Count = 10_000
+    scored_tokens: Count = 128
     start: Start = "own"
 
 

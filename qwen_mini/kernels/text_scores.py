@@ -1,6 +1,7 @@
-"""Scores of many texts at once that need no language model: form, and content against a clean seed (chapter 10)."""
+"""Scores of many texts at once (chapter 10): form, content against a clean seed, and what a language model thinks of them."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,6 +35,8 @@ CONTENT = [
     "quarters",
     "worst quarters",
 ]
+
+MODEL = ["bits per byte", "spread", "surprises", "sure tokens", "gain by context"]
 
 
 @functools.cache
@@ -124,7 +127,10 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def _word_vectors(owners: np.ndarray, places: np.ndarray, documents: int) -> np.ndarray:
-    """(BUCKETS, TOPICS): latent semantic analysis, words near each other that occur in the same texts; rare ones longer."""
+    """(BUCKETS, TOPICS): words that occur in the same texts point the same way; rare ones are longer.
+
+    The best approximation of rank `TOPICS` of the table of texts and words (Deerwester et al., 1990).
+    """
     seen = np.bincount(places, minlength=BUCKETS)
     weight = np.where(seen > 1, np.log((documents + 1) / (seen + 1)), 0).astype(np.float32)
     matrix = torch.sparse_coo_tensor(
@@ -139,3 +145,49 @@ def _word_vectors(owners: np.ndarray, places: np.ndarray, documents: int) -> np.
     vectors = np.zeros((BUCKETS, TOPICS), np.float32)
     vectors[:, : topics.shape[1]] = _unit(topics) * weight[:, None]
     return vectors
+
+
+@torch.no_grad()
+def model_scores(
+    model: torch.nn.Module, rows: Sequence[Sequence[int]], sizes: torch.Tensor, batch: int = 64
+) -> np.ndarray:
+    """(texts, 5) scores of `MODEL` of texts as token ids, each with a first token that is not scored.
+
+    sizes: (vocab_size,) bytes of every id. Texts of about one length are read together.
+    """
+    order, result = sorted(range(len(rows)), key=lambda i: len(rows[i])), np.empty((len(rows), 5))
+    for group in (order[i : i + batch] for i in range(0, len(rows), batch)):
+        parts = [torch.tensor(rows[i]) for i in group]
+        ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        lengths = torch.tensor([len(part) - 1 for part in parts])[:, None]
+        places = torch.arange(ids.shape[1] - 1)
+        inside, late = places < lengths, (places < lengths) & (places >= lengths / 2)
+        logits = model(ids[:, :-1]).float()
+        nll = logits.logsumexp(-1) - logits.gather(-1, ids[:, 1:, None])[..., 0]
+        mean = lambda values, where=inside: (values * where).sum(1) / where.sum(1).clamp_min(1)
+        found = [
+            mean(nll) / mean(sizes[ids[:, 1:]]) / math.log(2),
+            mean((nll - mean(nll)[:, None]) ** 2).sqrt(),
+            mean(nll > 8),
+            mean(nll < 0.5),
+            mean(nll, inside & ~late) - mean(nll, late),
+        ]
+        result[group] = torch.stack(found, 1).numpy()
+    return result
+
+
+def softmax_regression(x: np.ndarray, y: np.ndarray, decay=1.0, steps: int = 60) -> np.ndarray:
+    """Weights (features, classes) that minimise −Σ log p(y | x) + decay/2 · |w|², by L-BFGS."""
+    features, labels = torch.tensor(x), torch.tensor(y)
+    weights = torch.zeros(x.shape[1], int(y.max()) + 1, dtype=features.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        fit = torch.nn.functional.cross_entropy(features @ weights, labels, reduction="sum")
+        total = fit + decay / 2 * weights.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return weights.detach().numpy()

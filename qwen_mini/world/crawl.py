@@ -8,8 +8,17 @@ import numpy as np
 
 from .noise import edited, noise_texts
 
-# Upper ends of four shares: to learn what clean text is, to learn the head, to crawl, to measure on.
-PARTS = {"seed": 0.35, "source": 0.5, "pool": 0.9, "test": 1.0}
+# Upper ends of shares of the documents: to learn what clean text is, to fit the filter, to set its threshold, to be read
+# by the writers of the crawl's fluent junk, to crawl, to choose a mixture, to judge with.
+PARTS = {
+    "seed": 0.3,
+    "source": 0.42,
+    "tune": 0.47,
+    "writers": 0.55,
+    "pool": 0.86,
+    "choose": 0.93,
+    "judge": 1.0,
+}
 
 # How much of the crawl's clean text each domain has: dictionaries and two languages too much.
 CRAWL = {
@@ -45,6 +54,20 @@ def split_parts(documents: Mapping[str, Iterable]) -> dict[str, dict[str, list[s
     return parts
 
 
+def labelled_texts(
+    parts: dict[str, dict[str, list[str]]], documents: int, count: int, seed: int
+) -> tuple[list[str], list[str]]:
+    """Texts and their kinds, to fit a filter to: `documents` clean ones of a domain, `count` of each kind of noise.
+
+    All are of the part "source", or of files that the noise of `crawl_of` does not use.
+    """
+    clean = {domain: texts[:documents] for domain, texts in parts["source"].items()}
+    groups = noise_texts(clean, parts["source"], count, 0, seed)
+    texts = [t for group in (*clean.values(), *groups.values()) for t in group]
+    kinds = ["clean"] * sum(map(len, clean.values()))
+    return texts, kinds + [kind for kind, group in groups.items() for _ in group]
+
+
 def crawl_of(
     parts: dict[str, dict[str, list[str]]], size: int, count: int, seed: int
 ) -> list[tuple[str, str, str]]:
@@ -64,7 +87,25 @@ def crawl_of(
     copied = rng.sample(rows, max(4, len(rows) // 50))
     for text, domain, _ in [row for row in copied for _ in range(8)]:
         rows.append((edited(text, rng.choice((0, 0.02, 0.05)), words, rng), domain, "near-copies"))
-    for kind, texts in noise_texts(clean, parts["source"], count, 1, seed).items():
+    for kind, texts in noise_texts(clean, parts["writers"], count, 1, seed).items():
         rows += [(text, "", kind) for text in texts]
     rng.shuffle(rows)
     return rows
+
+
+def counts(texts: Iterable[str], kinds: Iterable[str]) -> dict[str, dict]:
+    """kind -> documents, kB and how the first text begins."""
+    found: dict[str, dict] = {}
+    for text, kind in zip(texts, kinds, strict=True):
+        begins = text[:64].replace("\n", " ")
+        facts = found.setdefault(kind, {"documents": 0, "kB": 0.0, "begins": begins})
+        facts["documents"] += 1
+        facts["kB"] += len(text.encode()) / 1000
+    return found
+
+
+def origins(texts: list[str], kinds: list[str]) -> dict[str, float]:
+    """Documents, kB, and how many documents are clean, near-copies, or noise of whatever kind."""
+    found = {"documents": len(texts), "kB": sum(len(text.encode()) for text in texts) / 1000}
+    found |= {kind: kinds.count(kind) for kind in ("clean", "near-copies")}
+    return found | {"noise": len(texts) - found["clean"] - found["near-copies"]}

@@ -2,6 +2,7 @@
 
 import random
 import sysconfig
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,17 +29,18 @@ PAGE_PARTS = (
 
 
 def found_texts(
-    kind: str, count: int, rng: random.Random, part: int = 0, size: int = 900
+    kind: str, count: int, rng: random.Random, half: int = 0, size: int = 900
 ) -> list[str]:
     """Up to `count` pieces of about `size` characters of one kind of `FOUND`, at most four of a file; [] if there is none.
 
-    part: 0 or 1, of two halves that have no file in common.
+    half: 0 or 1, of two that have no file in common; files that are equal but for their copyright lines, as the
+    same licence in two packages, count as one.
     """
     paths = sysconfig.get_paths()
     folder = Path(paths["stdlib"] if kind == "code tables" else paths["purelib"])
-    files = sorted({path for pattern in FOUND[kind] for path in folder.glob(pattern)})[part::2]
+    files = sorted({path for pattern in FOUND[kind] for path in folder.glob(pattern)})
     rng.shuffle(files)
-    texts = []
+    texts, seen = [], set()
     for path in files:
         if len(texts) >= count:
             break
@@ -46,10 +48,21 @@ def found_texts(
             text = path.read_text(encoding="utf-8")[:20_000]
         except (OSError, UnicodeDecodeError):
             continue
+        family = _without_names(text)
+        if family in seen or family % 2 != half:
+            continue
+        seen.add(family)
         pieces = [text[i : i + size].strip() for i in range(0, len(text), size)]
         pieces = [piece for piece in pieces if len(piece) > size // 3]
         texts += rng.sample(pieces, min(4, len(pieces)))
     return texts[:count]
+
+
+def _without_names(text: str) -> int:
+    """A number that texts share whose letters are equal outside of lines with a copyright."""
+    lines = [line for line in text.lower().splitlines() if "copyright" not in line]
+    letters = "".join(c for line in lines for c in line if c.isalpha())
+    return zlib.crc32(letters.encode())
 
 
 def shuffled_words(text: str, rng: random.Random) -> str:
@@ -136,23 +149,35 @@ def _edits(old: list[str], share: float, words: list[str], rng: random.Random) -
 
 
 def noise_texts(
-    clean: dict[str, list[str]], read: dict[str, list[str]], count: int, part: int, seed: int
+    clean: dict[str, list[str]], read: dict[str, list[str]], count: int, half: int, seed: int
 ) -> dict[str, list[str]]:
-    """kind -> about `count` texts, four times as many of the hardest kind, fluent junk; part 0 and 1 share nothing.
+    """kind -> about `count` texts, four times as many of the hardest kind, fluent junk.
 
-    clean: domain -> texts to spoil; read: what the writers of fluent junk have read.
+    clean: domain -> texts to spoil; read: what the writers of fluent junk have read; half: 0 or 1, whose files of
+    `FOUND` are disjoint. Two calls share no document if their halves, `clean` and `read` share none.
     """
-    rng = random.Random(f"{seed}/noise/{part}")
+    rng = random.Random(f"{seed}/noise/{half}")
     flat = [text for texts in clean.values() for text in texts]
-    noise = {kind: found_texts(kind, count, rng, part) for kind in FOUND}
+    noise = {kind: found_texts(kind, count, rng, half) for kind in FOUND}
     for kind, make in MADE.items():
         noise[kind] = [make(rng.choice(flat), rng) for _ in range(count)]
-    large = [texts[part::2] for texts in read.values() if sum(map(len, texts)) > 50_000]
+    large = [texts for texts in read.values() if sum(map(len, texts)) > 50_000]
     writers = [TrigramWriter(texts) for texts in large or [flat]]
     noise["fluent junk"] = [
         writers[i % len(writers)].write(rng.randint(60, 180), rng) for i in range(4 * count)
     ]
     return {kind: texts for kind, texts in noise.items() if texts}
+
+
+def passages(texts: list[str], count: int, rng: random.Random) -> list[str]:
+    """`count` passages of 20 to 60 words of the texts."""
+    found = []
+    while len(found) < count:
+        words, size = rng.choice(texts).split(), rng.randint(20, 60)
+        if len(words) > size:
+            at = rng.randrange(len(words) - size)
+            found.append(" ".join(words[at : at + size]))
+    return found
 
 
 def careless(problem: tuple[str, str, str], rng: random.Random) -> tuple[str, str, str]:
