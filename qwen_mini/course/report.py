@@ -10,11 +10,12 @@ A selector is a record's name, in which `*` stands for runs, then keys; `a|b` jo
 all. Digits outside a slot are refused. A slot without its record is a gap, which says how to fill it.
 """
 
+import contextlib
 import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,24 +107,28 @@ def open_shelf(scale: str, shipped: Path | None = None) -> Shelf:
             if not other_versions(record["versions"]):
                 found[record["name"]] = record
     results = {name: record["result"] for name, record in found.items()}
-    return Shelf(scale, results | dict(_checkpoints(scale)), found)
+    return Shelf(scale, results | _checkpoints(scale), found)
 
 
-def _checkpoints(scale: str) -> Iterator[tuple[str, object]]:
+def _checkpoints(scale: str) -> dict[str, object]:
     """Manifest, configuration and metrics of every checkpoint of the scale."""
-    own, shipped = runs() / scale, home() / "data" / "checkpoints"
+    own, shipped, found = runs() / scale, home() / "data" / "checkpoints", {}
     names = {path.parent.name for folder in (own, shipped) for path in folder.glob("*/config.json")}
     for name in sorted(names):
-        if not artifacts.has(scale, name):
-            continue
-        folder = artifacts.find(scale, name)
-        yield f"checkpoints/{name}/manifest", artifacts.read_manifest(folder)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        yield f"checkpoints/{name}/config", config
-        if (path := folder / "metrics.jsonl").exists():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            columns = {key: [line.get(key) for line in lines] for key in lines[0]} if lines else {}
-            yield f"checkpoints/{name}/metrics", columns
+        with contextlib.suppress(FileNotFoundError, artifacts.MissingStage):  # just being replaced
+            found |= _checkpoint(name, artifacts.find(scale, name))
+    return found
+
+
+def _checkpoint(name: str, folder: Path) -> dict[str, object]:
+    facts = {"manifest": artifacts.read_manifest(folder)}
+    facts["config"] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if (path := folder / "metrics.jsonl").exists():
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        facts["metrics"] = (
+            {key: [line.get(key) for line in lines] for key in lines[0]} if lines else {}
+        )
+    return {f"checkpoints/{name}/{kind}": fact for kind, fact in facts.items()}
 
 
 def _numbers(value, keys: Sequence[str]) -> np.ndarray:
@@ -337,7 +342,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """Lines (label, x, y) or, where the third is a verdict, points (label, x, verdict); drawn by `report_files.draw`."""
+    """Lines (label, x, y) or, where the third is a verdict, points (label, (x, low, high), verdict); drawn by `report_files.draw`."""
 
     name: str
     title: str
@@ -369,18 +374,20 @@ def write_up(shelf: Shelf, plan: Path = PLAN, facts: Mapping[str, str] | None = 
     blocks = _head(ledger, facts or {}) + _verdicts(ledger, content, judged)
     for section in content["section"]:
         blocks += _section(ledger, section, judged)
-    blocks += _cost(ledger)
-    blocks.append(Heading(2, "What is missing"))
     missing = [Paragraph(ledger.missing(Gap(gap)), gap=True) for gap in ledger.gaps]
-    blocks += missing or [Paragraph("Nothing: every slot has its record.")]
+    missing = missing or [Paragraph("Nothing: every slot has its record.")]
+    blocks += [Heading(2, "What is missing"), *missing, *_cost(ledger)]
     return Document(ledger.fill(content["title"]), blocks, ledger, judged)
 
 
 def _claim(ledger: Ledger, row: dict) -> dict:
     """A statement with what was measured, its interval, and the verdict."""
     expression, form = row["measured"], row.get("form", "+.3f")
-    cells = {"place": ledger.mark(row["place"], "place in the original"), "section": row["section"]}
+    cells = {"name": row["name"], "section": row["section"]}
+    cells |= {"place": ledger.mark(row["place"], "place in the original")}
     cells |= {"says": ledger.fill(row["says"], row["place"]), "here": ledger.fill(row["here"])}
+    if "margin" in row:
+        cells["here"] += f"; margin {ledger.mark(str(row['margin']), 'the plan')} on both sides"
     try:
         found = estimate(ledger.shelf, expression)
         if "interval" in row:  # as the record has it
@@ -390,9 +397,7 @@ def _claim(ledger: Ledger, row: dict) -> dict:
             verdict = "agrees" if found.low <= found.value <= found.high else "opposite"
         else:
             verdict = judge(found, row["expect"], row.get("margin", 0.0))
-        side = {"more": 1, "less": -1}.get(row["expect"])
-        half = (found.high - found.low) / 2 if found.low is not None else 0
-        cells["towards"] = side * found.value / half if side and half else None
+        cells["towards"] = _towards(found, row["expect"])
     except Gap as gap:
         blank = {"measured": ledger.missing(gap), "over": "", "towards": None}
         return cells | blank | {"verdict": "not measured"}
@@ -406,6 +411,16 @@ def _claim(ledger: Ledger, row: dict) -> dict:
     return cells | {"measured": measured, "over": ", ".join(over), "verdict": verdict}
 
 
+def _towards(found: Estimate, expect: str) -> tuple[float, float, float] | None:
+    """Value and ends of the interval in units of half of it, positive where the original says that it lies."""
+    if found.low in (None, found.high) or expect not in ("more", "less"):
+        return None
+    ends = (found.value, found.low, found.high)
+    sign = 1 if expect == "more" else -1
+    value, low, high = (2 * sign * end / (found.high - found.low) for end in ends)
+    return value, min(low, high), max(low, high)
+
+
 def _head(ledger: Ledger, facts: Mapping[str, str]) -> list:
     said = [f"{name}: {ledger.mark(value, 'this run')}" for name, value in facts.items()]
     return [Paragraph(" · ".join(said))] if said else []
@@ -413,11 +428,11 @@ def _head(ledger: Ledger, facts: Mapping[str, str]) -> list:
 
 def _verdicts(ledger: Ledger, content: dict, judged: list[dict]) -> list:
     """The summary: how many statements agree, by which rule, and a figure of all of them."""
-    counted = {v: sum(row["verdict"] == v for row in judged) for v in VERDICTS}
-    total = ledger.mark(str(len(judged)), "count of this report")
-    said = [f"{ledger.mark(str(n), 'count of this report')} {v}" for v, n in counted.items() if n]
+    count = lambda n: ledger.mark(str(n), "count of this report")
+    found = {v: sum(row["verdict"] == v for row in judged) for v in VERDICTS}
+    said = "; ".join(f"{verdict}: {count(n)}" for verdict, n in found.items() if n)
     lines = [
-        (unmarked(f"{row['place']}: {row['here']}"), row["towards"], row["verdict"])
+        (f"{unmarked(row['place'])} {row['name']}", row["towards"], row["verdict"])
         for row in judged
         if row["towards"] is not None
     ]
@@ -425,9 +440,9 @@ def _verdicts(ledger: Ledger, content: dict, judged: list[dict]) -> list:
     blocks = [
         Heading(2, "Summary"),
         *(Paragraph(ledger.fill(text)) for text in content["summary"]),
-        Paragraph(f"Of {total} statements: {', '.join(said)}."),
+        Paragraph(f"Of {count(len(judged))} statements, by verdict: {said}."),
     ]
-    return blocks + ([Figure("statements", "What was found", lines, axes)] if lines else [])
+    return blocks + ([Figure("statements", content["legend"], lines, axes)] if lines else [])
 
 
 def _section(ledger: Ledger, section: dict, judged: list[dict]) -> list:
@@ -484,6 +499,7 @@ def _figure(ledger: Ledger, part: dict) -> Figure | Paragraph:
             found = ledger.shelf.take(series["y"])
             if "x" in series:
                 (y,), (x,) = found.values(), ledger.shelf.take(series["x"]).values()
+                x = x * estimate(ledger.shelf, series["times"]).value
             else:
                 x, y = [float(run) for run in found], [values.mean() for values in found.values()]
             ledger.names.update(ledger.shelf.sources(series["y"]))
@@ -530,3 +546,15 @@ def _cost(ledger: Ledger) -> list:
         f"In all {said} seconds, of one thread each for records and of one or two for checkpoints."
     )
     return [*blocks, Paragraph(text), Table("Cost", heads, rows)]
+
+
+def note(document: Document) -> None:
+    """Let the running notebook remember which records and checkpoints it shows."""
+    shelf, used = document.ledger.shelf, sorted(document.ledger.names)
+    keys = {name: shelf.records[name]["key"] for name in used if name in shelf.records}
+    records.note_shown("recalled", keys)
+    stages = {name.split("/")[1] for name in used if name.startswith("checkpoints/")}
+    made = {
+        name: shelf.results[f"checkpoints/{name}/manifest"].get("key") for name in sorted(stages)
+    }
+    records.note_shown("stages", {name: key for name, key in made.items() if key})

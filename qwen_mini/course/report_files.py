@@ -6,12 +6,15 @@ import html
 import io
 import json
 import re
-import textwrap
+import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .. import __version__
 from . import artifacts
 from .figures import COLORS, STYLE
+from .paths import home
 from .report import FIRST_MARK, MARKED, VERDICTS, Document, Figure, Heading, Table, unmarked
 
 FOLDER = "report"
@@ -32,6 +35,15 @@ def write_report(document: Document, scale: str) -> Path:
         (folder / "report.html").write_text(page(document), encoding="utf-8")
         (folder / "report.pdf").write_bytes(pdf(document))
     return artifacts.stage_dir(scale, FOLDER)
+
+
+def run_facts(scale: str) -> dict[str, str]:
+    """What a report says of itself: scale, version of the course, commit."""
+    call = ["git", "-C", str(home()), "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(call, capture_output=True, text=True) if shutil.which("git") else None
+    commit = done.stdout.strip() if done else ""
+    facts = {"scale": scale, "version of qwen_mini": __version__}
+    return facts | {"commit": commit or "not under version control"}
 
 
 def figures_of(document: Document) -> list[Figure]:
@@ -76,11 +88,12 @@ def unmarked_name(name: str) -> str:
 def draw(axes, figure: Figure) -> None:
     """Draw a figure of the report into matplotlib axes."""
     if figure.lines and isinstance(figure.lines[0][2], str):
-        for row, (_, value, verdict) in enumerate(figure.lines):
+        for row, (_, (value, low, high), verdict) in enumerate(figure.lines):
+            ends = [[max(0, value - low)], [max(0, high - value)]]
             axes.errorbar(
-                value, -row, xerr=1, fmt="o", ms=4, capsize=2, color=COLORS[SHADES[verdict]]
+                value, -row, xerr=ends, fmt="o", ms=4, capsize=2, color=COLORS[SHADES[verdict]]
             )
-        labels = [textwrap.shorten(label, 74, placeholder=" …") for label, *_ in figure.lines]
+        labels = [label for label, *_ in figure.lines]
         axes.set_yticks(range(0, -len(labels), -1), labels, fontsize=7)
         axes.axvline(0, color="0.5", linewidth=0.8)
         axes.set(xscale="symlog", ylim=(-len(labels) + 0.4, 0.6))
@@ -88,10 +101,11 @@ def draw(axes, figure: Figure) -> None:
         for label, x, y in figure.lines:
             axes.plot(x, y, "o-" if len(x) < 20 else "-", label=label, markersize=4)
         scale = figure.axes.get("scale", "linear")
-        axes.set(xscale=scale, yscale=scale, ylabel=figure.axes["y"])
+        axes.set(xscale=scale, yscale=scale)
+        axes.set_ylabel(figure.axes["y"], fontsize=8)
         if len(figure.lines) > 1:
-            axes.legend()
-    axes.set_xlabel(figure.axes["x"])
+            axes.legend(fontsize=8)
+    axes.set_xlabel(figure.axes["x"], fontsize=8)
     axes.tick_params(labelsize=7)
 
 
@@ -128,7 +142,8 @@ figure { margin: 1rem 0 } img { max-width: 100%; height: auto } code { font-size
 @media (max-width: 40rem) {
   .stack thead { display: none } .stack tr { display: block; border-bottom: 2px solid #bbb; padding: 0.5rem 0 }
   .stack td { display: block; border: 0; padding: 0.1rem 0 } .stack td:empty { display: none }
-  .stack td::before { content: attr(data-head) ": "; color: #777 }
+  .stack td::before { content: attr(data-head) ": "; color: #777; font-weight: 400 }
+  .stack td[data-head=""]::before { content: "" } figure img { max-width: none; width: 36rem }
 }
 """
 
@@ -166,7 +181,7 @@ def _html(block, inline) -> str:
     if isinstance(block, Figure):
         data = base64.b64encode(png(block)).decode()
         image = f'<img alt="{unmarked_name(block.name)}" src="data:image/png;base64,{data}">'
-        return f"<figure>{image}<figcaption>{inline(block.title)}</figcaption></figure>"
+        return f'<figure><div class="box">{image}</div><figcaption>{inline(block.title)}</figcaption></figure>'
     if not isinstance(block, Table):
         return (
             f'<p class="gap">{inline(block.text)}</p>'
@@ -267,7 +282,7 @@ class Paper:
         tall, wide = 72 * height(figure), WIDTH - 2 * MARGIN
         self.room(tall + 30)
         points = isinstance(figure.lines[0][2], str)
-        left, below = (250 if points else 40), 30
+        left, below = (190 if points else 40), 30
         box = [MARGIN + left, HEIGHT - self.top - tall + below, wide - left, tall - below - 4]
         draw(
             self.sheet.add_axes([box[0] / WIDTH, box[1] / HEIGHT, box[2] / WIDTH, box[3] / HEIGHT]),
