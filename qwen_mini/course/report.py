@@ -281,12 +281,11 @@ class Ledger:
         """A number from records, marked with them."""
         sources = self.shelf.sources(expression)
         self.names.update(sources)
-        few = sources if len(sources) <= 4 else [*sources[:3], f"{len(sources) - 3} more"]
         if form == "points":
             text = f"{100 * value:+.1f}"
         else:
             text = ("yes" if value else "no") if form == "yes" else format(value, form)
-        return self.mark(text, f"record {', '.join(few)}")
+        return self.mark(text, f"record {'; '.join(sources)}")
 
     def _slot(self, slot: str, place: str) -> str:
         body, _, form = (part.strip() for part in slot.rpartition(" ; "))
@@ -370,7 +369,7 @@ def write_up(shelf: Shelf, plan: Path = PLAN, facts: Mapping[str, str] | None = 
     """The document that the plan makes of a shelf. facts: what else is said of the run, such as its commit."""
     content = tomllib.loads(plan.read_text(encoding="utf-8"))
     ledger = Ledger(shelf)
-    judged = [_claim(ledger, one) for one in content["claim"]]
+    judged = [judged_row(ledger, one) for one in content["claim"]]
     blocks = _head(ledger, facts or {}) + _verdicts(ledger, content, judged)
     for section in content["section"]:
         blocks += _section(ledger, section, judged)
@@ -380,7 +379,7 @@ def write_up(shelf: Shelf, plan: Path = PLAN, facts: Mapping[str, str] | None = 
     return Document(ledger.fill(content["title"]), blocks, ledger, judged)
 
 
-def _claim(ledger: Ledger, row: dict) -> dict:
+def judged_row(ledger: Ledger, row: dict) -> dict:
     """A statement with what was measured, its interval, and the verdict."""
     expression, form = row["measured"], row.get("form", "+.3f")
     cells = {"name": row["name"], "section": row["section"]}

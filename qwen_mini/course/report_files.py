@@ -170,7 +170,9 @@ def _inline(document: Document, text: str) -> str:
         origin = document.origins[ord(found[1]) - FIRST_MARK]
         if not origin.startswith(("record", "original", "provenance")):
             return found[2]
-        return f'<span title="{html.escape(origin)}">{found[2]}</span>'
+        first, *more = origin.split("; ")
+        more = f" and {len(more)} more" if more else ""
+        return f'<span title="{html.escape(first)}{more}">{found[2]}</span>'
 
     return MARKED.sub(slot, text)
 
@@ -258,11 +260,11 @@ class Paper:
         place = x / WIDTH, 1 - (self.top + size) / HEIGHT
         self.sheet.text(*place, text, fontsize=size, parse_math=False, **style)
 
-    def words(self, text: str, size: float = 9, bold: bool = False, indent: float = 0) -> None:
+    def words(self, text, size: float = 9, bold: bool = False, indent: float = 0, color="black"):
         """A paragraph."""
         for line in wrapped(_plain(text), WIDTH - 2 * MARGIN - indent, size, bold):
             self.room(1.35 * size)
-            self.put(MARGIN + indent, line, size, weight="bold" if bold else "normal")
+            self.put(MARGIN + indent, line, size, weight="bold" if bold else "normal", color=color)
             self.top += 1.35 * size
         self.top += 0.6 * size
 
@@ -275,8 +277,10 @@ class Paper:
             self.figure(block)
         elif isinstance(block, Table):
             self.table(block)
+        elif block.gap:
+            self.words(block.text, 7.5, indent=12, color=COLORS["purple"])
         else:
-            self.words(block.text, 7.5 if block.gap else 9, indent=12 if block.gap else 0)
+            self.words(block.text)
 
     def figure(self, figure: Figure) -> None:
         tall, wide = 72 * height(figure), WIDTH - 2 * MARGIN
