@@ -4,6 +4,7 @@
 
     {12_long_context/pass key after > 1024 ; .0%}      from a record: selector ; form
     {a - b ; +.2f}   {a / b ; .1f}                     of two selectors; items and runs in pairs
+    {06_moe/text * > loss ; .3f, runs}                 the mean of several records, and how many they are
     {= 32,768 ; §3.3}                                  of the original: value ; place
 
 A selector is a record's name, in which `*` stands for runs, then keys; `a|b` joins the items of two keys, `*` those of
@@ -257,6 +258,8 @@ class Ledger:
 
     def mark(self, text: str, origin: str) -> str:
         """`text` between marks that no reader sees, which say where it comes from."""
+        if not text:
+            return ""
         if origin not in self.origins:
             self.origins.append(origin)
         return f"{chr(FIRST_MARK + self.origins.index(origin))}{text}{CLOSE}"
@@ -284,25 +287,25 @@ class Ledger:
         if form == "points":
             text = f"{100 * value:+.1f}"
         else:
-            text = ("yes" if value else "no") if form == "yes" else format(value, form)
+            try:
+                text = ("yes" if value else "no") if form == "yes" else format(value, form)
+            except ValueError as error:
+                raise CourseError(f"the slot of `{expression}`: {error}") from None
         return self.mark(text, f"record {'; '.join(sources)}")
 
     def _slot(self, slot: str, place: str) -> str:
         body, _, form = (part.strip() for part in slot.rpartition(" ; "))
         if slot.strip().startswith("="):
             return self.mark((body or form)[1:].strip(), f"original, {form if body else place}")
-        how, _, spec = form.rpartition(" ")
-        if how:  # sum, last, max, min of all numbers, instead of their mean
+        if form.startswith(("sum ", "count ")):  # of all numbers, instead of their mean
+            how, _, form = form.partition(" ")
             values = np.concatenate([x.reshape(-1) for x in self.shelf.take(body).values()])
-            kinds = {
-                "sum": np.sum,
-                "max": np.max,
-                "min": np.min,
-                "last": lambda x: x[-1],
-                "count": len,
-            }
-            return self.number(body, float(kinds[how](values)), spec)
-        return self.number(body, estimate(self.shelf, body).value, form)
+            return self.number(body, values.sum() if how == "sum" else len(values), form)
+        found = estimate(self.shelf, body)
+        text = self.number(body, found.value, form.removesuffix(", runs"))
+        if form.endswith(", runs"):
+            text += f" ({self.number(body, found.runs, ',d')} runs)"
+        return text
 
     def _words(self, text: str) -> str:
         """Words between slots: a digit in them belongs to a name, or is refused."""
