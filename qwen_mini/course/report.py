@@ -495,7 +495,7 @@ def _table(ledger: Ledger, part: dict) -> list:
 def _figure(ledger: Ledger, part: dict) -> Figure | Paragraph:
     """Lines through what the records of each series hold, x from a column or from what `*` stands for."""
     place = ledger.mark(part["place"], "place in the original")
-    lines = []
+    lines, drawn = [], []
     try:
         for series in part["series"]:
             found = ledger.shelf.take(series["y"])
@@ -504,13 +504,14 @@ def _figure(ledger: Ledger, part: dict) -> Figure | Paragraph:
                 x = x * estimate(ledger.shelf, series["times"]).value
             else:
                 x, y = [float(run) for run in found], [values.mean() for values in found.values()]
-            ledger.names.update(ledger.shelf.sources(series["y"]))
             order = np.argsort(x)
             lines.append((series["label"], np.array(x)[order], np.array(y)[order]))
+            points = ledger.number(series["y"], len(order), ",d")
+            drawn.append(f"{series['label']}: {points} points")
     except Gap as gap:
         return Paragraph(ledger.missing(gap), gap=True)
     title = f"{place}: {ledger.fill(part['title'], part['place'])}"
-    return Figure(part["figure"], title, lines, part["axes"])
+    return Figure(part["figure"], f"{title} ({', '.join(drawn)})", lines, part["axes"])
 
 
 def _cost(ledger: Ledger) -> list:
