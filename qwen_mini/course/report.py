@@ -8,7 +8,7 @@
     {= 32,768 ; §3.3}                                  of the original: value ; place
 
 A selector is a record's name, in which `*` stands for runs, then keys; `a|b` joins the items of two keys, `*` those of
-all. Digits outside a slot are refused. A slot without its record is a gap, which says how to fill it.
+all; in a list, `0|2` are two entries, `:` is each of them, and `2/3` is the second third. Digits outside a slot are refused. A slot without its record is a gap, which says how to fill it.
 """
 
 import contextlib
@@ -142,6 +142,10 @@ def _numbers(value, keys: Sequence[str]) -> np.ndarray:
     if isinstance(value, Mapping):
         chosen = list(value) if key == "*" else [key] if key in value else key.split("|")
     else:  # a part of a list is a list
+        if "/" in key:  # of so many equal parts this one
+            part, parts = map(int, key.split("/"))
+            size = len(value) // parts
+            return _numbers(value[(part - 1) * size : part * size], [":", *rest])
         found = [_numbers(value[int(one)], rest) for one in key.split("|")]
         return found[0] if len(found) == 1 else np.array(found)
     found = [_numbers(value[one], rest) for one in chosen]
