@@ -71,15 +71,15 @@ class Shelf:
             return {run: _numbers(self.results[name], keys) for run, name in named.items()}
         except (LookupError, TypeError, ValueError):
             where = " > ".join(keys)
-            message = f"not measured: record `{pattern}` holds no `{where}`"
-            raise Gap(f"{message}; {self.remedy(pattern)}") from None
+            message = f"not measured: record `{pattern}` of scale {self.scale} holds no `{where}`"
+            raise Gap(message) from None
 
     def remedy(self, name: str) -> str:
         """The command that makes a record or a checkpoint."""
         book, _, rest = name.partition("/")
-        if book == "checkpoints":
-            return f"compute it with `qwen-mini train {rest.split('/')[0]} --scale {self.scale}`"
-        return f"compute it with `qwen-mini run {book} --scale {self.scale}`"
+        doing = f"train {rest.split('/')[0]}" if book == "checkpoints" else f"run {book}"
+        measures = "" if self.scale == "laptop" else ", where this scale measures it"
+        return f"compute it with `qwen-mini {doing} --scale {self.scale}`{measures}"
 
     def named(self, pattern: str) -> dict[str, str]:
         """Names of records that a pattern fits, by what its `*` stand for."""
