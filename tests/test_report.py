@@ -219,6 +219,15 @@ def test_a_few_equal_answers_prove_nothing():
     assert found.value == 1 and 0 < found.low < found.high <= 1
 
 
+def test_without_a_spread_there_is_no_interval():
+    same = report.Shelf(
+        "laptop", {"03_a/a 1": 0.5, "03_a/a 2": 0.5, "03_a/b 1": 0.25, "03_a/b 2": 0.25}, {}
+    )
+    found = report.estimate(same, "03_a/a * - 03_a/b *")
+    assert (found.value, found.low, found.runs) == (0.25, None, 2)
+    assert report.judge(found, "more") == "no interval"
+
+
 def test_runs_are_paired_by_what_the_star_stands_for():
     results = {"03_a/a 1": 1.0, "03_a/a 2": 2.0, "03_a/a 3": 9.0, "03_a/b 1": 0.9, "03_a/b 2": 1.8}
     found = report.estimate(report.Shelf("laptop", results, {}), "03_a/a * - 03_a/b *")
@@ -240,7 +249,7 @@ def test_sums_of_differences_and_ratios():
     )
     assert found.value == 2.5 and found.items == 2
     ratio = report.estimate(report.Shelf("laptop", results, {}), "03_a/a / 03_a/b")
-    assert abs(ratio.value - 4 / 1.5) < 1e-12 and report.judge(ratio, "more") == "measured once"
+    assert abs(ratio.value - 4 / 1.5) < 1e-12 and report.judge(ratio, "more") == "no interval"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ MARKED = re.compile("([\U000f0000-\U000ffffd])([^\ue000]*)\ue000")
 # 97.5 % quantiles of Student's t; between two of them the larger one counts
 T = {1: 12.71, 2: 4.3, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 8: 2.31, 10: 2.23, 15: 2.13, 20: 2.09}
 T |= {30: 2.04, 60: 2.0, 120: 1.98}
-VERDICTS = ("agrees", "does not show", "opposite", "measured once", "not measured")
+VERDICTS = ("agrees", "does not show", "opposite", "no interval", "not measured")
 
 
 class Gap(CourseError):
@@ -157,7 +157,7 @@ def _numbers(value, keys: Sequence[str]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval, (None, None) where a thing was measured once, over so many items and runs."""
+    """A mean with its 95 % interval, (None, None) where there is no spread to take one from, over so many items and runs."""
 
     value: float
     low: float | None
@@ -207,12 +207,10 @@ def summary(
     if k > 1:
         parts.append((values.mean(1).var(ddof=1) * (1 / k + alone), k - 1))
     value, total = float(values.mean()), sum(part for part, _ in parts)
-    if not parts:
+    if not total:  # measured once, or each time exactly the same
         return Estimate(value, None, None, n, k)
-    if total:  # degrees of freedom of a sum of variances (Welch and Satterthwaite)
-        freedom = total**2 / sum(part**2 / df for part, df in parts)
-    else:
-        freedom = 1
+    # degrees of freedom of a sum of variances (Welch and Satterthwaite)
+    freedom = total**2 / sum(part**2 / df for part, df in parts)
     half = T[max(df for df in T if df <= max(1, math.floor(freedom)))] * total**0.5
     middle = float(items.mean())
     low, high = middle - half, middle + half
@@ -238,7 +236,7 @@ def judge(found: Estimate, expect: str, margin: float = 0.0) -> str:
     expect: "more" or "less" than 0, or "same": within the margin on both sides.
     """
     if found.low is None:
-        return "measured once"
+        return "no interval"
     if expect == "same":
         if -margin < found.low and found.high < margin:
             return "agrees"
@@ -419,7 +417,7 @@ def judged_row(ledger: Ledger, row: dict) -> dict:
 
 def _towards(found: Estimate, expect: str) -> tuple[float, float, float] | None:
     """Value and ends of the interval in units of half of it, positive where the original says that it lies."""
-    if found.low in (None, found.high) or expect not in ("more", "less"):
+    if found.low is None or expect not in ("more", "less"):
         return None
     ends = (found.value, found.low, found.high)
     sign = 1 if expect == "more" else -1

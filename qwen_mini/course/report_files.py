@@ -138,7 +138,7 @@ th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.6rem; border-b
 figure { margin: 1rem 0 } img { max-width: 100%; height: auto } code { font-size: 0.9em; overflow-wrap: anywhere }
 [title] { text-decoration: underline dotted #aaa; text-underline-offset: 3px }
 .gap { border-left: 4px solid #CC79A7; padding: 0.2rem 0.8rem; background: #faf3f7; font-size: 0.9rem }
-.agrees { color: #00694f; font-weight: 600 } .opposite { color: #a34700; font-weight: 600 } .measured, .not { color: #777 }
+.agrees { color: #00694f; font-weight: 600 } .opposite { color: #a34700; font-weight: 600 } .no, .not { color: #777 }
 @media (max-width: 40rem) {
   .stack thead { display: none } .stack tr { display: block; border-bottom: 2px solid #bbb; padding: 0.5rem 0 }
   .stack td { display: block; border: 0; padding: 0.1rem 0 } .stack td:empty { display: none }
