@@ -172,6 +172,7 @@ def test_selectors():
     assert {run: x.tolist() for run, x in take("03_a/run * > right").items()}.keys() == {"0", "1"}
     assert take("03_a/table > a|b")[""].tolist() == [1, 2, 3]
     assert take("03_a/table > rows > 0|2")[""].tolist() == [[1, 2], [5, 6]]
+    assert take("03_a/table > #2")[""].tolist() == [3]
     assert take("03_a/table > rows > 2/3")[""].tolist() == [[3, 4]]
     assert take("03_a/table > rows > : > 1")[""].tolist() == [2, 4, 6]
     assert take("03_a/loss > last")[""] == 2.25

@@ -7,8 +7,9 @@
     {06_moe/text * > loss ; .3f, runs}                 the mean of several records, and how many they are
     {= 32,768 ; §3.3}                                  of the original: value ; place
 
-A selector is a record's name, in which `*` stands for runs, then keys; `a|b` joins the items of two keys, `*` those of
-all; in a list, `0|2` are two entries, `:` is each of them, and `2/3` is the second third. Digits outside a slot are refused. A slot without its record is a gap, which says how to fill it.
+A selector is a record's name, in which `*` stands for runs, then keys: `a|b` joins the items of two, `*` those of all,
+`#2` is the second. In a list `0|2` are two entries, `:` is each of them, `2/3` the second third. Digits outside a slot
+are refused. A slot without its record is a gap, which says how to fill it.
 """
 
 import contextlib
@@ -140,6 +141,8 @@ def _numbers(value, keys: Sequence[str]) -> np.ndarray:
     if key == ":":
         return np.array([_numbers(item, rest) for item in value])
     if isinstance(value, Mapping):
+        if key.startswith("#"):
+            key = list(value)[int(key[1:]) - 1]
         chosen = list(value) if key == "*" else [key] if key in value else key.split("|")
     else:  # a part of a list is a list
         if "/" in key:  # of so many equal parts this one
@@ -207,7 +210,9 @@ def summary(
     if k > 1:
         parts.append((values.mean(1).var(ddof=1) * (1 / k + alone), k - 1))
     value, total = float(values.mean()), sum(part for part, _ in parts)
-    if not total:  # measured once, or each time exactly the same
+    if (
+        total <= (1e-6 * value) ** 2
+    ):  # measured once, or each time the same to all digits of a record
         return Estimate(value, None, None, n, k)
     # degrees of freedom of a sum of variances (Welch and Satterthwaite)
     freedom = total**2 / sum(part**2 / df for part, df in parts)
