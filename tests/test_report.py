@@ -281,6 +281,15 @@ def test_a_statement_has_its_verdict_or_its_gap(tmp_path):
     assert row["verdict"] == "not measured" and "03_a/start" in row["measured"]
 
 
+def test_a_statement_that_is_not_whole_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(course.CourseError, match="more, less, same or inside, not 'better'"):
+        written(tmp_path, PLAN.replace('expect = "more"', 'expect = "better"'))
+    with pytest.raises(course.CourseError, match="a statement needs 'here'"):
+        written(tmp_path, PLAN.replace("here =", "hear ="))
+    with pytest.raises(course.CourseError, match="the slot of `03_a/loss > last`"):
+        written(tmp_path, PLAN.replace("; .2f}", "; .2q}"))
+
+
 def test_statements_of_the_plan_name_a_section_that_exists(whole):
     places = {
         report.unmarked(b.text).split()[0] for b in whole.blocks if isinstance(b, report.Heading)
@@ -393,7 +402,7 @@ def test_the_solution_of_an_exercise_passes(number):
 def test_a_wrong_answer_is_refused(number, body):
     (solution, check), space = _exercises()[number], _space()
     exec(_answer(solution, body), space)
-    with pytest.raises((AssertionError, KeyError)):
+    with pytest.raises((AssertionError, course.CourseError)):
         exec(check, space)
 
 

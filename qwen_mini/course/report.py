@@ -238,8 +238,10 @@ def _by_item(values: np.ndarray) -> np.ndarray:
 def judge(found: Estimate, expect: str, margin: float = 0.0) -> str:
     """The verdict on a statement, by the interval alone.
 
-    expect: "more" or "less" than 0, or "same": within the margin on both sides.
+    expect: "more" or "less" than 0, or "same": within the margin on both sides. CourseError for anything else.
     """
+    if expect not in ("more", "less", "same"):
+        raise CourseError(f"a statement expects more, less, same or inside, not {expect!r}")
     if found.low is None:
         return "no interval"
     if expect == "same":
@@ -391,6 +393,8 @@ def write_up(shelf: Shelf, plan: Path = PLAN, facts: Mapping[str, str] | None = 
 
 def judged_row(ledger: Ledger, row: dict) -> dict:
     """A statement with what was measured, its interval, and the verdict."""
+    if missing := {"name", "section", "place", "says", "here", "measured", "expect"} - set(row):
+        raise CourseError(f"a statement needs {sorted(missing)[0]!r}: {row.get('name', row)}")
     expression, form = row["measured"], row.get("form", "+.3f")
     cells = {"name": row["name"], "section": row["section"]}
     cells |= {"place": ledger.mark(row["place"], "place in the original")}
