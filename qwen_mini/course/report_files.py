@@ -107,6 +107,7 @@ def draw(axes, figure: Figure) -> None:
             axes.legend(fontsize=8)
     axes.set_xlabel(figure.axes["x"], fontsize=8)
     axes.tick_params(labelsize=7)
+    axes.xaxis.get_offset_text().set_fontsize(7)
 
 
 def height(figure: Figure) -> float:
