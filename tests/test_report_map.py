@@ -55,6 +55,19 @@ def test_wrong_rows_are_named(project, row, words):
     assert words in problem
 
 
+def test_hand_written_code_names_its_notebook(project):
+    (project / "qwen_mini" / "course").mkdir()
+    (project / "qwen_mini" / "course" / "report.py").write_text("def norm():\n    ...\n")
+    cells = '{"cells": [], "metadata": {}}'
+    (project / "notebooks" / "23_mini_report.ipynb").write_text(cells)
+    named = 'test_layers.test_norm"\nnotebook = "'
+    write(project, "course/report.norm", f"{named}23_mini_report")
+    assert report_map.problems(project) == []
+    assert "[23_mini_report](../notebooks/23_mini_report.ipynb)" in report_map.page(project)
+    write(project, "course/report.norm", f"{named}24_none")
+    assert "no notebook" in report_map.problems(project)[0]
+
+
 def test_the_file_of_a_test_must_use_the_code(project):
     (project / "tests" / "test_layers.py").write_text("def test_norm():\n    assert True\n")
     write(project)

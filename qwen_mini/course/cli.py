@@ -1,4 +1,4 @@
-"""The command line: `qwen-mini run | outputs | verify | chat | plan | train | export`."""
+"""The command line: `qwen-mini run | outputs | verify | chat | plan | report | train | export`."""
 
 import argparse
 import os
@@ -62,7 +62,7 @@ def _executing(commands) -> None:
 
 
 def _asking(commands) -> None:
-    """chat and plan: what changes nothing."""
+    """chat, plan and report: what trains nothing."""
     sub = _add(commands, chat, "talk to the newest trained model", "laptop")
     sub.add_argument("--stage", help="a stage's name, instead of the newest")
     greedy = "0 takes the likeliest token (default)"
@@ -73,6 +73,7 @@ def _asking(commands) -> None:
     by_laws = "N: settings and cost by the scaling laws"
     sub.add_argument("--params", type=_a(Positive), help=by_laws)
     sub.add_argument("--tokens", type=_a(Positive), help="D, with --params")
+    _add(commands, report, "write the closing report from what is recorded", "laptop")
 
 
 def _making(commands) -> None:
@@ -174,6 +175,19 @@ def plan(options) -> int:
         rows = plan(load_scale(options.scale), options.gpus)
     for name, value in rows:
         print(f"{name:30} {value}")
+    return 0
+
+
+def report(options) -> int:
+    """Write our own technical report, from records and metrics alone, as Markdown, HTML and PDF."""
+    from .report import open_shelf, write_up
+    from .report_files import run_facts, write_report
+
+    scale = load_scale(options.scale).name
+    document = write_up(open_shelf(scale), facts=run_facts(scale))
+    folder = write_report(document, scale)
+    print(f"wrote {shown(folder)}/report.html, report.md and report.pdf")
+    print(f"gaps: {len(document.gaps)}" if document.gaps else "no gap")
     return 0
 
 

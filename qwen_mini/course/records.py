@@ -281,6 +281,12 @@ def _note(kind: str, keys: dict[str, str]) -> None:
     artifacts.write_file(path, json.dumps(used, indent=1, sort_keys=True) + "\n")
 
 
+def note_shown(kind: str, keys: Mapping[str, str]) -> None:
+    """Remember that the running notebook shows stages ("stages") or records of others ("recalled"), by their keys."""
+    if _book is not None and keys:
+        _note(kind, dict(keys))
+
+
 def note_stage(stage: Stage) -> None:
     """Remember that the running notebook used a stage; what runs beside it notes nothing."""
     if _book is not None and _book.process == os.getpid() and _book.scale == stage.scale:
