@@ -1,0 +1,82 @@
+"""Questions with options for the harness of chapter 21: words in other languages, how a text goes on, keys in a text."""
+
+import itertools
+import random
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from qwen_mini.course.corpus_files import long_documents
+
+from .words import FAMILY_WORDINGS, LANGUAGES, LEXICON
+
+NEEDLE_KEYS = "name book star hand person small form value order answer plus best".split()
+MOST_CHARACTERS = 400  # of a passage: some files have very long lines
+
+
+class Quiz(NamedTuple):
+    """A text, what may follow it, and the number of the choice that does."""
+
+    key: str
+    context: str
+    choices: tuple[str, ...]
+    gold: int
+
+
+def placed(rng: random.Random, right: str, wrong: Iterable[str]) -> tuple[tuple[str, ...], int]:
+    """The right choice among the others at a random place, and the place: never always the first."""
+    choices = [right, *wrong]
+    gold = rng.randrange(len(choices))
+    choices[0], choices[gold] = choices[gold], choices[0]
+    return tuple(choices), gold
+
+
+def word_quizzes(rng: random.Random, count: int, options: int = 4) -> list[Quiz]:
+    """A word in another language, as a line of the steps that pre-training has read; at most 234."""
+    pairs = list(itertools.permutations(range(len(LANGUAGES)), 2))
+    every, made = list(itertools.product(pairs, LEXICON)), []
+    for (source, target), entry in rng.sample(every, min(count, len(every))):
+        others = rng.sample([e for e in LEXICON if e != entry], options - 1)
+        names = LANGUAGES[source], LANGUAGES[target], entry[source]
+        asked = rng.choice(FAMILY_WORDINGS["translation"]).format(*names)
+        context = f"Question: {asked}\nSteps:\n{entry[source]} ="
+        choices = placed(rng, f" {entry[target]}", [f" {e[target]}" for e in others])
+        made.append(Quiz(" ".join(names), context, *choices))
+    return made
+
+
+def line_quizzes(rng: random.Random, count: int, lines: int = 6, after: int = 2) -> list[Quiz]:
+    """Which lines follow in a Python file? Text of the standard library where no corpus has read it."""
+    texts, made = [text.split("\n") for text in long_documents(6_000, limit=60)], {}
+
+    def some(text: list[str], start: int, size: int) -> str:
+        return "\n".join(text[start : start + size])[:MOST_CHARACTERS]
+
+    while len(made) < count:
+        number = rng.randrange(len(texts))
+        start = rng.randrange(len(texts[number]) - lines - after)
+        others = [rng.choice(texts) for _ in range(3)]
+        wrong = [some(text, rng.randrange(len(text) - after), after) for text in others]
+        options = [some(texts[number], start + lines, after), *wrong]
+        if len({option.strip() for option in options} - {""}) == len(options):
+            right, *wrong = (f"\n{option}" for option in options)
+            context, key = some(texts[number], start, lines), f"{number}:{start}"
+            if context.strip():
+                made[key] = Quiz(key, context, *placed(rng, right, wrong))
+    return list(made.values())
+
+
+def needle_quizzes(rng: random.Random, count: int, characters: int = 1_200) -> list[Quiz]:
+    """Four keys in a text; the choices are their values, and one key is asked for."""
+    texts, made = long_documents(6_000, limit=60), []
+    for number in range(count):
+        keys, text = rng.sample(NEEDLE_KEYS, 4), rng.choice(texts)
+        values = ["".join(rng.choices("0123456789", k=5)) for _ in keys]
+        start = rng.randrange(len(text) - characters)
+        cuts = [start, *sorted(rng.sample(range(start, start + characters), 4)), start + characters]
+        needles = [f" The {key} key is {value}." for key, value in zip(keys, values, strict=True)]
+        parts = [text[a:b] for a, b in itertools.pairwise(cuts)]
+        hay = "".join(part + needle for part, needle in zip(parts, [*needles, ""], strict=True))
+        gold = rng.randrange(4)
+        asked = f"\nWhat is the {keys[gold]} key? The {keys[gold]} key is "
+        made.append(Quiz(f"{number} {keys[gold]}", hay + asked, tuple(values), gold))
+    return made
