@@ -3,7 +3,6 @@
 # %% auto #0
 __all__ = [
     "BATCH_TOKENS",
-    "words",
     "BENCHMARKS",
     "detectable_difference",
     "bootstrap_interval",
@@ -18,31 +17,28 @@ __all__ = [
     "choose",
     "pass_at_k",
     "model_digest",
-    "items_digest",
     "plan_batches",
     "evaluate",
     "score_batch",
-    "quiz_items",
-    "task_items",
     "Benchmark",
+    "read_benchmarks",
+    "benchmark_items",
     "suite",
     "question_of",
     "given_away",
     "swapped",
-    "emptied",
-    "reordered",
     "right_by_luck",
+    "chance_level",
     "export_lm_eval",
 ]
 
 # %% ../notebooks/21_evaluation.ipynb #4e70ce99
 import dataclasses
-import functools
 import hashlib
 import itertools
-import json
 import math
 import random
+import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +47,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .course import stages
 from .course.lm_eval_task import write_task
 from .course.response_log import ResponseLog
 from .course.statistics import wilson_interval
@@ -58,9 +55,9 @@ from .data_quality import TestIndex, decontaminate
 from .generation import generate
 from .model import Qwen
 from .sft import chat_example, draw_examples, judge_answers, length_batches
-from .tasks import WORDINGS, Example, verify_many
+from .tasks import TRAIN_LEVELS, WORDINGS, Example, verify_many
 from .tokenizer import Tokenizer
-from .world.quizzes import line_quizzes, needle_quizzes, word_quizzes
+from .world import quizzes
 
 
 # %% ../notebooks/21_evaluation.ipynb #3fb0ce4f
@@ -132,8 +129,10 @@ def option_rows(tokenizer: Tokenizer, item: Item) -> tuple[list[list[int]], int]
     known = [tokenizer.endoftext_id, *tokenizer.encode(item.context.rstrip(" \t\n"))]
     texts = tokenizer.encode_batch([item.context + choice for choice in item.choices])
     rows = [[tokenizer.endoftext_id, *ids] for ids in texts]
-    same = lambda row: next((i for i, (a, b) in enumerate(zip(known, row)) if a != b), len(known))
-    return rows, min(min(map(same, rows)), min(map(len, rows)) - 1)
+    first = len(known)
+    while any(row[:first] != known[:first] for row in rows):
+        first -= 1
+    return rows, min(first, *(len(row) - 1 for row in rows))
 
 
 # %% ../notebooks/21_evaluation.ipynb #f8fa4fdc
@@ -259,23 +258,6 @@ def model_digest(model: Qwen) -> str:
     return found.hexdigest()[:16]
 
 
-def items_digest(items: Sequence[Item]) -> str:
-    """Sixteen hex digits of everything that is asked."""
-    asked = [
-        [
-            i.benchmark,
-            i.key,
-            i.context,
-            i.choices,
-            i.gold,
-            i.per_byte,
-            i.example and i.example.messages,
-        ]
-        for i in items
-    ]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-
-
 # %% ../notebooks/21_evaluation.ipynb #19b337ed
 def plan_batches(
     tokenizer: Tokenizer, items: Sequence[Item], settings: Settings, context: int
@@ -320,7 +302,8 @@ def evaluate(
     if not items or len({(item.benchmark, item.key) for item in items}) < len(items):
         raise ValueError("a suite needs one item or more, and no key twice in a benchmark")
     plan = plan_batches(tokenizer, items, settings, model.config.max_position_embeddings)
-    header = {"model": model_digest(model), "items": items_digest(items)}
+    asked = [{**vars(item), "example": item.example and item.example.messages} for item in items]
+    header = {"model": model_digest(model), "items": stages.digest(asked)}
     header["settings"] = dataclasses.asdict(settings)
     made: dict[int, dict] = {}
     with ResponseLog(path, header, list(map(len, plan))) as log:
@@ -346,93 +329,58 @@ def score_batch(
 
 
 # %% ../notebooks/21_evaluation.ipynb #62c62267
-def quiz_items(
-    name: str, count: int, seed: int, make: Callable, per_byte: bool = False, **options
-) -> list[Item]:
-    """`count` items with choices from a generator of `world/quizzes.py`."""
-    made = make(random.Random(f"{name}/{seed}"), count, **options)
-    return [Item(name, *quiz, per_byte=per_byte) for quiz in made]
+@dataclass(frozen=True)
+class Benchmark:
+    """A stand-in, from `world/benchmarks.toml`. report: the report's benchmarks that measure the same kind of thing.
+
+    Its questions are held-out problems of chapter 15's `tasks` at `levels`, or a `quiz` with `options` options.
+    """
+
+    area: str
+    report: str
+    measures: str
+    tasks: Sequence[str] = ()
+    levels: Sequence[int] = TRAIN_LEVELS
+    quiz: str = ""
+    options: int = 4
+    per_byte: bool = False
+    share: float = 1.0
 
 
-def task_items(
-    name: str, count: int, seed: int, tasks: Sequence[str], levels=(1, 2, 3)
-) -> list[Item]:
-    """About `count` held-out problems of chapter 15's tasks, equally many of each task in each of the `WORDINGS`."""
-    each, items = max(1, round(count / len(tasks) / len(WORDINGS))), {}
+def read_benchmarks() -> dict[str, Benchmark]:
+    """Name → benchmark, in the order of the file."""
+    text = Path(quizzes.__file__).with_name("benchmarks.toml").read_text(encoding="utf-8")
+    return {name: Benchmark(**facts) for name, facts in tomllib.loads(text).items()}
+
+
+BENCHMARKS = read_benchmarks()
+
+
+def benchmark_items(name: str, count: int, seed: int = 0) -> list[Item]:
+    """About `count` items of a benchmark, the same each time; equally many of each task in each of the `WORDINGS`."""
+    b, items = BENCHMARKS[name], {}
+    if b.quiz:
+        rng, some = random.Random(f"{name}/{seed}"), max(2, round(b.share * count))
+        made = quizzes.QUIZZES[b.quiz](rng, some, b.options)
+        return [Item(name, *quiz, per_byte=b.per_byte) for quiz in made]
+    each = max(1, round(count / len(b.tasks) / len(WORDINGS)))
     for wording in WORDINGS:
-        for e in draw_examples(each, f"{seed}/suite", "test", levels, [wording], tasks):
+        for e in draw_examples(each, f"{seed}/suite", "test", b.levels, [wording], b.tasks):
             key = f"{e.task}/{wording}/{e.key}"
             items[key] = Item(name, key, example=e, wording=wording)
     return list(items.values())
 
 
-# %% ../notebooks/21_evaluation.ipynb #32cb8f49
-@dataclass(frozen=True)
-class Benchmark:
-    """A stand-in. report: the benchmarks of the report that measure the same kind of thing; make(name, count, seed)."""
-
-    area: str
-    report: str
-    measures: str
-    make: Callable[[str, int, int], list[Item]]
-
-
-def _tasks(*tasks: str, levels: tuple[int, ...] = (1, 2, 3)) -> Callable:
-    return functools.partial(task_items, tasks=tasks, levels=levels)
-
-
-def _needles(name: str, count: int, seed: int) -> list[Item]:
-    return quiz_items(name, max(4, count // 3), seed, needle_quizzes)  # long prompts cost more
-
-
-words = functools.partial(quiz_items, make=word_quizzes)
-BENCHMARKS = {
-    "words": Benchmark("general", "MMLU", "knowledge, 4 options", words),
-    "words, 10": Benchmark(
-        "general", "MMLU-Pro", "knowledge, 10 options", functools.partial(words, options=10)
-    ),
-    "next lines": Benchmark(
-        "general", "HellaSwag, ARC-C, Winogrande", "how a text goes on",
-        functools.partial(quiz_items, make=line_quizzes, per_byte=True),
-    ),
-    "logic": Benchmark(
-        "general", "BBH, LiveBench", "several steps of deduction", _tasks("order", "rules", "truth_table")
-    ),
-    "mathematics": Benchmark(
-        "mathematics", "GSM8K, MGSM", "word problems", _tasks("story", "purchase")
-    ),
-    "hard mathematics": Benchmark(
-        "mathematics", "MATH, GPQA, TheoremQA", "harder than any that was trained on",
-        _tasks("story", "purchase", levels=(4, 5)),
-    ),
-    "code": Benchmark(
-        "code", "HumanEval, MBPP, MultiPL-E, LiveCodeBench", "functions, by hidden tests", _tasks("function")
-    ),
-    "instructions": Benchmark(
-        "instruction following", "IFEval (strict, by prompt), Arena-Hard, MT-Bench",
-        "constraints, all of them kept", _tasks("instructions"),
-    ),
-    "languages": Benchmark(
-        "multilingual", "BELEBELE, Flores, multilingual IFEval", "French and Spanish",
-        _tasks("reverse_in", "translate_reverse"),
-    ),
-    "forms": Benchmark(
-        "in-house", "in-house sets", "tables, JSON, lists, roles, checking",
-        _tasks("table_sum", "to_json", "sequence", "cycle", "system_rule", "first_error"),
-    ),
-    "needles": Benchmark("long context", "RULER, LV-Eval, pass key", "four keys in a long text", _needles),
-}  # fmt: skip
-
-
 def suite(count: int, seed: int = 0, names: Iterable[str] | None = None) -> list[Item]:
     """About `count` items of every benchmark, or of some; the same each time. ValueError for an unknown name."""
-    names = list(BENCHMARKS if names is None else names)
-    for name in names:
-        if name not in BENCHMARKS:
-            raise ValueError(f"there is no benchmark {name!r}: use some of {', '.join(BENCHMARKS)}")
+    names = list(dict.fromkeys(BENCHMARKS if names is None else names))
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        raise ValueError(
+            f"there is no benchmark {unknown[0]!r}: use some of {', '.join(BENCHMARKS)}"
+        )
     if count < 1:
         raise ValueError(f"a benchmark needs 1 item or more, got {count}")
-    return [item for name in names for item in BENCHMARKS[name].make(name, count, seed)]
+    return [item for name in names for item in benchmark_items(name, count, seed)]
 
 
 # %% ../notebooks/21_evaluation.ipynb #2a0cf6c3
@@ -459,26 +407,11 @@ def swapped(items: Sequence[Item]) -> list[Item]:
     return [dataclasses.replace(i, context=after[i.benchmark, i.key]) for i in items]
 
 
-def emptied(items: Sequence[Item]) -> list[Item]:
-    """The choices without a question."""
-    return [dataclasses.replace(item, context="") for item in items]
-
-
-def reordered(items: Sequence[Item], seed: int = 0) -> list[Item]:
-    """The same choices in another random order."""
-    rng, made = random.Random(f"{seed}/order"), []
-    for item in items:
-        order = rng.sample(range(len(item.choices)), len(item.choices))
-        choices = tuple(item.choices[i] for i in order)
-        made.append(dataclasses.replace(item, choices=choices, gold=order.index(item.gold)))
-    return made
-
-
 def right_by_luck(items: Sequence[Item], lines: Sequence[dict]) -> list[int]:
-    """Verdicts on the first response to each item as if it answered the next item of its task and wording."""
+    """Verdicts on the first response to each item as if it answered the next item of its task."""
     groups: dict[tuple, list[int]] = {}
     for i, item in enumerate(items):
-        groups.setdefault((item.benchmark, item.example.task, item.wording), []).append(i)
+        groups.setdefault((item.benchmark, item.example.task), []).append(i)
     after = {
         a: b for some in groups.values() for a, b in zip(some, some[1:] + some[:1], strict=True)
     }
@@ -487,6 +420,13 @@ def right_by_luck(items: Sequence[Item], lines: Sequence[dict]) -> list[int]:
         for i, line in enumerate(lines)
     ]
     return [int(verdict.correct) for verdict in verify_many(pairs)]
+
+
+def chance_level(items: Sequence[Item], lines: Sequence[dict]) -> float:
+    """What one gets without knowing, in one benchmark: 1 / choices, or the share of answers right for another problem."""
+    if items[0].example is None:
+        return sum(1 / len(item.choices) for item in items) / len(items)
+    return sum(right_by_luck(items, lines)) / len(items)
 
 
 # %% ../notebooks/21_evaluation.ipynb #46984b74

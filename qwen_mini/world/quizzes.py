@@ -44,7 +44,9 @@ def word_quizzes(rng: random.Random, count: int, options: int = 4) -> list[Quiz]
     return made
 
 
-def line_quizzes(rng: random.Random, count: int, lines: int = 6, after: int = 2) -> list[Quiz]:
+def line_quizzes(
+    rng: random.Random, count: int, options: int = 4, lines: int = 6, after: int = 2
+) -> list[Quiz]:
     """Which lines follow in a Python file? Text of the standard library where no corpus has read it."""
     texts, made = [text.split("\n") for text in long_documents(6_000, limit=60)], {}
 
@@ -54,29 +56,38 @@ def line_quizzes(rng: random.Random, count: int, lines: int = 6, after: int = 2)
     while len(made) < count:
         number = rng.randrange(len(texts))
         start = rng.randrange(len(texts[number]) - lines - after)
-        others = [rng.choice(texts) for _ in range(3)]
+        others = [rng.choice(texts) for _ in range(options - 1)]
         wrong = [some(text, rng.randrange(len(text) - after), after) for text in others]
-        options = [some(texts[number], start + lines, after), *wrong]
-        if len({option.strip() for option in options} - {""}) == len(options):
-            right, *wrong = (f"\n{option}" for option in options)
+        found = [some(texts[number], start + lines, after), *wrong]
+        if len({one.strip() for one in found} - {""}) == options:
+            right, *wrong = (f"\n{one}" for one in found)
             context, key = some(texts[number], start, lines), f"{number}:{start}"
             if context.strip():
                 made[key] = Quiz(key, context, *placed(rng, right, wrong))
     return list(made.values())
 
 
-def needle_quizzes(rng: random.Random, count: int, characters: int = 1_200) -> list[Quiz]:
-    """Four keys in a text; the choices are their values, and one key is asked for."""
+def needle_quizzes(
+    rng: random.Random, count: int, options: int = 4, characters: int = 1_200
+) -> list[Quiz]:
+    """Keys in a text; the choices are their values, and one key is asked for."""
     texts, made = long_documents(6_000, limit=60), []
     for number in range(count):
-        keys, text = rng.sample(NEEDLE_KEYS, 4), rng.choice(texts)
+        keys, text = rng.sample(NEEDLE_KEYS, options), rng.choice(texts)
         values = ["".join(rng.choices("0123456789", k=5)) for _ in keys]
         start = rng.randrange(len(text) - characters)
-        cuts = [start, *sorted(rng.sample(range(start, start + characters), 4)), start + characters]
+        cuts = [
+            start,
+            *sorted(rng.sample(range(start, start + characters), options)),
+            start + characters,
+        ]
         needles = [f" The {key} key is {value}." for key, value in zip(keys, values, strict=True)]
         parts = [text[a:b] for a, b in itertools.pairwise(cuts)]
         hay = "".join(part + needle for part, needle in zip(parts, [*needles, ""], strict=True))
-        gold = rng.randrange(4)
+        gold = rng.randrange(options)
         asked = f"\nWhat is the {keys[gold]} key? The {keys[gold]} key is "
         made.append(Quiz(f"{number} {keys[gold]}", hay + asked, tuple(values), gold))
     return made
+
+
+QUIZZES = {"words": word_quizzes, "lines": line_quizzes, "needles": needle_quizzes}
