@@ -50,7 +50,6 @@ import torch.nn.functional as F
 from .course import stages
 from .course.lm_eval_task import write_task
 from .course.response_log import ResponseLog
-from .course.statistics import wilson_interval
 from .data_quality import TestIndex, decontaminate
 from .generation import generate
 from .model import Qwen
@@ -72,7 +71,7 @@ def detectable_difference(n: int, disagree: float = 0.3, power_z: float = 0.8416
 
 
 def bootstrap_interval(values: Sequence, draws: int = 2_000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of `values`, one a question (or one row of samples a question), by resampling questions."""
+    """95 % interval of the mean of `values`, one a question or one row of samples, by drawing questions again."""
     values = np.asarray(values, float)
     if not values.size:
         raise ValueError("there is no value to draw from: a benchmark needs one question or more")
@@ -121,7 +120,7 @@ class Item:
 
 
 def option_rows(tokenizer: Tokenizer, item: Item) -> tuple[list[list[int]], int]:
-    """Ids of the context with each choice, and where the choices begin: the first place that is not the context's alone.
+    """Ids of the context with each choice, and where the choices begin: the first place that isn't the context's.
 
     A document begins with `<|endoftext|>`. Blanks at the end of the context belong to the choices, as most tokenizers
     join a blank and the word that follows.
@@ -143,7 +142,7 @@ BATCH_TOKENS = 8_192
 def option_logprobs(
     model: Qwen, rows: Sequence[Sequence[int]], firsts: Sequence[int]
 ) -> list[float]:
-    """Σ log p(ids[t] | ids[:t]) in nats over t ≥ first, for every row; computed in parts of about `BATCH_TOKENS` tokens."""
+    """Σ log p(ids[t] | ids[:t]) in nats over t ≥ first, for every row; in parts of about `BATCH_TOKENS` tokens."""
     if any(not 0 < first < len(row) for row, first in zip(rows, firsts, strict=True)):
         raise ValueError("every row needs a token of context before its option, and one after it")
     device, sums = model.lm_head.weight.device, [0.0] * len(rows)
@@ -194,7 +193,7 @@ class Settings:
 
 
 def prompt_of(tokenizer: Tokenizer, example: Example, shots: int = 0) -> list[int]:
-    """Ids up to where the answer begins: `shots` solved problems of the same task from the training side, then the question."""
+    """Ids up to where the answer begins: `shots` solved problems of the same task for training, then the question."""
     solved = draw_examples(shots, "shots", tasks=[example.task])
     turns = [message for one in solved for message in chat_example(one)]
     return tokenizer.encode_chat([*turns, *example.messages], add_generation_prompt=True)
@@ -242,7 +241,7 @@ def choose(model: Qwen, tokenizer: Tokenizer, items: Sequence[Item]) -> list[dic
 
 # %% ../notebooks/21_evaluation.ipynb #977898d8
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that one of `k` out of `n` samples is right, `c` of which are; ValueError unless 1 ≤ k ≤ n and 0 ≤ c ≤ n."""
+    """Chance that one of `k` out of `n` samples is right if `c` of all are; ValueError unless 1 ≤ k ≤ n, 0 ≤ c ≤ n."""
     if not (1 <= k <= n and 0 <= c <= n):
         raise ValueError(f"pass@k needs 1 ≤ k ≤ n and 0 ≤ c ≤ n, got n = {n}, c = {c}, k = {k}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
@@ -423,7 +422,7 @@ def right_by_luck(items: Sequence[Item], lines: Sequence[dict]) -> list[int]:
 
 
 def chance_level(items: Sequence[Item], lines: Sequence[dict]) -> float:
-    """What one gets without knowing, in one benchmark: 1 / choices, or the share of answers right for another problem."""
+    """Of one benchmark, without knowing: 1 / choices, or the share of answers that are right for another problem."""
     if items[0].example is None:
         return sum(1 / len(item.choices) for item in items) / len(items)
     return sum(right_by_luck(items, lines)) / len(items)

@@ -183,9 +183,10 @@ def eval(options) -> int:
     """Score a checkpoint folder on chapter 21's benchmarks: shares of right answers with 95 % intervals, and chance."""
     from .scoring import score
 
-    found = options.benchmarks, options.count, options.shots, options.seed, options.out
+    wanted = options.benchmarks, options.count, options.shots, options.seed, options.out
+    found = score(options.checkpoint, *wanted)
     print(f"{'benchmark':18}{'items':>6}{'right':>7}   {'95 % interval':16}{'chance':>7}")
-    for row in score(options.checkpoint, *found):
+    for row in found:
         interval = f"[{row['low']:.0%} {row['high']:.0%}]"
         shares = f"{row['right']:>7.0%}   {interval:16}{row['chance']:>7.0%}"
         print(f"{row['benchmark']:18}{row['items']:>6}{shares}")
