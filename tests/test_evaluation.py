@@ -382,15 +382,18 @@ def test_lm_eval_gives_the_same_log_likelihoods(tmp_path, tokenizer):
         model, tasks=["course"], task_manager=manager, bootstrap_iters=0, log_samples=True
     )
     theirs = sorted(found["samples"]["course"], key=lambda sample: sample["doc_id"])
-    ours = choose(Qwen.from_pretrained(BASE).eval(), tokenizer, items)
-    for item, line, sample in zip(items, ours, theirs, strict=True):
+    ours = Qwen.from_pretrained(BASE).eval()
+    for item, sample in zip(items, theirs, strict=True):
         rows, first = option_rows(tokenizer, item)
-        sums = [response[0][0] for response in sample["resps"]]
-        for a, b, row in zip(line["logprobs"], sums, rows, strict=True):
-            # the sums in the log are rounded to five digits
-            assert abs(a - float(b)) / (len(row) - first) < 1e-6 + 1e-5 / (len(row) - first)
-        right = int(sums.index(max(sums)) == item.gold)
-        assert sample["acc"] == right
+        sums = option_logprobs(ours, rows, [first] * len(rows))
+        wanted = [float(response[0][0]) for response in sample["resps"]]
+        assert sums == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+        plain = dataclasses.replace(item, per_byte=False)
+        assert sample["acc"] == (chosen(sums, plain) == item.gold)
+        per_byte = dataclasses.replace(item, per_byte=True)
+        assert sample["acc_norm"] == (chosen(sums, per_byte) == item.gold)
+    share = sum(sample["acc_norm"] for sample in theirs) / len(theirs)
+    assert found["results"]["course"]["acc_norm,none"] == pytest.approx(share, abs=1e-6)
 
 
 def test_any_qwen2_folder_can_be_scored_and_a_second_call_reads_the_file(

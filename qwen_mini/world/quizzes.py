@@ -51,19 +51,20 @@ def line_quizzes(
     texts, made = [text.split("\n") for text in long_documents(6_000, limit=60)], {}
 
     def some(text: list[str], start: int, size: int) -> str:
-        return "\n".join(text[start : start + size])[:MOST_CHARACTERS]
+        return "\n".join(text[start : start + size])
 
     while len(made) < count:
         number = rng.randrange(len(texts))
         start = rng.randrange(len(texts[number]) - lines - after)
+        context = some(texts[number], start, lines)[-MOST_CHARACTERS:]
         others = [rng.choice(texts) for _ in range(options - 1)]
         wrong = [some(text, rng.randrange(len(text) - after), after) for text in others]
         found = [some(texts[number], start + lines, after), *wrong]
-        if len({one.strip() for one in found} - {""}) == options:
-            right, *wrong = (f"\n{one}" for one in found)
-            context, key = some(texts[number], start, lines), f"{number}:{start}"
-            if context.strip():
-                made[key] = Quiz(key, context, *placed(rng, right, wrong))
+        distinct = len({one.strip() for one in found} - {""}) == options
+        if distinct and context[-1:].isalnum():  # a sign and a line break would be one token
+            right, *wrong = (f"\n{one[:MOST_CHARACTERS]}" for one in found)
+            key = f"{number}:{start}"
+            made[key] = Quiz(key, context, *placed(rng, right, wrong))
     return list(made.values())
 
 
