@@ -465,7 +465,7 @@ WRONG = [
 def room():
     """What the exercises find defined above them."""
     items = suite(4, 0, ["words"])
-    question = Item("example", "sun", "sun =", (" pomme", " soleil", " chien", " quatre"), 1)
+    question = Item("x", "x", "de la", (" maison", " région", " chien", " pomme"), 1)
     space = {name: getattr(evaluation, name) for name in evaluation.__all__}
     space |= {"math": math, "np": np, "dataclasses": dataclasses, "question": question}
     space |= {"asked_of": {"words": items}, "quick": True, "base": tiny_model(), "course": None}
