@@ -139,32 +139,22 @@ BATCH_TOKENS = 8_192
 
 
 @torch.inference_mode()
-def option_logprobs(
-    model: Qwen, rows: Sequence[Sequence[int]], firsts: Sequence[int]
-) -> list[float]:
+def option_logprobs(model: Qwen, rows: Sequence[list[int]], firsts: Sequence[int]) -> list[float]:
     """Σ log p(ids[t] | ids[:t]) in nats over t ≥ first, for every row; in parts of about `BATCH_TOKENS` tokens."""
     if any(not 0 < first < len(row) for row, first in zip(rows, firsts, strict=True)):
         raise ValueError("every row needs a token of context before its option, and one after it")
     device, sums = model.lm_head.weight.device, [0.0] * len(rows)
-    for part in length_batches(
-        [len(row) for row in rows], max(1, BATCH_TOKENS // max(map(len, rows)))
-    ):
-        longest = max(len(rows[i]) for i in part)
-        ids = torch.tensor([list(rows[i]) + [0] * (longest - len(rows[i])) for i in part]).to(
-            device
-        )
-        places = torch.arange(1, longest, device=device)
-        ends, begins = (
-            torch.tensor(values, device=device)[:, None]
-            for values in ([len(rows[i]) for i in part], [firsts[i] for i in part])
-        )
-        inside = (places >= begins) & (places < ends)
-        hidden = model.hidden_states(ids[:, :-1])[inside]
-        found = torch.zeros(inside.shape, device=device)
-        found[inside] = -F.cross_entropy(
-            model.lm_head(hidden).float(), ids[:, 1:][inside], reduction="none"
-        )
-        for i, total in zip(part, found.double().sum(1).tolist(), strict=True):
+    lengths = list(map(len, rows))
+    for part in length_batches(lengths, max(1, BATCH_TOKENS // max(lengths))):
+        padded = [list(rows[i]) + [0] * (lengths[part[-1]] - lengths[i]) for i in part]
+        ids, places = torch.tensor(padded), torch.arange(1, lengths[part[-1]])
+        spans = torch.tensor([(firsts[i], lengths[i]) for i in part])
+        inside = (places >= spans[:, :1]) & (places < spans[:, 1:])
+        hidden = model.hidden_states(ids[:, :-1].to(device))[inside.to(device)]
+        logits, wanted = model.lm_head(hidden).float(), ids[:, 1:][inside].to(device)
+        found = torch.zeros(inside.shape, dtype=torch.float64)
+        found[inside] = -F.cross_entropy(logits, wanted, reduction="none").double().cpu()
+        for i, total in zip(part, found.sum(1).tolist(), strict=True):
             sums[i] = total
     return sums
 
@@ -199,6 +189,7 @@ def prompt_of(tokenizer: Tokenizer, example: Example, shots: int = 0) -> list[in
     return tokenizer.encode_chat([*turns, *example.messages], add_generation_prompt=True)
 
 
+# %% ../notebooks/21_evaluation.ipynb #f485c958
 def respond(
     model: Qwen, tokenizer: Tokenizer, items: Sequence[Item], settings: Settings, seed: int
 ) -> list[dict]:
@@ -225,6 +216,7 @@ def respond(
     return lines
 
 
+# %% ../notebooks/21_evaluation.ipynb #eba6c98e
 def choose(model: Qwen, tokenizer: Tokenizer, items: Sequence[Item]) -> list[dict]:
     """Lines for the log: the log-likelihood of every choice of every item, and which was taken."""
     split = [option_rows(tokenizer, item) for item in items]
@@ -285,6 +277,7 @@ def plan_batches(
     return plan
 
 
+# %% ../notebooks/21_evaluation.ipynb #dd17fa43
 def evaluate(
     model: Qwen,
     tokenizer: Tokenizer,
@@ -355,6 +348,7 @@ def read_benchmarks() -> dict[str, Benchmark]:
 BENCHMARKS = read_benchmarks()
 
 
+# %% ../notebooks/21_evaluation.ipynb #4f8aa08b
 def benchmark_items(name: str, count: int, seed: int = 0) -> list[Item]:
     """About `count` items of a benchmark, the same each time; equally many of each task in each of the `WORDINGS`."""
     b, items = BENCHMARKS[name], {}
@@ -411,13 +405,11 @@ def right_by_luck(items: Sequence[Item], lines: Sequence[dict]) -> list[int]:
     groups: dict[tuple, list[int]] = {}
     for i, item in enumerate(items):
         groups.setdefault((item.benchmark, item.example.task), []).append(i)
-    after = {
+    next_one = {
         a: b for some in groups.values() for a, b in zip(some, some[1:] + some[:1], strict=True)
     }
-    pairs = [
-        (items[after[i]].example, line["responses"][0] if line["finished"][0] else "")
-        for i, line in enumerate(lines)
-    ]
+    said = [line["responses"][0] if line["finished"][0] else "" for line in lines]
+    pairs = [(items[next_one[i]].example, text) for i, text in enumerate(said)]
     return [int(verdict.correct) for verdict in verify_many(pairs)]
 
 

@@ -49,22 +49,23 @@ def line_quizzes(
 ) -> list[Quiz]:
     """Which lines follow in a Python file? Text of the standard library where no corpus has read it."""
     texts, made = [text.split("\n") for text in long_documents(6_000, limit=60)], {}
-
-    def some(text: list[str], start: int, size: int) -> str:
-        return "\n".join(text[start : start + size])
-
-    while len(made) < count:
-        number = rng.randrange(len(texts))
-        start = rng.randrange(len(texts[number]) - lines - after)
-        context = some(texts[number], start, lines)[-MOST_CHARACTERS:]
-        others = [rng.choice(texts) for _ in range(options - 1)]
-        wrong = [some(text, rng.randrange(len(text) - after), after) for text in others]
-        found = [some(texts[number], start + lines, after), *wrong]
-        distinct = len({one.strip() for one in found} - {""}) == options
-        if distinct and context[-1:].isalnum():  # a sign and a line break would be one token
-            right, *wrong = (f"\n{one[:MOST_CHARACTERS]}" for one in found)
+    # after a sign the line break may be one token with it; all choices come from such places, or these would tell
+    places = [
+        (number, start)
+        for number, text in enumerate(texts)
+        for start in range(lines, len(text) - after)
+        if text[start - 1][-1:].isalnum() and "".join(text[start : start + after]).strip()
+    ]
+    said = lambda number, start: "\n" + "\n".join(texts[number][start : start + after])
+    for number, start in rng.sample(places, len(places)):
+        others = [said(*place)[:MOST_CHARACTERS] for place in rng.sample(places, options - 1)]
+        right = said(number, start)[:MOST_CHARACTERS]
+        if len({right, *others}) == options:
+            context = "\n".join(texts[number][start - lines : start])[-MOST_CHARACTERS:]
             key = f"{number}:{start}"
-            made[key] = Quiz(key, context, *placed(rng, right, wrong))
+            made[key] = Quiz(key, context, *placed(rng, right, others))
+        if len(made) == count:
+            break
     return list(made.values())
 
 
