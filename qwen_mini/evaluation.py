@@ -428,6 +428,6 @@ def export_lm_eval(items: Sequence[Item], folder: str | Path, name: str = "qwen_
     """
     if not items or any(item.example is not None for item in items):
         raise ValueError("only items with choices can be exported, and one at least")
-    kinds = {"context", "choices", "gold", "key"}
+    kinds = ("key", "context", "choices", "gold")
     rows = [{kind: getattr(item, kind) for kind in kinds} for item in items]
     return write_task([r | {"context": f"<|endoftext|>{r['context']}"} for r in rows], folder, name)
