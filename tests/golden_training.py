@@ -19,7 +19,7 @@ from golden_texts import LEARNED, TALK, TEXTS, examples, hay, tokenizer
 from tiny import needle_share
 from torch import nn
 
-from qwen_mini import dpo, grpo, online_rl, sft
+from qwen_mini import dpo, evaluation, grpo, online_rl, sft
 from qwen_mini import long_context as lc
 from qwen_mini import pretraining as p
 from qwen_mini import reward_model as r
@@ -933,3 +933,42 @@ def _():
 def _():
     sampler = sft.RowSampler([sft.Row([1] * (5 + i), []) for i in range(10)], 4, 2)
     return [online_rl.steps_within(passes, sampler) for passes in (1, 100, 579, 2_000)]
+
+
+# ---------------------------------------------------------------- evaluation
+@golden("evaluation", "numbers")
+def _():
+    rng = np.random.default_rng(0)
+    first, second = rng.random((2, 60)) < 0.4
+    found = {"paired": evaluation.paired_interval(first, second)}
+    found["interval"] = evaluation.bootstrap_interval(rng.random((40, 3)), seed=1)
+    found["pass@k"] = [evaluation.pass_at_k(10, c, 4) for c in range(11)]
+    return found | {"least": [evaluation.detectable_difference(n) for n in (9, 144, 1_008)]}
+
+
+@golden("evaluation", "suite")
+def _():
+    # the two others quote the files of whoever's Python runs this
+    names = [name for name, b in evaluation.BENCHMARKS.items() if b.quiz in ("", "words")]
+    items = evaluation.suite(6, 1, names)
+    prompt = lambda e: evaluation.prompt_of(tokenizer(), e, shots=2)
+    asked = [prompt(item.example) if item.example else [*vars(item).values()] for item in items]
+    return {"count": len(items), "asked": digest(asked)}
+
+
+@golden("evaluation", "likelihoods")
+def _():
+    items = evaluation.suite(5, 2, ["words", "words, 10"])
+    lines = evaluation.choose(tiny(), tokenizer(), items + evaluation.swapped(items))
+    return {line: [one[line] for one in lines] for line in ("logprobs", "chosen", "correct")}
+
+
+@golden("evaluation", "responses")
+def _():
+    items = evaluation.suite(3, 1, ["logic", "code", "words"])
+    numbers = evaluation.Settings(2, 3, 1.0, 6, batch_rows=8)
+    plan = evaluation.plan_batches(tokenizer(), items, numbers, 2_048)
+    answers = [line for line in _answers()[:2] for line in line]
+    lines = [{"responses": [a.text], "finished": [a.finished]} for a in answers]
+    asked = [evaluation.Item("x", str(i), example=a.example) for i, a in enumerate(answers)]
+    return {"plan": plan, "luck": evaluation.right_by_luck(asked, lines)}

@@ -274,7 +274,7 @@ def _refuse(*_, **__):
     raise CourseError("the words are right, and it would compute now")
 
 
-@pytest.mark.parametrize("command", ["plan", "train", "export", "chat", "verify", "run"])
+@pytest.mark.parametrize("command", ["plan", "train", "export", "chat", "eval", "verify", "run"])
 def test_commands(command, runs_folder, tmp_path, capsys, monkeypatch):
     """A sentence and a code, whatever the words."""
     monkeypatch.setattr("builtins.input", lambda *_: "")
@@ -289,6 +289,7 @@ def test_commands(command, runs_folder, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(place, name, _refuse)
     options = {"plan": ["--gpus", "--scale"], "train": ["", "--scale", "--seed"], "export": ["--scale"],
                "chat": ["--stage", "--max-tokens", "--temperature", "--seed"], "verify": [""],
+               "eval": ["", "--count", "--shots", "--seed", "--out", "--benchmarks"],
                "run": ["", "--timeout", "--seed", "--scale"]}[command]  # fmt: skip
     lines = [[option, word] for option in options for word in WORDS]
     rng = random.Random(0)
@@ -299,7 +300,7 @@ def test_commands(command, runs_folder, tmp_path, capsys, monkeypatch):
             lines[-1] += [option, rng.choice([*WORDS, letters])]
     for line in lines:
         words = [command, *line] if line[0] else [command, *line[1:]]
-        words += ["sft", "x"] if command == "export" else []
+        words += {"export": ["sft", "x"], "eval": ["--seed", "1", "x"]}.get(command, [])
         try:
             code = cli.main(words)
         except SystemExit as end:  # argparse's own sentence

@@ -1,4 +1,4 @@
-"""The command line: `qwen-mini run | outputs | verify | chat | plan | report | train | export`."""
+"""The command line: `qwen-mini run | outputs | verify | chat | eval | plan | report | train | export`."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from .errors import CourseError
 from .paths import PACKAGE, home, shown
 from .progress import printable
-from .scales import Count, Positive, check_seed, load_scale, scale_names
+from .scales import Count, CountOrNone, Positive, check_seed, load_scale, scale_names
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,12 +62,23 @@ def _executing(commands) -> None:
 
 
 def _asking(commands) -> None:
-    """chat, plan and report: what trains nothing."""
+    """chat, eval, plan and report: what trains nothing."""
     sub = _add(commands, chat, "talk to the newest trained model", "laptop")
     sub.add_argument("--stage", help="a stage's name, instead of the newest")
     greedy = "0 takes the likeliest token (default)"
     sub.add_argument("--temperature", type=float, default=0.0, help=greedy)
     sub.add_argument("--max-tokens", type=int, default=128)
+    sub = _add(commands, eval, "score a Hugging Face Qwen2 checkpoint on the course's benchmarks")
+    sub.add_argument("checkpoint", type=Path, help="its folder")
+    sub.add_argument("--benchmarks", nargs="+", default=[], help="all of them by default")
+    sub.add_argument("--count", type=_a(Count), default=36, help="items of each benchmark (36)")
+    before = (
+        "solved problems before each question: 0 for a chat model (default), 2 for a base model"
+    )
+    sub.add_argument("--shots", type=_a(CountOrNone), default=0, help=before)
+    sub.add_argument("--seed", type=int, default=0, help="of the items (0)")
+    kept = "JSONL file of every response; an interrupted run goes on there"
+    sub.add_argument("--out", type=Path, help=kept)
     sub = _add(commands, plan, "parameters, memory and FLOPs of a scale", "gpu")
     sub.add_argument("--gpus", type=_a(Count), default=1, help="devices that share the work")
     by_laws = "N: settings and cost by the scaling laws"
@@ -161,6 +172,20 @@ def chat(options) -> int:
     from .chat import talk
 
     return talk(options.scale, options.stage, options.seed, options.temperature, options.max_tokens)
+
+
+def eval(options) -> int:
+    """Score a checkpoint folder on chapter 21's benchmarks: shares of right answers with 95 % intervals, and chance."""
+    from .scoring import score
+
+    wanted = options.benchmarks, options.count, options.shots, options.seed, options.out
+    found = score(options.checkpoint, *wanted)
+    print(f"{'benchmark':18}{'items':>6}{'right':>7}   {'95 % interval':16}{'chance':>7}")
+    for row in found:
+        interval = f"[{row['low']:.0%} {row['high']:.0%}]"
+        shares = f"{row['right']:>7.0%}   {interval:16}{row['chance']:>7.0%}"
+        print(f"{row['benchmark']:18}{row['items']:>6}{shares}")
+    return 0
 
 
 def plan(options) -> int:
