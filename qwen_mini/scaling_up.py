@@ -25,18 +25,22 @@ __all__ = [
 
 # %% ../notebooks/22_scaling_up.ipynb #a0670a86
 import json
+import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from .course import CourseError, folders
 from .course.plan import activation_bytes_per_token
-from .course.ranks import world
+from .course.ranks import is_first, world
 from .course.smollm2 import TENSOR_NAMES, import_gguf
 from .course.tokenizer_files import CHAT_TEMPLATE
 from .model import ModelConfig, Qwen, flops_per_token
@@ -77,7 +81,7 @@ class FlatShard:
         if self.whole.untyped_storage().size():
             return
         self.whole.untyped_storage().resize_(self.bytes)
-        dist.all_gather_into_tensor(self.whole, self.shard.detach())
+        dist.all_gather_single(self.whole, self.shard.detach())
         FlatShard.held += self.bytes
         FlatShard.peak = max(FlatShard.peak, FlatShard.held)
 
@@ -93,7 +97,7 @@ class FlatShard:
             return
         flat = torch.cat([p.grad.flatten() for p in self.parameters])
         own = torch.empty_like(self.shard)
-        dist.reduce_scatter_tensor(own, F.pad(flat, (0, len(self.whole) - len(flat))))
+        dist.reduce_scatter_single(own, F.pad(flat, (0, len(self.whole) - len(flat))))
         self.shard.grad = own if self.shard.grad is None else self.shard.grad.add_(own)
         for p in self.parameters:
             p.grad = None
@@ -148,9 +152,6 @@ def shard(model: Qwen, dtype: torch.dtype = torch.float32) -> Qwen:
     """
     if not dist.is_initialized():
         return model
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     mesh = init_device_mesh(model.lm_head.weight.device.type, (world()[1],))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*model.model.layers, model):
@@ -161,39 +162,47 @@ def shard(model: Qwen, dtype: torch.dtype = torch.float32) -> Qwen:
 
 
 # %% ../notebooks/22_scaling_up.ipynb #9cbde26a
+def _quietly(work: Callable, state: dict, folder: str | Path) -> None:
+    """`dcp.save` or `dcp.load`, outside a group without the warning that there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        work(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
 def save_sharded(folder: str | Path, trainer: Trainer) -> None:
     """Write weights, moments and step of a trainer, each rank its own pieces; all ranks call it together.
 
-    `.metadata` appears last: a folder without it was interrupted.
+    The state is written aside, and takes the place of an older one when it is complete.
     """
-    import torch.distributed.checkpoint as dcp
-
+    folder = Path(folder)
+    aside, alone = folder.with_name(f".{folder.name}.part"), not dist.is_initialized()
     state = training_tensors(trainer) | {"steps": torch.tensor(trainer.step_count)}
-    dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    if is_first():
+        shutil.rmtree(aside, ignore_errors=True)
+    alone or dist.barrier()
+    _quietly(dcp.save, state, aside)
+    if is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    alone or dist.barrier()
 
 
 def load_sharded(folder: str | Path, trainer: Trainer) -> None:
-    """Put a trainer, on however many ranks, where `save_sharded` left it. CourseError for another model's state."""
-    import torch.distributed.checkpoint as dcp
-
-    if not (Path(folder) / ".metadata").is_file():
-        raise CourseError(
-            f"{folder} holds no complete sharded state: delete it to start from the beginning"
-        )
+    """Put a trainer, on however many ranks, where `save_sharded` left it; CourseError for what is no state of it."""
     try:
         stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # a damaged pickle can raise anything
-        raise CourseError(f"{folder} is damaged ({type(error).__name__}): delete it") from None
-    masters, state = dict(zip(trainer.names, trainer.masters, strict=True)), {}
+    except Exception:  # a damaged pickle can raise anything
+        raise CourseError(f"{folder} holds no complete state: delete it to begin anew") from None
+    masters = dict(zip(trainer.names, trainer.masters, strict=True))
+    sizes = {f"model.{name}": p.shape for name, p in masters.items()}
+    found = {key: facts.size for key, facts in stored.items() if key.startswith("model.")}
+    if wrong := sorted(key for key in sizes | found if sizes.get(key) != found.get(key)):
+        raise CourseError(f"{folder} is the state of another model: {wrong[0]} does not fit")
+    state = {}
     for key, facts in stored.items():
-        master = masters.get(key.partition(".")[2])
-        fits = key == "steps" or (master is not None and facts.size in (master.shape, ()))
-        if not fits or (missing := masters.keys() - {k.partition(".")[2] for k in stored}):
-            what = key if not fits else min(missing)
-            raise CourseError(f"{folder} is the state of another model: {what} does not fit")
         plain = torch.zeros(facts.size, dtype=facts.properties.dtype)
-        state[key] = torch.zeros_like(master) if len(facts.size) else plain
-    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        state[key] = torch.zeros_like(masters[key.partition(".")[2]]) if facts.size else plain
+    _quietly(dcp.load, state, folder)
     restore_tensors(trainer, state, int(state.pop("steps")))
 
 
@@ -242,12 +251,18 @@ OWNED_BYTES = 16  # a parameter: float32 weight, gradient and AdamW's two moment
 
 
 def memory_per_rank(
-    config: ModelConfig, ranks: int, tokens: int = 0, width: int = 2, layers: int = 2
+    config: ModelConfig,
+    ranks: int,
+    tokens: int = 0,
+    width: int = 2,
+    layers: int = 2,
+    recompute: bool = False,
 ) -> dict[str, int]:
     """Bytes of the fullest rank in sharded training with AdamW: owned, gathered, gradients (whole ones), activations.
 
     tokens: that a rank computes at once; width: bytes of a gathered weight; layers: how many are gathered at once, 1
-    without prefetching. Activations are a rule of thumb. ValueError for less than one rank.
+    without prefetching; recompute: a layer keeps its input alone, and computes the rest again when it goes backward.
+    Activations are a rule of thumb. ValueError for less than one rank.
     """
     if ranks < 1:
         raise ValueError(f"a run has at least one rank, got {ranks}")
@@ -257,11 +272,15 @@ def memory_per_rank(
     own = sum(-(-p.shape[0] // ranks) * (p.numel() // p.shape[0]) for p in model.parameters())
     sizes = sorted((count(layer.parameters()) for layer in model.model.layers), reverse=True)
     rest, apart = count(model.parameters()) - sum(sizes), ranks > 1
+    kept, logits = activation_bytes_per_token(config), 4 * config.vocab_size
+    if recompute:
+        inside = (kept - logits) // config.num_hidden_layers
+        kept = logits + inside + 2 * config.hidden_size * config.num_hidden_layers
     return {
         "owned": OWNED_BYTES * own,
         "gathered": width * (rest + sum(sizes[:layers])) * apart,
         "gradients": width * (rest + sizes[0]) * apart,
-        "activations": tokens * activation_bytes_per_token(config) * width // 2,
+        "activations": tokens * ((kept - logits) * width // 2 + logits),
     }
 
 

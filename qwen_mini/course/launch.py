@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ def on_ranks(work: Callable[[], object], ranks: int, timeout: int = 60) -> list:
     """
     import multiprocessing
 
+    import torch._dynamo  # noqa: F401  fully_shard needs it: loaded here once, not in every fork
+
     if "fork" not in multiprocessing.get_all_start_methods():
         raise CourseError("this system cannot fork: run the ranks as a script under torchrun")
     if ranks < 1:
@@ -36,7 +39,10 @@ def on_ranks(work: Callable[[], object], ranks: int, timeout: int = 60) -> list:
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         store = f"file://{folder}/store"
         calls = {rank: partial(_rank, work, rank, ranks, store, timeout) for rank in range(ranks)}
-        found = {rank: result for rank, result, _ in in_forks(calls, ranks)}
+        found = {r: result for r, result, _ in in_forks(calls, ranks, lost=lambda _, error: error)}
+    failed = [error for error in found.values() if isinstance(error, Exception)]
+    if failed:  # where one has failed, the others tell of a lost connection
+        raise next((e for e in failed if "remote worker" not in str(e)), failed[0])
     return [found[rank] for rank in range(ranks)]
 
 
@@ -86,8 +92,11 @@ def torchrun(script: str | Path, *arguments: object, ranks: int = 2, timeout: in
     finally:
         _end(started)
     if started.returncode:
-        last = "\n".join(errors.strip().splitlines()[-15:])
-        raise CourseError(f"{script} failed under torchrun:\n{last}")
+        lines = errors.strip().splitlines()
+        told = [
+            line for line in lines if re.match(r"\[rank\d+\]:\s\w[\w.]*(Error|Exception)\b", line)
+        ]
+        raise CourseError(f"{script} failed under torchrun: " + "\n".join(told[:1] or lines[-15:]))
     return out
 
 
