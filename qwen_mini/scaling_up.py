@@ -5,7 +5,7 @@ __all__ = [
     "KINDS",
     "OWNED_BYTES",
     "GGUF_NAMES",
-    "GGUF_TYPES",
+    "GGUF_MOE_KEYS",
     "FlatShard",
     "shard_by_hand",
     "rows_of",
@@ -18,7 +18,6 @@ __all__ = [
     "global_expert_load",
     "gguf_tensors",
     "gguf_metadata",
-    "gguf_tokens",
     "export_gguf",
     "training_plan",
 ]
@@ -38,14 +37,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from .course import CourseError, folders
+from .course import CourseError, folders, gguf_files
 from .course.plan import activation_bytes_per_token
 from .course.ranks import is_first, world
-from .course.smollm2 import TENSOR_NAMES, import_gguf
-from .course.tokenizer_files import CHAT_TEMPLATE
+from .course.smollm2 import CONFIG_KEYS, TENSOR_NAMES
 from .model import ModelConfig, Qwen, flops_per_token
 from .moe import MoeConfig, QwenMoe
-from .tokenizer import BYTE_CHARS, BYTE_ORDER, Tokenizer
+from .tokenizer import Tokenizer
 from .training import Batch, Trainer, restore_tensors, training_tensors
 
 
@@ -304,7 +302,6 @@ GGUF_NAMES = {
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.gate.": "ffn_gate_inp.",
 } | {theirs.removeprefix("self_attn."): ours for ours, theirs in TENSOR_NAMES.items()}
-GGUF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def gguf_tensors(model: Qwen) -> Iterator[tuple[str, Tensor]]:
@@ -322,104 +319,42 @@ def gguf_tensors(model: Qwen) -> Iterator[tuple[str, Tensor]]:
 
 
 # %% ../notebooks/22_scaling_up.ipynb #ab2a8ff7
+GGUF_MOE_KEYS = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+}
+
+
 def gguf_metadata(config: ModelConfig) -> dict[str, int | float]:
     """Key → value of the architecture; ValueError for a model that llama.cpp would compute differently."""
-    values = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": config.head_dim,
-        "rope.freq_base": float(config.rope_theta),
-    }
-    if not isinstance(config, MoeConfig):
-        return {f"qwen2.{key}": value for key, value in values.items()}
-    if not all(map(config.is_sparse, range(config.num_hidden_layers))) or config.norm_topk_prob:
-        raise ValueError(
-            "llama.cpp's qwen2moe has experts in every layer and does not normalise their weights: this model cannot be exported"
-        )
-    if not config.shared_expert_intermediate_size:
-        raise ValueError("llama.cpp's qwen2moe has a shared expert: this model has none")
-    values |= {
-        "expert_count": config.num_experts,
-        "expert_used_count": config.num_experts_per_tok,
-        "expert_feed_forward_length": config.moe_intermediate_size,
-        "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
-    }
-    return {f"qwen2moe.{key}": value for key, value in values.items()}
+    keys = {field: key.removeprefix("llama.") for field, key in CONFIG_KEYS.items()}
+    del keys["vocab_size"]  # the list of tokens says it
+    if experts := isinstance(config, MoeConfig):
+        sparse = all(map(config.is_sparse, range(config.num_hidden_layers)))
+        if config.norm_topk_prob or not (sparse and config.shared_expert_intermediate_size):
+            raise ValueError(
+                "llama.cpp's qwen2moe has experts and a shared expert in every layer and does not normalise the "
+                "experts' weights: a model that is built otherwise cannot be exported"
+            )
+        keys |= GGUF_MOE_KEYS
+    values = {key: getattr(config, field) for field, key in keys.items()}
+    values |= dict.fromkeys(("attention.key_length", "attention.value_length"), config.head_dim)
+    return {f"qwen2{'moe' * experts}.{key}": value for key, value in values.items()}
 
 
-def gguf_tokens(tokenizer: Tokenizer, size: int) -> tuple[list[str], list[int], list[str]]:
-    """Tokens in GPT-2's byte characters, their types and the merges; rows of the table that no token has are padding."""
-    kind = import_gguf().TokenType
-    char = dict(zip(BYTE_ORDER, BYTE_CHARS, strict=True))
-    spelled = lambda i: "".join(char[byte] for byte in tokenizer.token_bytes(i))
-    control = list(tokenizer.control_tokens)
-    regular = tokenizer.vocab_size - len(control)
-    padding = [f"[PAD{i}]" for i in range(tokenizer.vocab_size, size)]
-    types = [kind.NORMAL] * regular
-    types += [kind.CONTROL if t in tokenizer.special_tokens else kind.USER_DEFINED for t in control]
-    types += [kind.UNUSED] * len(padding)
-    merges = [f"{spelled(left)} {spelled(right)}" for left, right in tokenizer.merges]
-    return [*map(spelled, range(regular)), *control, *padding], [int(t) for t in types], merges
-
-
-# %% ../notebooks/22_scaling_up.ipynb #8d7969ef
 def export_gguf(folder: str | Path, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write the GGUF file of a Hugging Face folder with its tokenizer, dense or with experts; returns the path.
 
     dtype: of matrices (float32, float16 or bfloat16); vectors and routers stay float32. The file appears whole or not
     at all. CourseError without the library gguf, ValueError as in `load_model` and `gguf_metadata`.
     """
-    gguf = import_gguf()
-    if dtype not in GGUF_TYPES:
-        raise ValueError(f"export_gguf writes float32, float16 or bfloat16, not {dtype}")
     model, tokenizer = load_model(folder), Tokenizer.from_pretrained(folder)
-    path, metadata = Path(path), gguf_metadata(model.config)
-    kind = gguf.GGMLQuantizationType[GGUF_TYPES[dtype]]
-    aside = path.with_name(f".{path.name}.part")
-    writer = gguf.GGUFWriter(aside, next(iter(metadata)).partition(".")[0])
-    for key, value in metadata.items():
-        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
-    _add_tokenizer(writer, tokenizer, model.config.vocab_size, _ends(folder, tokenizer))
-    for name, tensor in gguf_tensors(model):
-        wide = tensor.ndim == 1 or "ffn_gate_inp" in name
-        own = gguf.GGMLQuantizationType.F32 if wide else kind
-        writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), own), raw_dtype=own)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _ends(folder: str | Path, tokenizer: Tokenizer) -> int:
-    """The id that ends an answer: the first of generation_config.json, else <|endoftext|>."""
-    path = Path(folder) / "generation_config.json"
-    told = folders.read_json(path).get("eos_token_id") if path.is_file() else None
-    told = told[0] if isinstance(told, list) and told else told
-    return told if isinstance(told, int) else tokenizer.endoftext_id
-
-
-def _add_tokenizer(writer, tokenizer: Tokenizer, size: int, end: int) -> None:
-    tokens, types, merges = gguf_tokens(tokenizer, size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
-    writer.add_eos_token_id(end)
-    writer.add_pad_token_id(tokenizer.control_tokens[tokenizer.pad_token])
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    end = gguf_files.end_of_answer(folder, tokenizer)
+    vocabulary = tokenizer, model.config.vocab_size, end
+    metadata = gguf_metadata(model.config)
+    return gguf_files.write(path, metadata, gguf_tensors(model), dtype, vocabulary)
 
 
 # %% ../notebooks/22_scaling_up.ipynb #ffdd4266
