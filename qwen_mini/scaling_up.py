@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 # %% ../notebooks/22_scaling_up.ipynb #a0670a86
+import functools
 import json
 import shutil
 import warnings
@@ -248,6 +249,16 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Qwen |
 OWNED_BYTES = 16  # a parameter: float32 weight, gradient and AdamW's two moments
 
 
+@functools.cache
+def _sizes(config: ModelConfig) -> tuple[list[tuple[int, int]], list[int]]:
+    """(rows, elements of a row) of every parameter, and the parameters of every layer, largest first."""
+    with torch.device("meta"):
+        model = (QwenMoe if isinstance(config, MoeConfig) else Qwen)(config)
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    cut = [(len(p), p.numel() // len(p)) for p in model.parameters()]
+    return cut, sorted(layers, reverse=True)
+
+
 def memory_per_rank(
     config: ModelConfig,
     ranks: int,
@@ -264,12 +275,9 @@ def memory_per_rank(
     """
     if ranks < 1:
         raise ValueError(f"a run has at least one rank, got {ranks}")
-    with torch.device("meta"):
-        model = (QwenMoe if isinstance(config, MoeConfig) else Qwen)(config)
-    count = lambda parameters: sum(p.numel() for p in parameters)
-    own = sum(-(-p.shape[0] // ranks) * (p.numel() // p.shape[0]) for p in model.parameters())
-    sizes = sorted((count(layer.parameters()) for layer in model.model.layers), reverse=True)
-    rest, apart = count(model.parameters()) - sum(sizes), ranks > 1
+    cut, sizes = _sizes(config)
+    own = sum(-(-rows // ranks) * row for rows, row in cut)
+    rest, apart = sum(rows * row for rows, row in cut) - sum(sizes), ranks > 1
     kept, logits = activation_bytes_per_token(config), 4 * config.vocab_size
     if recompute:
         inside = (kept - logits) // config.num_hidden_layers
@@ -340,6 +348,8 @@ def gguf_metadata(config: ModelConfig) -> dict[str, int | float]:
             )
         keys |= GGUF_MOE_KEYS
     values = {key: getattr(config, field) for field, key in keys.items()}
+    for key in ("rope.freq_base", "attention.layer_norm_rms_epsilon"):
+        values[key] = float(values[key])  # an int would be stored as one, and refused
     values |= dict.fromkeys(("attention.key_length", "attention.value_length"), config.head_dim)
     return {f"qwen2{'moe' * experts}.{key}": value for key, value in values.items()}
 

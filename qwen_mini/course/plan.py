@@ -45,7 +45,7 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
     flops = sum(
         phase.tokens * flops_per_token(shape, phase.length, training=True) for phase in phases
     )
-    state = STATE_BYTES * parameters  # on every device: nothing is sharded before chapter 22
+    state = STATE_BYTES * parameters  # on every device: what `qwen-mini train` does
     micro = training.batch_tokens // (training.grad_accumulation * gpus)
     activations = micro * activation_bytes_per_token(config.model)
     return [
@@ -61,6 +61,7 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
             "weights, gradients, optimizer",
             f"{state / GIB:.2f} GiB a device ({STATE_BYTES} bytes a parameter, on every device)",
         ),
+        ("sharded (chapter 22)", _sharded(shape, gpus)),
         (
             "activations",
             f"{activations / GIB:.2f} GiB a device ({micro:,} tokens at once, rule of thumb)",
@@ -72,7 +73,19 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
             "FLOPs in total",
             f"{flops:.3g}, {flops / ACCELERATOR_FLOPS / gpus / 3600:.1f} h at 40 % of {gpus} A100(s)",
         ),
+        ("tokens a second", f"{gpus * ACCELERATOR_FLOPS * tokens / flops:,.0f} at that utilisation"),
     ]
+
+
+def _sharded(shape, gpus: int) -> str:
+    from qwen_mini.scaling_up import OWNED_BYTES, memory_per_rank
+
+    found = memory_per_rank(shape, gpus)
+    gathered = (found["gathered"] + found["gradients"]) / GIB
+    return (
+        f"{found['owned'] / GIB:.2f} GiB owned ({OWNED_BYTES} bytes a parameter, divided by {gpus}), "
+        f"{gathered:.2f} gathered, instead"
+    )
 
 
 def _verdict(needed: float, budget: float) -> str:
