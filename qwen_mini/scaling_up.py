@@ -324,6 +324,8 @@ def gguf_tensors(model: Qwen) -> Iterator[tuple[str, Tensor]]:
             yield name.replace("down_proj", "ffn_down_exps.weight"), p.detach()
         else:
             yield name, p.detach().flatten() if "inp_shexp" in name else p.detach()
+    if isinstance(model, QwenMoe) and model.config.tie_word_embeddings:
+        yield "output.weight", model.lm_head.weight.detach()  # qwen2moe knows no tied head
 
 
 # %% ../notebooks/22_scaling_up.ipynb #ab2a8ff7
@@ -339,6 +341,11 @@ def gguf_metadata(config: ModelConfig) -> dict[str, int | float]:
     """Key → value of the architecture; ValueError for a model that llama.cpp would compute differently."""
     keys = {field: key.removeprefix("llama.") for field, key in CONFIG_KEYS.items()}
     del keys["vocab_size"]  # the list of tokens says it
+    if config.num_attention_heads * config.head_dim != config.hidden_size:
+        raise ValueError(
+            "llama.cpp's Qwen2 has heads that share the hidden size evenly: "
+            f"{config.num_attention_heads} of {config.head_dim} are not {config.hidden_size}"
+        )
     if experts := isinstance(config, MoeConfig):
         sparse = all(map(config.is_sparse, range(config.num_hidden_layers)))
         if config.norm_topk_prob or not (sparse and config.shared_expert_intermediate_size):

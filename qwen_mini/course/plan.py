@@ -73,7 +73,10 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
             "FLOPs in total",
             f"{flops:.3g}, {flops / ACCELERATOR_FLOPS / gpus / 3600:.1f} h at 40 % of {gpus} A100(s)",
         ),
-        ("tokens a second", f"{gpus * ACCELERATOR_FLOPS * tokens / flops:,.0f} at that utilisation"),
+        (
+            "tokens a second",
+            f"{gpus * ACCELERATOR_FLOPS * tokens / flops:,.0f} at that utilisation",
+        ),
     ]
 
 
