@@ -22,7 +22,7 @@ LAUNCHER = (
 )
 
 
-def on_ranks(work: Callable[[], object], ranks: int, timeout: int = 60) -> list:
+def on_ranks(work: Callable[[], object], ranks: int, timeout: int = 300) -> list:
     """What `work()` returns in each of `ranks` forks with one thread that form one gloo group, by rank.
 
     `work` may be a function of a notebook; it finds its place with `torch.distributed.get_rank()`. Nobody computes
@@ -61,7 +61,7 @@ def _rank(work: Callable[[], object], rank: int, ranks: int, store: str, timeout
         dist.destroy_process_group()
 
 
-def join(timeout: int = 120) -> tuple[int, int]:
+def join(timeout: int = 600) -> tuple[int, int]:
     """(rank, number of ranks) of a script under torchrun, in a gloo group, with one thread; it ends with torchrun."""
     import torch
     import torch.distributed as dist
@@ -72,7 +72,7 @@ def join(timeout: int = 120) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def torchrun(script: str | Path, *arguments: object, ranks: int = 2, timeout: int = 120) -> str:
+def torchrun(script: str | Path, *arguments: object, ranks: int = 2, timeout: int = 600) -> str:
     """Run a Python file in `ranks` processes of this machine; what they printed, without warnings.
 
     CourseError with the last lines if it fails, or if it is not done after `timeout` seconds. All processes end with
