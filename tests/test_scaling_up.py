@@ -1,8 +1,9 @@
-"""Chapter 22: sharded training against one process, resharding, memory, balance, folders and GGUF files, and bad input."""
+"""Chapter 22: sharded training against one process, resharding, memory, balance, folders, GGUF files, bad input."""
 
 import dataclasses
 import json
 import math
+import runpy
 import shutil
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,7 @@ EXPERTS = dict(
     moe_intermediate_size=16,
     shared_expert_intermediate_size=24,
 )
+UNTIED = dataclasses.replace(SHAPE, tie_word_embeddings=False)
 MOE = MoeConfig(**dataclasses.asdict(SHAPE), **EXPERTS)
 ROWS = torch.randint(300, (30, 17), generator=torch.Generator().manual_seed(0))
 BATCH = rows_of(ROWS, 6)
@@ -158,7 +160,7 @@ def gradients_by_hand(config=SHAPE):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("config", [SHAPE, dataclasses.replace(SHAPE, tie_word_embeddings=False)], ids=["tied", "untied"])  # fmt: skip
+@pytest.mark.parametrize("config", [SHAPE, UNTIED], ids=["tied", "untied"])
 def test_by_hand_gradients_are_those_of_one_process(ranks, config):
     model = made(config)
     for step in range(2):
@@ -242,7 +244,9 @@ def test_a_damaged_state_is_refused(saved, damage, tmp_path):
         load_sharded(folder, Trainer(made(), settings(optimizer="muon"), STEPS))
 
 
-@pytest.mark.parametrize("changes", [{"hidden_size": 16}, {"num_hidden_layers": 3}, {"num_hidden_layers": 1}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": 16}, {"num_hidden_layers": 3}, {"num_hidden_layers": 1}]
+)
 def test_the_state_of_another_model_is_refused(saved, changes):
     trainer = Trainer(Qwen(dataclasses.replace(SHAPE, **changes)), settings(), STEPS)
     before = [p.detach().clone() for p in trainer.masters]
@@ -540,6 +544,24 @@ def test_llama_cpp_gives_the_same_greedy_tokens(kind, tmp_path, tokenizer):
         found = json.loads(found) if isinstance(found, str) else found
         assert found["choices"][0]["text"] == tokenizer.decode(wanted)
         assert found["usage"]["prompt_tokens"] == len(prompt)
+
+
+# ---------------------------------------------------------------- one GPU
+def test_the_check_of_a_gpu_on_a_cpu(capsys):
+    """Every stage in bfloat16 has the losses of float32; the report is one line of JSON."""
+    check = runpy.run_path(str(home() / "benchmarks" / "gpu_check.py"))
+    assert check["main"](["--device", "cpu"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["device"] == "cpu" and report["left_out"] == []
+    assert {"pretraining", "experts", "sft", "reward_model", "dpo", "grpo"} == set(report["stages"])
+    assert all(0 < stage["off"] < 1e-2 for stage in report["stages"].values())
+    assert report["speed"]["tokens_per_second"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_check_says_that_there_is_no_gpu(capsys):
+    check = runpy.run_path(str(home() / "benchmarks" / "gpu_check.py"))
+    assert check["main"]([]) == 2 and "--device cpu" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- exercises
