@@ -1,4 +1,4 @@
-# make course | test | check | lab | chat | bench | outputs | measurements | clean; each prepares .venv first.
+# make course | test | check | lab | chat | bench | gpu-check | outputs | measurements | clean; each prepares .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -8,7 +8,7 @@ READY = $(VENV)/.ready
 export GOMP_SPINCOUNT ?= 1000
 export KMP_BLOCKTIME ?= 1
 
-.PHONY: setup course test check lab chat bench outputs measurements clean
+.PHONY: setup course test check lab chat bench gpu-check outputs measurements clean
 
 setup: $(READY)
 
@@ -41,6 +41,10 @@ chat: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+# eight minutes at most, on one GPU
+gpu-check: $(READY)
+	$(BIN)/python benchmarks/gpu_check.py
 
 outputs: $(READY)
 	$(BIN)/qwen-mini outputs

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before an ins
 
 import golden_models  # noqa: E402, F401
 import golden_quality  # noqa: E402, F401
+import golden_scaling_up  # noqa: E402, F401
 import golden_texts  # noqa: E402, F401
 import golden_training  # noqa: E402, F401
 from golden_registry import GOLDENS, fresh, report, stale, write  # noqa: E402

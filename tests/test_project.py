@@ -89,7 +89,17 @@ def test_the_course_imports_without_torch_and_chapters():
 
 def test_the_readme_and_the_help_agree_on_the_commands():
     commands = set(parser()._subparsers._group_actions[0].choices)
-    assert commands == {"run", "outputs", "verify", "chat", "eval", "plan", "report", "train", "export"}
+    assert commands == {
+        "run",
+        "outputs",
+        "verify",
+        "chat",
+        "eval",
+        "plan",
+        "report",
+        "train",
+        "export",
+    }
     assert (ROOT / "README.md").exists()
     assert checks.commands_exist(ROOT) == []
 

@@ -149,6 +149,12 @@ def weight_files(folder: Path) -> list[Path]:
     """`model.safetensors`, else the shards that `model.safetensors.index.json` names."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.exists() or not index.exists():
+        pickles = [path.name for kind in ("bin", "pt", "pth") for path in folder.glob(f"*.{kind}")]
+        if pickles and not whole.exists():
+            raise ValueError(
+                f"{folder} holds pickled weights ({min(pickles)}), and opening a pickle can run code: convert them to "
+                "safetensors where you trust them"
+            )
         return [whole]
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
