@@ -81,6 +81,8 @@ def show_check(arms, losses, prediction, points) -> None:
     half = [[prediction["loss"] - low], [high - prediction["loss"]]]
     drawn = {
         "fmt": "s",
+        "ms": 13,
+        "mfc": "none",
         "color": black,
         "capsize": 4,
         "label": f"predicted, N = {prediction['N']:,}",
@@ -105,11 +107,14 @@ def show_widths(widths, rates, changes, losses) -> None:
             left.loglog(widths, values, ".-", color=color, label=f"step {step + 1}")
         left.set(xlabel="width", title=f"{name}: change", ylim=(0.2, 3))
         left.set_xticks(widths, widths)
+        left.set_yticks([0.3, 1, 3], ["0.3", "1", "3"])
         left.minorticks_off()
         for width, values in zip(widths, losses[name], strict=True):
             right.plot(rates, values, ".-", label=f"width {width}")
         rate_axis(right, rates)
         right.set_title(f"{name}: loss")
+    axes[0].set_ylabel("RMS change of logits")
+    axes[2].set_ylabel("held-out loss, nats")
     axes[0].legend(fontsize=7)
     axes[3].legend(fontsize=7)
     plt.show()
