@@ -121,3 +121,12 @@ def domain_rows(config: ScaleConfig, tokenizer: Path, kilobytes: int, length: in
             rows = len(ids) // (length + 1)
             sides[side][source.domain] = torch.tensor(ids[: rows * (length + 1)]).view(rows, -1)
     return sides
+
+
+def epochs(count: int, batch: int, steps: int, seed: int) -> "torch.Tensor":  # noqa: F821
+    """Which of `count` rows each step reads, (steps, batch): all of them once, then all again in another order."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    order = [torch.randperm(count, generator=generator) for _ in range(1 + steps * batch // count)]
+    return torch.cat(order)[: steps * batch].view(steps, batch)

@@ -1,6 +1,8 @@
-"""Intervals and errors of what notebooks measure."""
+"""Intervals, errors and times of what notebooks measure."""
 
 import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -8,3 +10,31 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+# 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom, from any table of them.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of a few independent values, and half the width of its 95 % interval by Student's t.
+
+    ValueError unless there are 2 to 10 of them.
+    """
+    n = len(values)
+    if not 2 <= n <= len(STUDENT) + 1:
+        raise ValueError(f"an interval wants 2 to {len(STUDENT) + 1} values, got {n}")
+    mean = math.fsum(values) / n
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    return mean, STUDENT[n - 2] * math.sqrt(variance / n)
+
+
+def best_seconds(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds that each call takes at its best: all take turns, so that what slows the machine slows all of them."""
+    best = dict.fromkeys(work, math.inf)
+    for _ in range(rounds):
+        for name, call in work.items():
+            begin = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - begin)
+    return best
