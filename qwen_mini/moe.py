@@ -33,15 +33,8 @@ from torch import Tensor, nn
 from .course import folders
 from .kernels.layers import fused_swiglu
 from .layers import SwiGLU
-from qwen_mini.model import (
-    DecoderLayer,
-    ModelConfig,
-    Qwen,
-    assign_weights,
-    count_parameters,
-    dense_layer,
-    save_checkpoint,
-)
+from .model import DecoderLayer, ModelConfig, Qwen, count_parameters, dense_layer
+from .model import assign_weights, save_checkpoint
 
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #b398abd2
@@ -53,10 +46,8 @@ def _check_experts(config: "MoeConfig") -> None:
         if type(value := getattr(config, name)) is not int or value < low:
             raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
     if (k := config.num_experts_per_tok) > (most := config.num_experts):
-        why = "a token cannot use an expert twice"
-        raise ValueError(
-            f"num_experts_per_tok must be at most num_experts ({most}), got {k}: {why}"
-        )
+        why = f"got {k}: a token cannot use an expert twice"
+        raise ValueError(f"num_experts_per_tok must be at most num_experts ({most}), {why}")
     if wrong := set(config.mlp_only_layers) - set(range(config.num_hidden_layers)):
         raise ValueError(f"mlp_only_layers names {wrong.pop()!r}, which is the number of no layer")
 
@@ -134,9 +125,9 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
         super().__init__()
-        size = num_experts, hidden_size, intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * size[2], hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(size))
+        gate_up = torch.empty(num_experts, 2 * intermediate_size, hidden_size)
+        self.gate_up_proj = nn.Parameter(gate_up)
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
