@@ -12,25 +12,28 @@ def tune(
 ) -> dict[str, float]:  # fmt: skip
     """Arm → the rate of its grid with the lowest "loss" of `learn(arm=…, learning_rate=…, seed=…)`.
 
-    Shows all losses, and for each arm whether the lowest lies inside its grid: only then was the grid wide enough.
+    Shows all losses, and for each arm whether the lowest lies inside its grid: only then was the grid wide enough. A
+    grid of one rate is taken untried.
     """
+    tried = {name: sorted(grid) for name, grid in grids.items() if len(grid) > 1}
     found = experiments({
         f"{kind}: tune {name} {rate}": functools.partial(learn, arm=arms[name], learning_rate=rate, seed=seed)
-        for name, grid in grids.items() for rate in grid
+        for name, grid in tried.items() for rate in grid
     }, tolerance=0.2)  # fmt: skip
-    best, rows = {}, []
-    for name, grid in grids.items():
-        losses = {rate: found[f"{kind}: tune {name} {rate}"]["loss"] for rate in sorted(grid)}
+    best, rows, title = (
+        {name: grid[0] for name, grid in grids.items()},
+        [],
+        "loss at the learning rate",
+    )
+    for name, grid in tried.items():
+        losses = {rate: found[f"{kind}: tune {name} {rate}"]["loss"] for rate in grid}
         best[name] = min(losses, key=losses.get)
-        inside = min(losses) < best[name] < max(losses)
-        place = (
-            "inside the grid" if inside else "at an end of the grid" if grid[1:] else "not tuned"
-        )
+        inside = grid[0] < best[name] < grid[-1]
+        place = "inside the grid" if inside else "at an end of the grid"
         rows.append(
-            {"loss at the learning rate": name} | {f"{r:g}": loss for r, loss in losses.items()}
+            {title: name, **{f"{rate:g}": loss for rate, loss in losses.items()}, "lowest": place}
         )
-        rows[-1]["lowest"] = place
-    rates = sorted({rate for grid in grids.values() for rate in grid})
-    columns = ["loss at the learning rate", *(f"{rate:g}" for rate in rates), "lowest"]
-    table(rows, columns, {f"{rate:g}": ".3f" for rate in rates})
+    rates = [f"{rate:g}" for rate in sorted({rate for grid in tried.values() for rate in grid})]
+    if rows:
+        table(rows, [title, *rates, "lowest"], dict.fromkeys(rates, ".3f"))
     return best
