@@ -33,15 +33,8 @@ from torch import Tensor, nn
 from .course import folders
 from .kernels.layers import fused_swiglu
 from .layers import SwiGLU
-from qwen_mini.model import (
-    DecoderLayer,
-    ModelConfig,
-    Qwen,
-    assign_weights,
-    count_parameters,
-    dense_layer,
-    save_checkpoint,
-)
+from .model import DecoderLayer, ModelConfig, Qwen, count_parameters, dense_layer
+from .model import assign_weights, save_checkpoint
 
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #b398abd2
@@ -52,11 +45,9 @@ def _check_experts(config: "MoeConfig") -> None:
     for name, low in least.items():
         if type(value := getattr(config, name)) is not int or value < low:
             raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
-    if config.num_experts_per_tok > config.num_experts:
-        raise ValueError(
-            f"num_experts_per_tok must be at most num_experts ({config.num_experts}), got "
-            f"{config.num_experts_per_tok}: a token cannot use an expert twice"
-        )
+    if (k := config.num_experts_per_tok) > (most := config.num_experts):
+        why = f"got {k}: a token cannot use an expert twice"
+        raise ValueError(f"num_experts_per_tok must be at most num_experts ({most}), {why}")
     if wrong := set(config.mlp_only_layers) - set(range(config.num_hidden_layers)):
         raise ValueError(f"mlp_only_layers names {wrong.pop()!r}, which is the number of no layer")
 
@@ -134,9 +125,9 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
         super().__init__()
-        size = num_experts, hidden_size, intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * size[2], hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(size))
+        gate_up = torch.empty(num_experts, 2 * intermediate_size, hidden_size)
+        self.gate_up_proj = nn.Parameter(gate_up)
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -147,7 +138,7 @@ class Experts(nn.Module):
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #677030f5
 def padded_experts(x: Tensor, weights: Tensor, index: Tensor, experts: Experts) -> Tensor:
-    """What the chosen experts make of every token: one batched product, every expert padded to the fullest one's load.
+    """What the chosen experts make of every token: one batched product, every expert padded to the busiest one's load.
 
     x: (tokens, hidden_size); weights, index: (tokens, k) of the router. Returns the shape of x.
     """
@@ -155,20 +146,20 @@ def padded_experts(x: Tensor, weights: Tensor, index: Tensor, experts: Experts) 
     chosen = index.flatten()  # row t · k + j is the j-th choice of token t
     load = torch.bincount(chosen, minlength=count)
     order = chosen.argsort(stable=True)
-    start = load.cumsum(0) - load  # where each expert's run begins in that order
-    place = order.argsort() - start[chosen]  # in the box of its expert
+    start = load.cumsum(0) - load  # where the rows of each expert begin in that order
+    place = order.argsort() - start[chosen]  # among the rows of its expert
     slot = chosen * load.max() + place
-    boxes = x.new_zeros(count * int(load.max()), x.shape[1])
-    boxes = boxes.index_copy(0, slot, x.repeat_interleave(k, 0)).view(count, -1, x.shape[1])
-    gate, up = (boxes @ experts.gate_up_proj.mT).chunk(2, -1)
-    out = (F.silu(gate) * up) @ experts.down_proj.mT  # (experts, fullest load, hidden_size)
+    padded = x.new_zeros(count * int(load.max()), x.shape[1])
+    padded = padded.index_copy(0, slot, x.repeat_interleave(k, 0)).view(count, -1, x.shape[1])
+    gate, up = (padded @ experts.gate_up_proj.mT).chunk(2, -1)
+    out = (F.silu(gate) * up) @ experts.down_proj.mT  # (experts, largest load, hidden_size)
     out = out.flatten(0, 1)[slot].view(*index.shape, -1)
     return (out * weights.unsqueeze(-1)).sum(1)
 
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #5a6d830f
 def grouped_experts(x: Tensor, weights: Tensor, index: Tensor, experts: Experts) -> Tensor:
-    """The same with tokens sorted by expert and `F.grouped_mm`, which multiplies each run of rows by its own matrix.
+    """The same with tokens sorted by expert and `F.grouped_mm`, which multiplies each group of rows by its own matrix.
 
     x: (tokens, hidden_size); weights, index: (tokens, k) of the router. Returns the shape of x. Sizes whose rows are no
     multiple of 16 bytes, which `grouped_mm` refuses, go through `padded_experts`.
@@ -178,7 +169,7 @@ def grouped_experts(x: Tensor, weights: Tensor, index: Tensor, experts: Experts)
         return padded_experts(x, weights, index, experts)
     chosen = index.flatten()
     load = torch.bincount(chosen, minlength=len(experts.down_proj))
-    ends = load.cumsum(0, dtype=torch.int32)  # where each expert's run of rows ends
+    ends = load.cumsum(0, dtype=torch.int32)  # where the rows of each expert end
     order = chosen.argsort(stable=True)
     token = order.div(index.shape[1], rounding_mode="floor")
     rows = x.index_select(0, token)
@@ -186,9 +177,7 @@ def grouped_experts(x: Tensor, weights: Tensor, index: Tensor, experts: Experts)
     gate = F.grouped_mm(rows, gate_weight.mT, offs=ends)
     up = F.grouped_mm(rows, up_weight.mT, offs=ends)
     hidden = fused_swiglu(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up
-    hidden = hidden * weights.flatten()[order].unsqueeze(
-        1
-    )  # before the last product, which is linear
+    hidden = hidden * weights.flatten()[order, None]  # before the last product, which is linear
     out = F.grouped_mm(hidden, experts.down_proj.mT, offs=ends)
     return torch.zeros_like(x).index_add(0, token, out)
 
@@ -288,14 +277,11 @@ def count_moe_parameters(config: MoeConfig, active: bool = False, embedding: boo
     """Exact number of parameters, or of those that compute one token (`active`); `embedding`: with tables and head."""
     c, d = config, config.hidden_size
     running = c.num_experts_per_tok if active else c.num_experts
-    experts = 3 * d * c.moe_intermediate_size * running + d * c.num_experts  # with the router
-    shared = (
-        (3 * d * c.shared_expert_intermediate_size + d) if c.shared_expert_intermediate_size else 0
-    )
+    layer = 3 * d * c.moe_intermediate_size * running + d * c.num_experts  # with the router
+    if width := c.shared_expert_intermediate_size:
+        layer += 3 * d * width + d  # with its gate
     sparse = sum(map(c.is_sparse, range(c.num_hidden_layers)))
-    return count_parameters(c, embedding) + sparse * (
-        experts + shared - 3 * d * c.intermediate_size
-    )
+    return count_parameters(c, embedding) + sparse * (layer - 3 * d * c.intermediate_size)
 
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #6dae6cf9
@@ -325,17 +311,14 @@ def expert_load(index: Tensor, num_experts: int, mask: Tensor | None = None) -> 
 
 
 def max_violation(load: Tensor) -> Tensor:
-    """MaxVio (arXiv 2408.15664): how much more than an equal share the fullest expert has; drops the last axis."""
+    """MaxVio (arXiv 2408.15664): how much more than an equal share the busiest expert has; drops the last axis."""
     return load.amax(-1) * load.shape[-1] - 1
 
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #0171d06e
 def load_balancing_loss(
-    router_logits: Tensor,
-    num_experts_per_tok: int,
-    load: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
+    router_logits: Tensor, num_experts_per_tok: int, load: Tensor | None = None, mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """E · Σ f P: f, the share of choices an expert gets, times P, its mean probability. 1 = balanced, for any k.
 
     router_logits: (..., tokens, experts). f and P are taken over the tokens, and the loss is the mean over what stands
@@ -343,14 +326,12 @@ def load_balancing_loss(
     load: (..., experts), f of a wider scope, such as the whole batch. mask: (..., tokens), 0 for padding.
     Hugging Face's loss is k times this one, over the tokens of all layers. Source: arXiv 2101.03961, 2501.11873.
     """
-    experts = router_logits.shape[-1]
-    if not 1 <= num_experts_per_tok <= experts:
-        raise ValueError(
-            f"num_experts_per_tok must lie in 1 … {experts}, got {num_experts_per_tok}"
-        )
+    experts, k = router_logits.shape[-1], num_experts_per_tok
+    if not 1 <= k <= experts:
+        raise ValueError(f"num_experts_per_tok must lie in 1 … {experts}, got {k}")
     probabilities = router_logits.softmax(-1, dtype=torch.float32)
     if load is None:
-        load = expert_load(router_logits.topk(num_experts_per_tok).indices, experts, mask)
+        load = expert_load(router_logits.topk(k).indices, experts, mask)
     mask = probabilities.new_ones(probabilities.shape[:-1]) if mask is None else mask
     mean = (probabilities * mask.unsqueeze(-1)).sum(-2) / mask.sum(-1, keepdim=True).clamp_min(1)
     return experts * (load * mean).sum(-1).mean()
@@ -358,12 +339,13 @@ def load_balancing_loss(
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #ad670769
 @torch.no_grad()
-def upcycle(dense: Qwen, fresh: float = 0.5, seed: int = 0, **experts) -> QwenMoe:
+def upcycle(dense: Qwen, fresh: float = 0.5, seed: int = 0, scale=1.0, **experts) -> QwenMoe:
     """A `QwenMoe` that begins from the weights of a dense model (arXiv 2407.10671 §2.2.2).
 
     experts: fields that `MoeConfig` adds. Each layer's feed-forward part is copied as often as the experts need, the
     hidden channels of every copy are permuted at random, and the copies are cut into experts. A share `fresh` of their
-    weights, element by element, is drawn anew. A shared expert gets channels of a permuted copy, unchanged.
+    weights, element by element, is drawn anew; then the last matrix of each expert is multiplied by `scale`. A shared
+    expert gets channels of a permuted copy, unchanged.
     """
     if not 0 <= fresh <= 1:
         raise ValueError(f"fresh is a share of the weights, from 0 to 1, got {fresh}")
@@ -377,6 +359,7 @@ def upcycle(dense: Qwen, fresh: float = 0.5, seed: int = 0, **experts) -> QwenMo
         for layer, source in zip(model.model.layers, dense.model.layers, strict=True):
             if isinstance(layer.mlp, SparseMoeBlock):
                 _fill_experts(layer.mlp, source.mlp, fresh)
+                layer.mlp.experts.down_proj.mul_(scale)
     return model
 
 

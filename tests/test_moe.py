@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qwen_mini.course import stages
+from qwen_mini.course import small_text, stages, tuning
 from qwen_mini.course.nb import Notebook, source
+from qwen_mini.course.small_text import epochs
+from qwen_mini.course.statistics import best_seconds, mean_interval
 from qwen_mini.generation import generate
 from qwen_mini.layers import SwiGLU
 from qwen_mini.model import ModelConfig, Qwen
@@ -33,6 +37,7 @@ from qwen_mini.moe import (
     record_routing,
     upcycle,
 )
+from qwen_mini.tokenizer import Tokenizer
 
 DENSE = ModelConfig(
     vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -359,6 +364,14 @@ def test_upcycling_redraws_its_share_and_keeps_the_rest(fresh):
     )
 
 
+def test_upcycling_scales_the_last_matrix_alone():
+    dense = Qwen(DENSE).eval()
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+    plain, scaled = upcycle(dense, **experts), upcycle(dense, scale=3.0, **experts)
+    for (name, a), b in zip(plain.named_parameters(), scaled.parameters(), strict=True):
+        assert torch.equal(b, 3 * a if name.endswith("experts.down_proj") else a)
+
+
 def test_upcycling_leaves_the_generator_of_the_caller_alone():
     dense = Qwen(DENSE)
     torch.manual_seed(5)
@@ -467,23 +480,21 @@ def test_it_trains():
 
 
 # ---------------------------------------------------------------- the notebook's exercises refuse wrong answers
+RIGHT = """optimizer = torch.optim.AdamW(block.parameters(), lr=0.01)
+    for _ in range(steps):
+        with record_routing(block) as routes:
+            error = F.mse_loss(block(x), targets)
+        logits, index = routes[0]
+        optimizer.zero_grad()
+        (error + coefficient * load_balancing_loss(logits, index.shape[1])).backward()
+        optimizer.step()
+    counts = F.one_hot(domain).T @ F.one_hot(index[:, 0], logits.shape[1])
+    return error.item(), (counts.amax(1).sum() / len(domain)).item()"""
 WRONG = {
     "most_experts": [
         "return memory // (3 * hidden_size * f)",  # as wide as the dense layer
         "return memory // (2 * hidden_size * (f // k))",  # two matrices
         "return -(-memory // (3 * hidden_size * (f // k)))",  # rounded up
-    ],
-    "kept_choices": [
-        "return torch.ones_like(index, dtype=torch.bool)",  # nothing is dropped
-        # one too many
-        "h = F.one_hot(index.flatten(), num_experts); "
-        "return ((h.cumsum(0) * h).sum(-1) <= capacity + 1).view_as(index)",
-        # all first choices before all second ones
-        "h = F.one_hot(index.T.flatten(), num_experts); "
-        "return ((h.cumsum(0) * h).sum(-1) <= capacity).view(index.shape[1], -1).T",
-        # the last ones are kept
-        "h = F.one_hot(index.flatten().flip(0), num_experts); "
-        "return ((h.cumsum(0) * h).sum(-1) <= capacity).flip(0).view_as(index)",
     ],
     "balance_loss": [
         "return load_balancing_loss(router_logits, k)",  # padding counts
@@ -491,9 +502,16 @@ WRONG = {
         "return load_balancing_loss(router_logits[mask > 0].softmax(-1), k)",  # softmax twice
         "return load_balancing_loss(router_logits.detach(), k, mask=mask).requires_grad_()",  # no gradient
     ],
-    "routed_mse": [
+    "train_router": [
         "return F.mse_loss(block(x), targets).item(), 1.0",  # nothing trained
         "return 0.0, 0.9",
+        *(RIGHT.replace("coefficient *", wrong) for wrong in (
+            "0.0 *", "0.01 *", "0.1 *", "1.0 *", "10.0 *",  # a coefficient of its own
+            "-coefficient *",  # away from balance
+        )),
+        RIGHT.replace("(error + coefficient * load", "(coefficient * load"),  # nothing learned but balance
+        RIGHT.replace("counts.amax(1)", "counts.amax(0)"),  # the favourite domain of each expert
+        RIGHT.replace("counts.amax(1).sum() / len(domain)", "counts.sum(0).amax() / len(domain)"),  # the busiest expert
     ],
 }  # fmt: skip
 
@@ -514,6 +532,7 @@ def attempt(answer: str, check: str) -> None:
     names = {
         "torch": torch, "F": F, "Experts": Experts, "MoeConfig": MoeConfig, "SparseMoeBlock": SparseMoeBlock,
         "load_balancing_loss": load_balancing_loss, "record_routing": record_routing,
+        "max_violation": max_violation, "expert_load": expert_load,
         "sizes": dataclasses.asdict(dataclasses.replace(DENSE, num_hidden_layers=2)),
     }  # fmt: skip
     torch.manual_seed(0)
@@ -528,3 +547,78 @@ def test_checks_of_exercises_take_the_right_answer_and_no_wrong_one(name, exerci
     for wrong in WRONG[name]:
         with pytest.raises((AssertionError, RuntimeError)):
             attempt(f"{head}\n    {wrong}", check)
+
+
+# ---------------------------------------------------------------- the machinery that the notebook's comparison uses
+def test_intervals_of_a_few_values_are_wider_than_those_of_many():
+    mean, half = mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / 3**0.5)
+    assert mean_interval([0.0, 1.0])[1] == pytest.approx(12.706 / 2)
+    assert mean_interval([5.0] * 4) == (5.0, 0.0)
+    for n in (1, 11):
+        with pytest.raises(ValueError, match=f"an interval wants 2 to 10 values, got {n}"):
+            mean_interval([1.0] * n)
+
+
+def test_every_epoch_reads_all_rows_once():
+    rows = epochs(10, 4, 5, seed=1)
+    assert rows.shape == (5, 4)
+    assert (
+        sorted(rows.flatten()[:10].tolist())
+        == sorted(rows.flatten()[10:].tolist())
+        == list(range(10))
+    )
+    assert torch.equal(rows, epochs(10, 4, 5, seed=1)) and not torch.equal(
+        rows, epochs(10, 4, 5, seed=2)
+    )
+    assert epochs(100, 7, 3, seed=0).unique().numel() == 21
+
+
+def test_calls_are_timed_in_turns_at_their_best():
+    order = []
+    work = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    found = best_seconds(work, 3)
+    assert order == ["a", "b"] * 3 and set(found) == {"a", "b"} and 0 <= min(found.values()) < 1
+
+
+def test_documents_of_a_side_are_on_no_other(monkeypatch):
+    texts = [f"Document {n % 90} of the source." for n in range(120)]  # the last thirty stand twice
+    source = SimpleNamespace(domain="wiki_en")
+    monkeypatch.setattr(small_text, "available_sources", lambda config: ([source], []))
+    documents = lambda source: (SimpleNamespace(text=text) for text in texts)
+    monkeypatch.setattr(small_text, "read_documents", documents)
+    folder = stages.shipped("pretraining")
+    sides = small_text.domain_rows(None, folder, kilobytes=100, length=8)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    found = {}
+    for side, domains in sides.items():
+        assert domains["wiki_en"].shape[1] == 9
+        text = tokenizer.decode(domains["wiki_en"].flatten().tolist())
+        found[side] = set(re.findall(r"Document \d+ of the source\.", text))
+    assert len(found["train"]) > len(found["tune"]) > 0 < len(found["final"])
+    assert not (
+        found["train"] & found["tune"]
+        or found["train"] & found["final"]
+        or found["tune"] & found["final"]
+    )
+    assert (
+        small_text.domain_rows(None, folder, kilobytes=0, length=8)["train"] == {}
+    )  # too small for three sides
+
+
+def test_the_best_rate_is_taken_and_an_end_of_the_grid_is_told(monkeypatch, capsys):
+    calls = lambda calls, tolerance: {name: call() for name, call in calls.items()}
+    monkeypatch.setattr(tuning, "experiments", calls)
+    learn = lambda arm, learning_rate, seed: {"loss": (learning_rate - arm["best"]) ** 2}
+    arms = {"middle": {"best": 2.1}, "end": {"best": 5.0}, "alone": {"best": 1.0}}
+    best = tuning.tune("toy", learn, arms, {"middle": [3, 1, 2], "end": [1, 2, 3], "alone": [2]})
+    assert best == {"middle": 2, "end": 3, "alone": 2}
+    lines = capsys.readouterr().out.splitlines()
+    told = {line.split()[0]: line for line in lines}
+    assert (
+        "inside the grid" in told["middle"] and "at an end" in told["end"] and "alone" not in told
+    )
+    assert (
+        tuning.tune("toy", None, arms, {"alone": [2]}) == {"alone": 2}
+        and not capsys.readouterr().out
+    )

@@ -1,9 +1,12 @@
 """A scale's real text under a tokenizer of a few hundred ids, for models so small that more ids would be most of them."""
 
 import json
+import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from . import artifacts
+from .corpus_files import available_sources, read_documents
 from .scales import ScaleConfig
 
 
@@ -90,3 +93,40 @@ def _documents(corpus, tokenizer, split: str) -> list[str]:
             parts = np.split(ids, np.flatnonzero(ids == tokenizer.endoftext_id) + 1)
             found += [tokenizer.decode(part[:-1].tolist()) for part in parts if len(part) > 1]
     return found
+
+
+def domain_rows(config: ScaleConfig, tokenizer: Path, kilobytes: int, length: int) -> dict:
+    """Side → domain → rows of ids, (rows, length + 1), of at most so much text of each source that is at hand.
+
+    Documents go to the sides "train", "tune" and "final", 8 : 1 : 1, by a hash of their text: identical ones stand
+    together. A source too small to fill every side is left out.
+    """
+    import torch
+
+    from qwen_mini.tokenizer import Tokenizer
+
+    encoder, sides = Tokenizer.from_pretrained(tokenizer), {"train": {}, "tune": {}, "final": {}}
+    for source in available_sources(config)[0]:
+        kept, size = {side: [] for side in sides}, 0
+        for document in read_documents(source):
+            raw = document.text.encode()
+            if (size := size + len(raw)) > 1_000 * kilobytes:
+                break
+            side = {0: "tune", 1: "final"}.get(zlib.crc32(raw) % 10, "train")
+            kept[side].append(document.text)
+        if not all(kept.values()):
+            continue
+        for side, texts in kept.items():
+            ids = [i for text in encoder.encode_batch(texts) for i in (*text, encoder.endoftext_id)]
+            rows = len(ids) // (length + 1)
+            sides[side][source.domain] = torch.tensor(ids[: rows * (length + 1)]).view(rows, -1)
+    return sides
+
+
+def epochs(count: int, batch: int, steps: int, seed: int) -> "torch.Tensor":  # noqa: F821
+    """Which of `count` rows each step reads, (steps, batch): all of them once, then all again in another order."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    order = [torch.randperm(count, generator=generator) for _ in range(1 + steps * batch // count)]
+    return torch.cat(order)[: steps * batch].view(steps, batch)
