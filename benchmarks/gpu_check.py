@@ -70,7 +70,10 @@ def policy(model, step):
     logprobs = token_logprobs(model, batch)
     mask = batch.weights.to(logprobs.device)
     advantages = torch.linspace(-1.0, 2.0, ROWS, device=logprobs.device)
-    yield grpo_loss(logprobs, logprobs.detach(), advantages, mask)[0]
+    old = torch.full_like(
+        logprobs, -6.2
+    )  # near the untrained policy, so that some tokens are clipped
+    yield grpo_loss(logprobs, old, advantages, mask)[0]
 
 
 STAGES: dict[str, tuple[Callable, Losses]] = {
