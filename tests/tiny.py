@@ -40,7 +40,6 @@ fact_steps = 10
 text_steps = 10
 upcycle_steps = 10
 seeds = 2
-looks = 2
 
 [corpus]
 sources = ["python"]
