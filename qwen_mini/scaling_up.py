@@ -143,7 +143,7 @@ def rows_of(rows: Tensor, batch_rows: int) -> Callable[[int, int, int], Batch]:
 
 # %% ../notebooks/22_scaling_up.ipynb #9d354e3e
 def shard(model: Qwen, dtype: torch.dtype = torch.float32) -> Qwen:
-    """Share a model's parameters among all ranks with `fully_shard`, a layer at a time; without a group nothing changes.
+    """Share a model's parameters among all ranks with `fully_shard`, layer by layer; without a group nothing changes.
 
     dtype: of the gathered weights; what the optimiser updates stays float32, and gradients are summed in it.
     Gradients are summed, not averaged: the losses of the course's `Trainer` are shares of one loss.
