@@ -24,7 +24,6 @@ __all__ = [
 
 # %% ../notebooks/22_scaling_up.ipynb #a0670a86
 import functools
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -144,7 +143,7 @@ def rows_of(rows: Tensor, batch_rows: int) -> Callable[[int, int, int], Batch]:
 
 # %% ../notebooks/22_scaling_up.ipynb #9d354e3e
 def shard(model: Qwen, dtype: torch.dtype = torch.float32) -> Qwen:
-    """Share a model's parameters among all ranks with `fully_shard`, a layer at a time; outside a group nothing changes.
+    """Share a model's parameters among all ranks with `fully_shard`, layer by layer; without a group nothing changes.
 
     dtype: of the gathered weights; what the optimiser updates stays float32, and gradients are summed in it.
     Gradients are summed, not averaged: the losses of the course's `Trainer` are shares of one loss.
@@ -234,7 +233,7 @@ KINDS = {"qwen2": Qwen, "qwen2_moe": QwenMoe}
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Qwen | QwenMoe:
-    """The model of a Hugging Face folder of Qwen2, Qwen2.5 or Qwen2-MoE: whole or in shards, tied or not, 16 or 32 bits.
+    """The model of a Hugging Face folder of Qwen2, Qwen2.5 or Qwen2-MoE: whole or sharded, tied or not, 16 or 32 bits.
 
     ValueError or FileNotFoundError, with one sentence, for anything else; nothing in the folder is executed.
     """
