@@ -20,6 +20,7 @@ __all__ = [
     "Answer",
     "length_batches",
     "evaluate_tasks",
+    "judge_answers",
     "verdicts",
     "part_of",
     "share",
@@ -297,13 +298,13 @@ def evaluate_tasks(
     for part in length_batches(list(map(len, prompts)), per):
         done = generate(model, [prompts[i] for i in part], max_new_tokens, **options)
         problems = [examples[i] for i in part for _ in range(samples)]
-        made = _judge_answers(tokenizer, problems, done)
+        made = judge_answers(tokenizer, problems, done)
         for n, i in enumerate(part):
             answers[i] = made[n * samples : (n + 1) * samples]
     return answers
 
 
-def _judge_answers(
+def judge_answers(
     tokenizer: Tokenizer, examples: Sequence[Example], completions: Sequence[Completion]
 ) -> list[Answer]:
     """What the model said, with verdicts; an unfinished answer is judged as if it were empty."""

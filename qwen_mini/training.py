@@ -11,6 +11,7 @@ __all__ = [
     "Batch",
     "Trainer",
     "training_tensors",
+    "restore_tensors",
     "save_training_state",
     "load_training_state",
     "training_header",
@@ -367,7 +368,7 @@ def training_tensors(trainer: Trainer) -> dict[str, Tensor]:
     return state
 
 
-def _restore_tensors(trainer: Trainer, state: dict[str, Tensor], step: int) -> None:
+def restore_tensors(trainer: Trainer, state: dict[str, Tensor], step: int) -> None:
     """Take over what `training_tensors` returned after `step` steps.
 
     RuntimeError, with nothing changed, for a tensor of another shape.
@@ -414,7 +415,7 @@ def load_training_state(path: Path, trainer: Trainer) -> list[dict]:
     try:
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        _restore_tensors(trainer, state, int(header["step"]))
+        restore_tensors(trainer, state, int(header["step"]))
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise _foreign_state(path, error) from None
     return json.loads(header["metrics"])
