@@ -109,8 +109,8 @@ class MoeScale:
 
     facts: Annotated[int, Field(ge=100, le=6_400)]  # names of two syllables out of 80
     fact_steps: Annotated[int, Field(ge=10)]
-    text_steps: Annotated[int, Field(ge=8)]  # a quarter of it is a run, too
-    upcycle_steps: Annotated[int, Field(ge=5)]
+    text_steps: Annotated[int, Field(ge=4)]  # a quarter of it is a run, too
+    upcycle_steps: Annotated[int, Field(ge=2)]
     seeds: Annotated[int, Field(ge=2, le=10)] = 4  # of one there is no interval
 
 
