@@ -100,8 +100,8 @@ class MoeScale:
 
     facts: Annotated[int, Field(ge=100, le=6_400)] = 6_000  # names of two syllables out of 80
     fact_steps: Annotated[int, Field(ge=10)] = 600
-    text_steps: Annotated[int, Field(ge=8)] = 640  # a quarter of it is a run, too
-    upcycle_steps: Annotated[int, Field(ge=5)] = 50
+    text_steps: Annotated[int, Field(ge=4)] = 640  # a quarter of it is a run, too
+    upcycle_steps: Annotated[int, Field(ge=2)] = 50
     seeds: Annotated[int, Field(ge=2, le=10)] = 4  # of one there is no interval
 
 
