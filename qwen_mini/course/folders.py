@@ -30,6 +30,9 @@ CHECKED = frozenset(
 # Buffers that older trainers store; every loader computes them itself.
 SILENT_TENSORS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 
+# What a file must say. (A scale that says nothing has defaults, which are no other model's sizes.)
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SIZES += ("num_attention_heads", "num_key_value_heads")
 # What transformers takes where a file says nothing.
 DEFAULTS = {"max_position_embeddings": 32_768, "rope_theta": 10_000.0, "tie_word_embeddings": False}
 
@@ -45,6 +48,8 @@ def qwen2_values(values: dict) -> dict[str, Any]:
         raise ValueError(f"not a Qwen2 checkpoint: {says}")
     values = {key: value for key, value in values.items() if value is not None}
     _refuse_more(values)
+    if missing := [key for key in SIZES if key not in values]:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
     known = {field.name for field in dataclasses.fields(Model)}
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if "rope_theta" in rope:
@@ -55,9 +60,13 @@ def qwen2_values(values: dict) -> dict[str, Any]:
     left = {key: value for key, value in values.items() if key not in SILENT | CHECKED}
     told = {key: value for key, value in left.items() if key in known or value}
     try:
-        return dataclasses.asdict(TypeAdapter(Model).validate_json(json.dumps(DEFAULTS | told)))
+        model = TypeAdapter(Model).validate_json(json.dumps(DEFAULTS | told))
     except ValidationError as error:
         raise ValueError(f"config.json {_sentence(error.errors())}") from None
+    if (heads := model.num_attention_heads) % (groups := model.num_key_value_heads):
+        says = f"must divide the {heads} query heads, got {groups}"
+        raise ValueError(f"config.json key 'num_key_value_heads' {says}")
+    return dataclasses.asdict(model)
 
 
 # Keys that Qwen2Moe adds, with what transformers takes where a file says nothing; None: the file must say it.
