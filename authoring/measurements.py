@@ -107,14 +107,14 @@ NUMBERS = (
     ),
     Number(
         "sft",
-        "held-out problems solved after fine-tuning",
+        "held-out problems solved after fine-tuning, in wordings of training",
         ("20_online_rl/final_sft.json",),
         _solved,
         "{:.0%}",
     ),
     Number(
         "grpo",
-        "held-out problems solved after DPO and GRPO",
+        "held-out problems solved after DPO and GRPO, in wordings of training",
         ("20_online_rl/final_grpo*.json",),
         _solved,
         "{:.0%}",
