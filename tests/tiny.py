@@ -6,6 +6,7 @@ import re
 import textwrap
 from pathlib import Path
 
+import pytest
 import torch
 
 from qwen_mini.course import stages
@@ -254,3 +255,11 @@ def answered(code: str, body: str) -> str:
     before, rest = re.split(r"[ ]*# BEGIN SOLUTION\n", code)
     after = rest.split("# END SOLUTION")[1]
     return before + textwrap.indent(body, "    " if "def " in before else "") + after
+
+
+def refuses(exercise, body: str, space: dict, errors=AssertionError) -> None:
+    """Assert that the check of an exercise (its solution's cell, its check) refuses another body."""
+    solution, check = exercise
+    exec(answered(solution, body), space)
+    with pytest.raises(errors):
+        exec(check, space)
