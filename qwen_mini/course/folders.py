@@ -122,12 +122,9 @@ def _refuse_more(values: dict) -> None:
 
 
 def _sentence(problems: list[dict]) -> str:
-    missing = [str(problem["loc"][-1]) for problem in problems if problem["type"] == "missing"]
     unknown = [str(problem["loc"][-1]) for problem in problems if problem["type"] == UNKNOWN]
     if unknown:
         return f"asks for {', '.join(unknown)}, which Qwen2.5 does not have: remove it if it changes no number"
-    if missing:
-        return f"lacks {', '.join(missing)}"
     key, problem = (problems[0]["loc"] or ("",))[-1], problems[0]
     if problem["type"] == "value_error":
         return f"key {key!r} {problem['ctx']['error']}"
