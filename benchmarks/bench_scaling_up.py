@@ -14,7 +14,7 @@ from qwen_mini import course
 from qwen_mini.course.launch import join, torchrun
 from qwen_mini.course.ranks import world
 from qwen_mini.model import ModelConfig, Qwen
-from qwen_mini.scaling_up import memory_per_rank, rows_of, shard
+from qwen_mini.scaling_up import memory_per_rank, rows_of
 from qwen_mini.training import Trainer
 
 SHAPE = ModelConfig(4_096, 448, 1_024, 10, 4, 2, 112, 256, 10_000.0, 1e-6, True)
@@ -30,7 +30,7 @@ def train(shape: ModelConfig, steps: int) -> float:
     settings = dataclasses.replace(settings, grad_accumulation=1, optimizer="adamw")
     torch.manual_seed(0)
     batch_of = rows_of(torch.randint(shape.vocab_size, (16, LENGTH + 1)), ROWS)
-    trainer, taken = Trainer(shard(Qwen(shape)), settings, 100), []
+    trainer, taken = Trainer(Qwen(shape), settings, 100), []
     for step in range(steps):
         begun = time.perf_counter()
         trainer.step(batch_of(step, *world()))

@@ -41,6 +41,7 @@ from .course import artifacts, hardware, stages
 from .course.ranks import world
 from .course.scales import Dpo, ScaleConfig
 from .course.stages import Stage
+from .kernels.sharding import cut_like, gathered, whole
 from .long_context import extended_checkpoint
 from .model import Qwen
 from .reward_model import Pair, Step, adamw_settings, load_answers, pair_plan, policy_of
@@ -254,16 +255,16 @@ class OnlineMergingAdamW(torch.optim.Optimizer):
             raise ValueError(f"{len(params)} parameters, but {len(bases)} base tensors")
         self.numbers = {p: number for number, p in enumerate(params)}
         self.deltas = {
-            p: self._thin(p.detach() - base.to(p), p, 0).clamp_(-1, 1)
+            p: self._thin(p.detach() - cut_like(base.to(p.dtype), p), p, 0).clamp_(-1, 1)
             for p, base in zip(params, bases, strict=True)
         }
 
     def _thin(self, x: Tensor, p: Tensor, step: int) -> Tensor:
-        """F. What is kept depends on seed, parameter and step alone: a resumed run draws the same."""
+        """F. What is kept depends on seed, parameter and step alone: a resumed run, or one on more ranks, draws the same."""
         if self.method == "ties":
-            return largest(x, self.keep)
+            return cut_like(largest(whole(x), self.keep), p)
         key = (self.seed * 1_000_003 + step) * 10_007 + self.numbers[p]
-        return _at_random(x, self.keep, key, self.rescale)
+        return cut_like(_at_random(whole(x), self.keep, key, self.rescale), p)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -309,7 +310,8 @@ def preference_steps(
     plan = pair_plan(pairs, settings.batch_pairs, settings.epochs, seed)
     shares = (plan.share(number, *world()) for number in range(plan.total_steps))
     batches = [[pairs[i] for i in share] for share in shares]
-    reference = reference_logprobs(trainer.model, batches)
+    with gathered(trainer.model):
+        reference = reference_logprobs(trainer.model, batches)
 
     def step(number: int) -> dict[str, float]:
         then, facts = reference[number], {}

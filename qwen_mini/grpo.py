@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .course import CourseError, hardware, stages
-from .course.ranks import summed, world
+from .course.ranks import highest, summed, world
 from .course.scales import Grpo, ScaleConfig
 from .course.stages import Stage
 
@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 
 from .dpo import WORDINGS_ASKED, dpo_stage, target_logprobs
+from .kernels.sharding import gathered
 from .kernels.shared_prompt import shared_prompt_attention, shared_prompt_bias
 from .layers import rope_tables, rotate_heads
 from .model import Qwen
@@ -164,14 +165,15 @@ def grpo_loss(
 
 # %% ../notebooks/19_grpo.ipynb #c821a5f4
 def _group_attention(
-    q: Tensor, k: Tensor, v: Tensor, *_, tables: tuple[Tensor, Tensor], **shape
+    q: Tensor, k: Tensor, v: Tensor, *_, made: Callable[[torch.dtype], tuple], **shape
 ) -> Tensor:
-    """`shared_prompt_attention` of what RoPE has turned; shape: its `bias`, `prompt_length` and `responses`.
+    """`shared_prompt_attention` of what RoPE has turned; shape: its `prompt_length` and `responses`.
 
-    tables: `rope_tables` of the positions. The other arguments of `causal_attention` are not used.
+    made: dtype → (`rope_tables` of the positions, `bias`). The other arguments of `causal_attention` are not used.
     """
+    tables, bias = made(q.dtype)
     q, k = rotate_heads(q, tables), rotate_heads(k, tables)
-    return shared_prompt_attention(q, k, v, **shape)
+    return shared_prompt_attention(q, k, v, bias=bias, **shape)
 
 
 def _group_states(
@@ -179,17 +181,19 @@ def _group_states(
 ) -> Tensor:
     """Final hidden states of rows (batch, prompt_length + responses · width): a prompt, and responses behind it.
 
-    real: (batch, prompt_length), False where a prompt is padding. Tables and mask are made once for all layers.
+    real: (batch, prompt_length), False where a prompt is padding. The first layer makes tables and mask for all.
     """
-    c, length, weight = model.config, real.shape[1], model.model.embed_tokens.weight
+    c, length, usual = model.config, real.shape[1], model.attention
     heads, width = (c.num_attention_heads, c.num_key_value_heads), ids.shape[1] - length
-    width //= responses
-    bias = shared_prompt_bias(real.to(weight.device), width, responses, *heads, weight.dtype)
-    shape = {"bias": bias, "prompt_length": length, "responses": responses}
-    usual = model.attention
+
+    @functools.cache
+    def made(dtype: torch.dtype) -> tuple:
+        bias = shared_prompt_bias(real.to(ids.device), width // responses, responses, *heads, dtype)
+        return rope_tables(position_ids, usual.keywords["frequencies"], dtype), bias
+
+    shape = {"made": made, "prompt_length": length, "responses": responses}
     try:
-        tables = rope_tables(position_ids, usual.keywords["frequencies"], weight.dtype)
-        model.attention = functools.partial(_group_attention, tables=tables, **shape)
+        model.attention = functools.partial(_group_attention, **shape)
         return model.hidden_states(ids, position_ids)
     finally:
         model.attention = usual
@@ -388,6 +392,11 @@ def _part_losses(
         yield loss
 
 
+def _idle_losses(trainer: Trainer, group: Group, count: int) -> Iterator[Tensor]:
+    """`count` losses of weight 0: under torchrun all processes gather weights together, so equally often."""
+    return (0 * group_logprobs(trainer.model, [group])[0].sum() for _ in range(count))
+
+
 # %% ../notebooks/19_grpo.ipynb #246761dd
 def policy_update(
     trainer: Trainer,
@@ -416,12 +425,13 @@ def policy_update(
     kept = [i for i, varies in enumerate(varied) if varies or reference is not None]
     cut = _micro_batches(groups, kept, settings.micro_groups)
     parts = [([groups[i] for i in part], advantages[part].flatten()) for part in cut]
+    idle = highest(len(cut)) - len(cut)
     record, old = {"groups": different / count, "reward": earned / answers}, []
     names = ["clipped", "sampled_nll"] + ["kl"] * (reference is not None)
     for _ in range(inner_steps):
         seen: list[dict] = []
         losses = _part_losses(trainer, parts, old, seen, settings, kind, reference, total)
-        record |= trainer.step(losses)
+        record |= trainer.step(itertools.chain(losses, _idle_losses(trainer, groups[0], idle)))
         record |= _token_means(names, seen, [_token_count(part) for part, _ in parts])
     return record
 
@@ -470,7 +480,8 @@ def optimize_policy(
         key = f"{seed}/{again}" if again else seed
         mine = fresh_queries(settings.queries, weights, key, number)[rank::processes]
         noise = 1_000 * seed + number + 1_000_003 * again + 7_919 * rank
-        answers, groups = roll_out(trainer.model.eval(), tokenizer, mine, settings, noise, reward)
+        with gathered(trainer.model.eval()):
+            answers, groups = roll_out(trainer.model, tokenizer, mine, settings, noise, reward)
         return policy_update(trainer, groups, settings, **options) | _answer_means(answers)
 
     def step(number: int) -> dict[str, float]:
@@ -523,7 +534,8 @@ def _viewing(
     views = [settings.steps * third // 3 for third in range(3)]
 
     def view() -> dict:
-        answers = _eight_answers(trainer.model.eval(), tokenizer, example, settings)
+        with gathered(trainer.model.eval()):
+            answers = _eight_answers(trainer.model, tokenizer, example, settings)
         facts = {"problem": example.messages[-1]["content"], "gold": example.response}
         return facts | {"answers": answers}
 

@@ -38,6 +38,7 @@ from .course.progress import Progress
 from .course.ranks import is_first, world
 from .course.scales import Phase, Pretraining, ScaleConfig
 from .course.stages import Stage
+from .kernels.sharding import gathered
 from .model import ModelConfig, Qwen
 from .tokenizer import Tokenizer
 from .training import Batch, Trainer
@@ -332,10 +333,12 @@ def evaluating(
         record = step(number)
         done = trainer.step_count
         due = done % measure.eval_every == 0 or done == trainer.total_steps
-        if due and is_first():
-            tokens = measure.eval_tokens
-            record["heldout"] = evaluate(trainer.model, corpus, tokenizer, length, tokens)
-            progress.show(describe(record, trainer.total_steps))
+        if due:
+            with gathered(trainer.model):
+                if is_first():
+                    tokens = measure.eval_tokens
+                    record["heldout"] = evaluate(trainer.model, corpus, tokenizer, length, tokens)
+                    progress.show(describe(record, trainer.total_steps))
         return record
 
     return step_and_look

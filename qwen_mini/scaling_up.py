@@ -9,8 +9,8 @@ __all__ = [
     "FlatShard",
     "shard_by_hand",
     "rows_of",
-    "shard",
     "save_sharded",
+    "has_state",
     "load_sharded",
     "train_distributed",
     "load_model",
@@ -34,8 +34,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from .course import CourseError, folders, gguf_files
 from .course.plan import activation_bytes_per_token
@@ -141,24 +139,6 @@ def rows_of(rows: Tensor, batch_rows: int) -> Callable[[int, int, int], Batch]:
     return batch
 
 
-# %% ../notebooks/22_scaling_up.ipynb #9d354e3e
-def shard(model: Qwen, dtype: torch.dtype = torch.float32) -> Qwen:
-    """Share a model's parameters among all ranks with `fully_shard`, layer by layer; without a group nothing changes.
-
-    dtype: of the gathered weights; what the optimiser updates stays float32, and gradients are summed in it.
-    Gradients are summed, not averaged: the losses of the course's `Trainer` are shares of one loss.
-    """
-    if not dist.is_initialized():
-        return model
-    mesh = init_device_mesh(model.lm_head.weight.device.type, (world()[1],))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for module in (*model.model.layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale within a sum
-    return model
-
-
 # %% ../notebooks/22_scaling_up.ipynb #9cbde26a
 def _quietly(work: Callable, state: dict, folder: str | Path) -> None:
     """`dcp.save` or `dcp.load`, outside a group without the warning that there is none."""
@@ -172,17 +152,30 @@ def save_sharded(folder: str | Path, trainer: Trainer) -> None:
 
     The state is written aside, and takes the place of an older one when it is complete.
     """
-    folder = Path(folder)
-    aside, alone = folder.with_name(f".{folder.name}.part"), not dist.is_initialized()
+    folder, alone = Path(folder), not dist.is_initialized()
+    aside, older = (folder.with_name(f".{folder.name}.{word}") for word in ("part", "older"))
     state = training_tensors(trainer) | {"steps": torch.tensor(trainer.step_count)}
     if is_first():
         shutil.rmtree(aside, ignore_errors=True)
     alone or dist.barrier()
     _quietly(dcp.save, state, aside)
     if is_first():
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(older, ignore_errors=True)
+        if folder.exists():
+            folder.rename(older)
         aside.rename(folder)
+        shutil.rmtree(older, ignore_errors=True)
     alone or dist.barrier()
+
+
+def has_state(folder: str | Path) -> bool:
+    """Whether `save_sharded` left a state there; one whose successor was not put in its place comes back."""
+    folder = Path(folder)
+    older = folder.with_name(f".{folder.name}.older")
+    if is_first() and older.exists() and not folder.exists():
+        older.rename(folder)
+    dist.is_initialized() and dist.barrier()
+    return folder.exists()
 
 
 def load_sharded(folder: str | Path, trainer: Trainer) -> None:
@@ -218,8 +211,8 @@ def train_distributed(
     batch_of: (step, rank, ranks) → this rank's rows; settings: a scale's `[pretraining]`. After step `stop` (default:
     the last one) the state is written to `folder`. All ranks must start with equal weights.
     """
-    trainer = Trainer(shard(model), settings, total_steps)
-    if folder and Path(folder).exists():
+    trainer = Trainer(model, settings, total_steps)
+    if folder and has_state(folder):
         load_sharded(folder, trainer)
     last = min(total_steps, stop or total_steps)
     records = [trainer.step(batch_of(step, *world())) for step in range(trainer.step_count, last)]

@@ -28,7 +28,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -36,10 +35,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .course import CourseError, artifacts
-from .course.ranks import world
+from .course.ranks import is_first, summed, world
 from .course.scales import Pretraining
 from .kernels.cross_entropy import linear_cross_entropy, total_weight
-from .model import Qwen
+from .kernels.sharding import cut_like, shard, whole
+from .model import Qwen, assign_weights
 
 _all_ = ["linear_cross_entropy"]  # it can be imported from here, too
 
@@ -218,8 +218,11 @@ def _set_rates(
 
 # %% ../notebooks/08_training.ipynb #875a137c
 def _master_weights(parameters: list[nn.Parameter], dtype: torch.dtype) -> list[nn.Parameter]:
-    """Float32 copies that the optimiser owns, while the parameters themselves become `dtype`; in float32 the same."""
-    if dtype == torch.float32:
+    """Float32 copies that the optimiser owns, while the parameters themselves become `dtype`.
+
+    In float32 they are the same, and under `fully_shard`, too, which makes the 16-bit weights when it gathers them.
+    """
+    if dtype == torch.float32 or isinstance(parameters[0], DTensor):
         return parameters
     masters = [nn.Parameter(p.detach().clone()) for p in parameters]
     for p in parameters:
@@ -260,20 +263,19 @@ def _loss_shares(model: Qwen, batch: Batch, parts: int) -> Iterator[Tensor]:
     """The loss of each micro-batch, times its share of the whole batch's tokens.
 
     Their sum is the weighted mean over all tokens, however the batch is cut into `parts` and shared out among
-    processes. CourseError if the weights are 0 everywhere.
+    processes, which all compute `parts` losses. CourseError if the weights are 0 everywhere.
     """
     device = model.lm_head.weight.device
-    total = batch.weights.sum().double()
-    if world()[1] > 1:
-        dist.all_reduce(total)
+    [total] = summed(batch.weights.sum().item())
     if total == 0:
         nothing = "this batch trains no token, because every weight is 0"
         raise CourseError(f"{nothing}: look at the rows' masks and at replay_weight")
-    pieces = (x.chunk(parts) for x in (batch.input_ids, batch.targets, batch.weights))
+    pieces = (x.tensor_split(parts) for x in (batch.input_ids, batch.targets, batch.weights))
     for ids, targets, weights in zip(*pieces, strict=True):
-        weights = weights.to(device)
-        share = (weights.sum() / total.to(device)).float()
-        yield share * model(ids.to(device), targets=targets.to(device), weights=weights)
+        if len(ids) or world()[1] > 1:
+            share = weights.sum().item() / total
+            weights = weights.to(device)
+            yield share * model(ids.to(device), targets=targets.to(device), weights=weights)
 
 
 def _check_finite(step: int, loss: float, grad_norm: float) -> None:
@@ -293,7 +295,8 @@ class Trainer:
 
     In bfloat16 the model computes with 16-bit working weights while the optimiser updates float32 masters (small
     updates would vanish in 8 bits of mantissa); in float32 the two are the same tensors. Muon's iterations run in
-    `dtype`, too.
+    `dtype`, too. Under torchrun every process owns a piece of every tensor (`shard`, chapter 22); all of them call
+    every method together.
     """
 
     def __init__(
@@ -304,7 +307,9 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
     ):
         self.model, self.settings, self.total_steps = model, settings, total_steps
-        self.step_count, self.loss = 0, torch.zeros((), dtype=torch.float64)
+        self.step_count, self.loss, self.dtype = 0, 0.0, dtype
+        if world()[1] > 1:
+            shard(model, dtype)
         self.names = [name for name, _ in model.named_parameters()]
         self.working = [p for _, p in model.named_parameters()]
         self.masters = _master_weights(self.working, dtype)
@@ -328,17 +333,14 @@ class Trainer:
     def update(self) -> dict[str, float]:
         """One optimiser step with the gradients that have come; its numbers.
 
-        Gradients are summed over processes; `fully_shard` has done so already. FloatingPointError if the loss or the
-        gradient is not finite: the weights are untouched then.
+        The loss is summed over processes; `fully_shard` has summed the gradients. FloatingPointError if either is not
+        finite: the weights are untouched then.
         """
-        loss, self.loss = self.loss, torch.zeros((), dtype=torch.float64)
-        for p in self.masters:  # a loss need not reach every weight, nor a process have one
+        [loss], self.loss = summed(self.loss), 0.0
+        for p in self.masters:  # a loss need not reach every weight
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if world()[1] > 1:
-            for x in [loss, *(p.grad for p in self.masters if not isinstance(p, DTensor))]:
-                dist.all_reduce(x)
-        grad_norm = nn.utils.clip_grad_norm_(self.masters, self.settings.clip_norm).item()
-        _check_finite(self.step_count, loss.item(), grad_norm)
+        grad_norm = whole(nn.utils.clip_grad_norm_(self.masters, self.settings.clip_norm)).item()
+        _check_finite(self.step_count, loss, grad_norm)
         s = self.settings
         plan = (s.warmup_steps, s.schedule, s.min_lr_ratio, s.decay_fraction)
         factor = learning_rate_factor(self.step_count, self.total_steps, *plan)
@@ -347,7 +349,7 @@ class Trainer:
             optimizer.step()
         _publish_weights(self.masters, self.working)
         self.step_count += 1
-        record = {"step": self.step_count, "loss": loss.item()}
+        record = {"step": self.step_count, "loss": loss}
         return record | {"grad_norm": grad_norm, "lr_factor": factor}
 
     def step(self, batch: Batch | Iterable[Tensor]) -> dict[str, float]:
@@ -380,7 +382,7 @@ def restore_tensors(trainer: Trainer, state: dict[str, Tensor], step: int) -> No
             raise RuntimeError(f"{key} has the shape {tuple(value.shape)}")
     with torch.no_grad():
         for name, p in by_name.items():
-            p.copy_(state[f"model.{name}"])
+            p.copy_(cut_like(state[f"model.{name}"], p))
     owners = {}
     for optimizer in trainer.optimizers:
         every = (p for group in optimizer.param_groups for p in group["params"])
@@ -389,7 +391,8 @@ def restore_tensors(trainer: Trainer, state: dict[str, Tensor], step: int) -> No
         kind, name = key.split(".", 1)
         if kind != "model":
             p = by_name[name]
-            owners[id(p)].state[p][kind] = value.to(p.device).clone()
+            own = cut_like(value, p) if value.ndim else value.to(p.device)
+            owners[id(p)].state[p][kind] = own.clone()
     _publish_weights(trainer.masters, trainer.working)
     trainer.step_count = step
 
@@ -397,16 +400,27 @@ def restore_tensors(trainer: Trainer, state: dict[str, Tensor], step: int) -> No
 # %% ../notebooks/08_training.ipynb #8218b13f
 def save_training_state(path: Path, trainer: Trainer, metrics: list[dict]) -> None:
     """One safetensors file with tensors, step, precision and metrics so far; it replaces the
-    old one only when it is complete.
+    old one only when it is complete. Any number of processes can go on from it.
     """
     header = {
         "format": "pt",
         "step": str(trainer.step_count),
-        "dtype": str(trainer.working[0].dtype).removeprefix("torch."),
+        "dtype": str(trainer.dtype).removeprefix("torch."),
         "metrics": json.dumps(metrics),
     }
-    state = {name: x.contiguous().cpu() for name, x in training_tensors(trainer).items()}
-    artifacts.write_file(path, save(state, metadata=header))
+    state = _on_the_first(training_tensors(trainer))
+    if is_first():
+        artifacts.write_file(path, save(state, metadata=header))
+
+
+def _on_the_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whole, in the first process's memory; another process lends its pieces and gets nothing."""
+    found = {}
+    for name, x in tensors.items():  # one after the other: a GPU holds one of them whole
+        x = whole(x)
+        if is_first():
+            found[name] = x.contiguous().cpu()
+    return found
 
 
 def load_training_state(path: Path, trainer: Trainer) -> list[dict]:
@@ -448,7 +462,17 @@ def _foreign_state(path: Path, reason: object) -> CourseError:
 
 # %% ../notebooks/08_training.ipynb #76e3fc06
 def finished_model(trainer: Trainer) -> nn.Module:
-    """The trained model in float32, of whatever class, from the masters."""
+    """The trained model in float32, of whatever class, from the masters.
+
+    Under torchrun all processes call this together; the first one gets the model, the others one without numbers.
+    """
+    if isinstance(trainer.masters[0], DTensor):
+        with torch.device("meta"):
+            model = type(trainer.model)(trainer.model.config)  # of its class before it was cut
+        named = zip(trainer.names, trainer.masters, strict=True)
+        if weights := _on_the_first({name: p.detach() for name, p in named}):
+            assign_weights(model, weights, "the trained weights do not fit")
+        return model
     model = copy.deepcopy(trainer.model).float()
     with torch.no_grad():
         for p, master in zip(model.parameters(), trainer.masters, strict=True):

@@ -40,7 +40,14 @@ from qwen_mini.pretraining import (
     xz_bits_per_byte,
 )
 from qwen_mini.tokenizer import Tokenizer
-from qwen_mini.training import Batch, Trainer, finished_model, load_training_state, make_optimizers
+from qwen_mini.training import (
+    Batch,
+    Trainer,
+    finished_model,
+    load_training_state,
+    make_optimizers,
+    training_header,
+)
 
 
 @pytest.fixture(scope="module")
@@ -533,6 +540,39 @@ def test_two_processes_train_as_one(prepared, whole, two, name):
         "two_processes"
     }
     assert [r[1] for r in done] == pytest.approx([r[1] for r in one], rel=1e-4)
+
+
+KILLED = """
+import os, signal
+from qwen_mini import course
+from qwen_mini.course import stages
+from qwen_mini.pretraining import pretrain
+from qwen_mini.training import Trainer
+stages.SAVE_EVERY, update = 0.0, Trainer.update
+
+
+def fragile(trainer):
+    if sys.argv[2] == "kill" and trainer.step_count == 14 and dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(trainer)
+
+
+Trainer.update = fragile
+pretrain(course.load_scale(sys.argv[1]), stage="rank_killed")
+"""
+
+
+def test_a_run_goes_on_after_one_of_its_processes_was_killed(prepared, two, tmp_path):
+    _, scale, _, runs = prepared
+    variables = {"QWEN_MINI_RUNS": str(runs)}
+    with pytest.raises(subprocess.CalledProcessError):
+        run_two_processes(tmp_path, KILLED, scale, "kill", **variables)
+    [state] = (runs / "tiny" / "training_state").glob("rank_killed-*")
+    assert int(training_header(state)["step"]) == 14
+    run_two_processes(tmp_path, KILLED, scale, "go on", **variables)
+    killed, whole = (losses_of(runs / "tiny" / name) for name in ("rank_killed", "two_processes"))
+    assert killed == whole
+    assert weights_of(runs / "tiny" / "rank_killed") == weights_of(runs / "tiny" / "two_processes")
 
 
 def test_rows_that_cannot_be_shared_are_refused(two):

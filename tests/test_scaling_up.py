@@ -22,6 +22,7 @@ from qwen_mini.course.nb import Notebook
 from qwen_mini.course.plan import plan
 from qwen_mini.course.ranks import world
 from qwen_mini.generation import generate
+from qwen_mini.kernels.sharding import shard
 from qwen_mini.model import QWEN2_5, ModelConfig, Qwen, count_parameters
 from qwen_mini.moe import QWEN_MOE, MoeConfig, QwenMoe, expert_load, load_balancing_loss
 from qwen_mini.scaling_up import (
@@ -30,12 +31,12 @@ from qwen_mini.scaling_up import (
     gguf_metadata,
     gguf_tensors,
     global_expert_load,
+    has_state,
     load_model,
     load_sharded,
     memory_per_rank,
     rows_of,
     save_sharded,
-    shard,
     shard_by_hand,
     train_distributed,
     training_plan,
@@ -121,7 +122,7 @@ rank, ranks = join()
 if sys.argv[1] == "fail" and rank:
     raise ValueError("no good")
 time.sleep(60 * (sys.argv[1] == "sleep"))
-print(rank, ranks, flush=True)
+sys.stdout.write(f"{rank} {ranks}\\n")  # at once: `print` writes the end of the line apart
 """
 
 
@@ -226,6 +227,12 @@ def test_the_restored_tensors_are_those_that_were_saved(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     save_sharded(tmp_path / "state", other)  # over an older one
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    (tmp_path / "state").rename(
+        tmp_path / ".state.older"
+    )  # killed before the new one took its place
+    assert has_state(tmp_path / "state")
+    load_sharded(tmp_path / "state", Trainer(Qwen(SHAPE), settings(), STEPS))
+    assert not has_state(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("damage", ["missing", "no metadata", "cut", "other pickle"])
@@ -304,8 +311,14 @@ def test_a_plan_is_flops_over_speed():
 def test_the_plan_of_a_scale_tells_of_sharding():
     rows = dict(plan(course.load_scale("cluster"), 8))
     config = ModelConfig.from_scale(course.load_scale("cluster"))
-    gib = memory_per_rank(config, 8)["owned"] / 2**30
-    assert f"{gib:.2f} GiB" in rows["sharded (chapter 22)"]
+    found = memory_per_rank(config, 8)
+    whole = sum(found[part] for part in ("owned", "gathered", "gradients"))
+    told = rows["weights, gradients, optimizer"]
+    assert told.startswith(f"{whole / 2**30:.2f} GiB a device ({found['owned'] / 2**30:.2f} owned")
+    assert (
+        "20 bytes a parameter)"
+        in dict(plan(course.load_scale("gpu")))["weights, gradients, optimizer"]
+    )
 
 
 # ---------------------------------------------------------------- balance of experts

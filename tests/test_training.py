@@ -1,6 +1,7 @@
 """`qwen-mini train STAGE`, in one process and under torchrun: what a stage starts from is made first, and once."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,26 +84,24 @@ def test_a_finished_stage_is_trained_again_only_if_asked(tuned, capsys):
     assert weights.stat().st_mtime_ns != before and weights.read_bytes() == content
 
 
+def resized(text: str, section: str, **sizes: int) -> str:
+    """A scale's text with other numbers in a section."""
+    before, head, after = text.partition(f"\n[{section}]\n")
+    inside, following, rest = after.partition("\n[")
+    for name, value in sizes.items():
+        inside, found = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value}", inside)
+        assert found == 1, name
+    return before + head + inside + following + rest
+
+
 @pytest.fixture(scope="module")
 def preferring(tmp_path_factory):
     """(runs of one process, runs of two): `dpo` from the shipped checkpoint, and the pairs that it trains on."""
     folder = tmp_path_factory.mktemp("preferring")
-    before, dpo, after = TINY.partition("[dpo]")
-    section, grpo, rest = after.partition("[grpo]")
-    sizes = {
-        "problems": (1, 2),
-        "samples": (2, 8),
-        "max_new_tokens": (8, 48),
-        "pairs_per_problem": (1, 2),
-    }
-    sizes |= {"epochs": (1, 2), "batch_pairs": (2, 128)}
-    for name, (
-        few,
-        more,
-    ) in sizes.items():  # all pairs in every batch: however many there are, two can share them
-        assert f"\n{name} = {few}\n" in section
-        section = section.replace(f"\n{name} = {few}\n", f"\n{name} = {more}\n")
-    text = before + dpo + section + grpo + rest
+    # all pairs in every batch: however many there are, two can share them
+    pairs = {"problems": 2, "samples": 8, "max_new_tokens": 48, "pairs_per_problem": 2}
+    text = resized(TINY, "dpo", **pairs, epochs=2, batch_pairs=128)
+    text = resized(text, "grpo", steps=2, queries=6, group_size=8, max_new_tokens=48, probe=2)
     scale = folder / "ready.toml"
     scale.write_text(text.replace('start = "own"', 'start = "shipped"').format(dtype="float32"))
     one, two = folder / "one", folder / "two"
@@ -125,3 +124,13 @@ def test_two_processes_train_on_the_same_pairs_as_one(preferring):
     assert (
         manifests[0]["inputs"]["pairs"] == artifacts.read_manifest(preferring[1] / "pairs")["key"]
     )
+
+
+def test_reinforcement_learning_runs_in_two_processes(preferring):
+    """Each samples answers of its own: the numbers are not those of one process. That updates are: tests/test_grpo.py."""
+    _, two = preferring
+    train_in_two(two.parent, "grpo", "--scale", str(two.parent.parent / "ready.toml"))
+    records = losses_of(two / "grpo")
+    assert [r[0] for r in records] == list(range(1, len(records) + 1)) and len(records) > 1
+    assert all(r[2] > 0 for r in records)  # the gradient
+    assert weights_of(two / "grpo") != weights_of(artifacts.shipped_dir("dpo"))

@@ -39,7 +39,7 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
     tokens = sum(phase.tokens for phase in phases)
     per_token = lambda phase: flops_per_token(shape, phase.length, training=True)
     flops = sum(phase.tokens * per_token(phase) for phase in phases)
-    state = STATE_BYTES * parameters  # on every device: what `qwen-mini train` does
+    state, told = _state_bytes(shape, parameters, gpus)
     micro = training.batch_tokens // (training.grad_accumulation * gpus)
     activations = micro * activation_bytes_per_token(config.model)
     layers, steps = count_parameters(shape, embedding=False), tokens // training.batch_tokens
@@ -47,8 +47,7 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
     rows = {
         "parameters": f"{parameters:,} ({layers:,} without embeddings)",
         "tokens": f"{tokens:,} in {steps:,} steps, {tokens / parameters:.1f} per parameter",
-        "weights, gradients, optimizer": f"{state / GIB:.2f} GiB a device ({STATE_BYTES} bytes a parameter, on every device)",
-        "sharded (chapter 22)": _sharded(shape, gpus),
+        "weights, gradients, optimizer": f"{state / GIB:.2f} GiB a device ({told})",
         "activations": f"{activations / GIB:.2f} GiB a device ({micro:,} tokens at once, rule of thumb)",
         "memory": _verdict((state + activations) / GIB, config.run.memory_gib),
         "KV cache": f"{kv_cache_bytes_per_token(shape):,} bytes a token in bfloat16",
@@ -59,15 +58,16 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
     return list(rows.items())
 
 
-def _sharded(shape, gpus: int) -> str:
+def _state_bytes(shape, parameters: int, gpus: int) -> tuple[int, str]:
+    """Bytes of weights, gradients and optimiser on the fullest device, and how they come about."""
     from qwen_mini.scaling_up import OWNED_BYTES, memory_per_rank
 
+    if gpus == 1:
+        return STATE_BYTES * parameters, f"{STATE_BYTES} bytes a parameter"
     found = memory_per_rank(shape, gpus)
-    gathered = (found["gathered"] + found["gradients"]) / GIB
-    return (
-        f"{found['owned'] / GIB:.2f} GiB owned ({OWNED_BYTES} bytes a parameter, divided by {gpus}), "
-        f"{gathered:.2f} gathered, instead"
-    )
+    gathered = found["gathered"] + found["gradients"]
+    owned = f"{found['owned'] / GIB:.2f} owned: {OWNED_BYTES} bytes a parameter, shared by {gpus}"
+    return found["owned"] + gathered, f"{owned}; {gathered / GIB:.2f} gathered"
 
 
 def _verdict(needed: float, budget: float) -> str:

@@ -23,3 +23,13 @@ def summed(*values: float) -> list[float]:
     if world()[1] > 1:
         torch.distributed.all_reduce(totals)
     return totals.tolist()
+
+
+def highest(value: int) -> int:
+    """The largest of all processes' values."""
+    import torch
+
+    found = torch.tensor(value)
+    if world()[1] > 1:
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found)

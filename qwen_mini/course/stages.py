@@ -270,7 +270,7 @@ def _fill(made: Stage, fill: Callable[[Path], None], starts: tuple) -> Path:
 def _train(made: Stage, begin: Begin, stop_after: int | None) -> Path:
     """The skeleton: begin, resume, step, save, write."""
     import torch
-    from qwen_mini.training import load_training_state, save_training_state
+    from qwen_mini.training import finished_model, load_training_state, save_training_state
 
     state, begun = state_path(made), time.monotonic()
     artifacts.sweep(made.scale)
@@ -285,31 +285,35 @@ def _train(made: Stage, begin: Begin, stop_after: int | None) -> Path:
         record = step(trainer.step_count)
         records.append({**record, "seconds": time.perf_counter() - started})
         due = time.monotonic() - saved >= SAVE_EVERY or trainer.step_count == stop_after
-        if is_first() and due and trainer.step_count < trainer.total_steps:
+        # the processes' clocks differ, and each has a piece of the state: the first one decides
+        if trainer.step_count < trainer.total_steps and _of_all_ranks(due)[0]:
             save_training_state(state, trainer, records)
             saved = time.monotonic()
     if trainer.step_count < trainer.total_steps:
         return state
+    model, failure = finished_model(trainer), None
     if is_first():
         try:
-            _write(made, trainer, tokenizer, records, dtype, begun)
-        except CourseError:  # a full disk, for instance: the work of the last seconds is not lost
-            with contextlib.suppress(CourseError):
-                save_training_state(state, trainer, records)
-            raise
+            _write(made, model, tokenizer, records, dtype, begun)
+        except CourseError as error:
+            failure = error
+    if failure := _of_all_ranks(failure)[0]:
+        with contextlib.suppress(CourseError):
+            # a full disk, for instance: the work of the last seconds is not lost
+            save_training_state(state, trainer, records)
+        raise failure
     return _agreed(made)
 
 
-def _write(made: Stage, trainer, tokenizer, records: list[dict], dtype, begun: float) -> None:
+def _write(made: Stage, model, tokenizer, records: list[dict], dtype, begun: float) -> None:
     import torch
-    from qwen_mini.training import finished_model
 
     with _written(made) as folder:
         chats = made.inputs.get("chat", False)
         stops = [tokenizer.im_end_id, tokenizer.endoftext_id] if chats else tokenizer.endoftext_id
         pad = tokenizer.control_tokens[tokenizer.pad_token]
         ends = {"eos_token_id": stops, "pad_token_id": pad}
-        finished_model(trainer).save_pretrained(folder, torch.bfloat16, generation_config=ends)
+        model.save_pretrained(folder, torch.bfloat16, generation_config=ends)
         tokenizer.save_pretrained(folder)
         artifacts.write_lines(folder / "metrics.jsonl", records)
         _add_provenance(folder, made, dtype, begun)
