@@ -1,4 +1,4 @@
-"""Programs that a model wrote, verified a second by one worker of the sandbox: against a fresh, isolated Python for each.
+"""Programs that a model wrote, a second, in one worker of the sandbox: against a fresh, isolated Python for each.
 
 The peer is what a reader would write first, `python -I -c`: it confines nothing but the imports. Both run the same
 functions on the same calls and must give the same results.
