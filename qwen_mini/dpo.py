@@ -260,7 +260,7 @@ class OnlineMergingAdamW(torch.optim.Optimizer):
         }
 
     def _thin(self, x: Tensor, p: Tensor, step: int) -> Tensor:
-        """F. What is kept depends on seed, parameter and step alone: a resumed run draws the same, on any number of ranks."""
+        """F. What is kept depends on seed, parameter and step alone: a resumed run draws the same, on any ranks."""
         if self.method == "ties":
             return cut_like(largest(whole(x), self.keep), p)
         key = (self.seed * 1_000_003 + step) * 10_007 + self.numbers[p]

@@ -127,7 +127,7 @@ def test_two_processes_train_on_the_same_pairs_as_one(preferring):
 
 
 def test_reinforcement_learning_runs_in_two_processes(preferring):
-    """Each samples answers of its own, so the numbers differ from one process's; tests/test_grpo.py compares updates."""
+    """Each samples answers of its own, so the numbers are not one process's; tests/test_grpo.py compares updates."""
     _, two = preferring
     train_in_two(two.parent, "grpo", "--scale", str(two.parent.parent / "ready.toml"))
     records = losses_of(two / "grpo")
