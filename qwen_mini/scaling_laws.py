@@ -338,12 +338,6 @@ def recommend(N: float, D: float, laws: Mapping | None = None) -> Recommendation
         raise ValueError(f"N parameters and D tokens must be positive numbers, got {N:g} and {D:g}")
     laws = laws or records.recall("11_scaling_laws", "laws")
     rate, batch = best_settings(N, D, laws, laws["length"])
-    return Recommendation(
-        learning_rate=rate,
-        batch_tokens=batch,
-        steps=max(1, round(D / batch)),
-        flops=6.0 * N * D,
-        memory=STATE_BYTES * N,
-        loss=float(LossLaw(**laws["loss"])(N, D)),
-        beyond=max(1.0, N / laws["largest"][0], D / laws["largest"][1]),
-    )
+    loss, steps = float(LossLaw(**laws["loss"])(N, D)), max(1, round(D / batch))
+    beyond = max(1.0, N / laws["largest"][0], D / laws["largest"][1])
+    return Recommendation(rate, batch, steps, 6.0 * N * D, STATE_BYTES * N, loss, beyond)
