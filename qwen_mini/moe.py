@@ -326,10 +326,9 @@ def load_balancing_loss(
 def upcycle(dense: Qwen, fresh: float = 0.5, seed: int = 0, scale=1.0, **experts) -> QwenMoe:
     """A `QwenMoe` that begins from the weights of a dense model (arXiv 2407.10671 §2.2.2).
 
-    experts: fields that `MoeConfig` adds. Each layer's feed-forward part is copied as often as the experts need, the
-    hidden channels of every copy are permuted at random, and the copies are cut into experts. A share `fresh` of their
-    weights, element by element, is drawn anew; then the last matrix of each expert is multiplied by `scale`. A shared
-    expert gets channels of a permuted copy, unchanged.
+    experts: fields that `MoeConfig` adds. Each layer's feed-forward part is copied as often as needed, the hidden
+    channels of every copy are permuted, and the copies are cut into experts. A share `fresh` of their weights is drawn
+    anew; then each last matrix is multiplied by `scale`. A shared expert gets channels of a copy, unchanged.
     """
     if not 0 <= fresh <= 1:
         raise ValueError(f"fresh is a share of the weights, from 0 to 1, got {fresh}")

@@ -64,14 +64,13 @@ def heldout_losses(ensemble: Ensemble, text: SmallText, rows: int = 32) -> Tenso
 # %% ../notebooks/11_scaling_laws.ipynb #8b79130a
 def sweep(
     text: SmallText, config: ModelConfig, rates: Sequence[float], batch_tokens: int, horizons: Sequence[int],
-    seeds: Sequence[int] = (0,), build: Callable[[ModelConfig], Qwen] = Qwen,
-    make: Callable[[Sequence[Qwen]], Ensemble] = Ensemble,
-    optimizer: Callable[[Ensemble], EnsembleAdamW] = EnsembleAdamW,
+    seeds: Sequence[int] = (0,), build: Callable = Qwen, make: Callable = Ensemble, optimizer: Callable = EnsembleAdamW,
 ) -> dict[int, list[list[float]]]:  # fmt: skip
     """Held-out loss in nats after each horizon (tokens): {tokens: [for each seed [for each rate]]}.
 
     One run serves all: members are the pairs of a seed and a rate. Warm-up and a constant rate are shared by all
-    horizons; at 80 % of each a copy branches off and decays linearly to 0 (WSD, arXiv 2404.06395).
+    horizons; at 80 % of each a copy branches off and decays linearly to 0 (WSD, arXiv 2404.06395). `build` makes a
+    model of the config, `make` an ensemble of models, `optimizer` an AdamW of an ensemble.
     """
     length = text.train.shape[1] - 1
     if batch_tokens < length or batch_tokens % length:
