@@ -147,8 +147,8 @@ def _logs(count: int, sizes: Mapping[str, Sequence[float]]) -> np.ndarray:
 # %% ../notebooks/11_scaling_laws.ipynb #378440fb
 @dataclasses.dataclass(frozen=True)
 class Basins:
-    """What `fit_basins` finds: the law of the minima's places, and the lowest value of each group, in the order of
-    `groups`; `curvature` k, and `spread`, the standard error of ln y around the fit."""
+    """What `fit_basins` finds: the law of the minima's places, the lowest value of each group, the curvature k, and
+    the spread, the standard error of ln y around the fit."""
 
     law: PowerLaw
     lowest: dict
