@@ -235,8 +235,7 @@ def bootstrap(fit: Callable, groups: Sequence, draws: int = 400, seed: int = 0) 
 
 def interval(values: Sequence[float], level: float = 0.9) -> tuple[float, float]:
     """The middle `level` of the values."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return tuple(np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist())
 
 
 # %% ../notebooks/11_scaling_laws.ipynb #fbeb1b8a
