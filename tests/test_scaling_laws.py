@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -642,7 +644,8 @@ def room() -> dict:
     space = {"settings": load_scale("laptop").scaling_laws, "np": np, "course": course}
     space |= {"count_parameters": count_parameters, "flops_per_token": flops_per_token}
     space |= {"CHINCHILLA": CHINCHILLA, "cells": basins(2e-3), "sizes": [1e4, 2e4, 5e4]}
-    space["rung"] = lambda width, layers: small_model(width, layers)
+    space |= {"rung": small_model, "itertools": itertools, "partial": partial}
+    exec(next(code for code in BOOK.code if "def made_up(" in code).split("\n\n\n")[0], space)
 
     def off(law, own, left):
         ratios = [law(**{k: c[k] for k in law.exponents}) / own(D=c["D"], B=c["B"]) for c in left]
