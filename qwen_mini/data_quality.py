@@ -181,16 +181,21 @@ def rebalance(documents: Texts, shares: Shares, size: int, seed=0, most_epochs=4
         sizes = np.array([len(text.encode()) + 1 for text in documents[domain]])
         epochs = share * size / sizes.sum()
         if epochs > most_epochs:
-            raise ValueError(
-                f"the share of {domain!r} would repeat its text {epochs:.1f} times, more than "
-                f"{most_epochs:g}: lower the share or the size, or raise most_epochs"
-            )
+            often = f"would repeat its text {epochs:.1f} times, more than {most_epochs:g}"
+            raise ValueError(f"the share of {domain!r} {often}: lower it or raise most_epochs")
         order = np.concatenate([rng.permutation(len(sizes)) for _ in range(int(epochs) + 1)])
         count = int(np.searchsorted(np.cumsum(sizes[order]), share * size)) + 1
         chosen += [documents[domain][i] for i in order[:count]]
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
+def _check_shares(shares: Shares) -> None:
+    total = sum(shares.values())
+    if not shares or min(shares.values()) < 0 or abs(total - 1) > 1e-6:
+        raise ValueError(f"shares must be 0 or more and sum to 1, but sum to {total:g}")
+
+
+# %% ../notebooks/10_data_quality.ipynb #b0cc0160
 def within_epochs(shares: Shares, documents: Texts, size: int, most_epochs=4.0) -> Shares:
     """Shares that repeat no domain more than `most_epochs` times; what is cut off goes to the others in proportion."""
     names = list(shares)
@@ -205,12 +210,6 @@ def within_epochs(shares: Shares, documents: Texts, size: int, most_epochs=4.0) 
         free = ~over & (result < most)
         result[free] *= (1 - result[~free].sum()) / max(result[free].sum(), 1e-12)
     return dict(zip(names, (result / result.sum()).tolist(), strict=True))
-
-
-def _check_shares(shares: dict[str, float]) -> None:
-    total = sum(shares.values())
-    if not shares or min(shares.values()) < 0 or abs(total - 1) > 1e-6:
-        raise ValueError(f"shares must be 0 or more and sum to 1, but sum to {total:g}")
 
 
 # %% ../notebooks/10_data_quality.ipynb #6f3d0321
@@ -249,9 +248,7 @@ def decontaminate(
     may come from an iterator without end: only a block of them and the index are in memory.
     """
     if not 0 < share <= 1 or least < 1:
-        raise ValueError(
-            f"the rule needs 1 word or more and a share in (0, 1], got {least}, {share}"
-        )
+        raise ValueError(f"the rule needs 1 word and a share in (0, 1], got {least}, {share}")
     index = tests if isinstance(tests, TestIndex) else TestIndex(tests)
     for block in blocks(documents):
         yield from overlapping(split_words(block), index, least, share).tolist()

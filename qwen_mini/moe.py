@@ -38,21 +38,6 @@ from .model import assign_weights, save_checkpoint
 
 
 # %% ../notebooks/06_mixture_of_experts.ipynb #b398abd2
-def _check_experts(config: "MoeConfig") -> None:
-    """ValueError for numbers of experts that do not fit each other."""
-    least = {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 1}
-    least |= {"decoder_sparse_step": 1, "shared_expert_intermediate_size": 0}
-    for name, low in least.items():
-        if type(value := getattr(config, name)) is not int or value < low:
-            raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
-    if (k := config.num_experts_per_tok) > (most := config.num_experts):
-        why = f"got {k}: a token cannot use an expert twice"
-        raise ValueError(f"num_experts_per_tok must be at most num_experts ({most}), {why}")
-    if wrong := set(config.mlp_only_layers) - set(range(config.num_hidden_layers)):
-        raise ValueError(f"mlp_only_layers names {wrong.pop()!r}, which is the number of no layer")
-
-
-# %% ../notebooks/06_mixture_of_experts.ipynb #1529cb63
 @dataclasses.dataclass(frozen=True)
 class MoeConfig(ModelConfig):
     """A decoder with experts; names and meanings as in Hugging Face's `Qwen2MoeConfig`.
@@ -71,7 +56,7 @@ class MoeConfig(ModelConfig):
     router_aux_loss_coef: float = 0.001
 
     def __post_init__(self):
-        _check_experts(self)
+        folders.check_experts(self)
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer (from 0) has experts: every `decoder_sparse_step`-th, unless `mlp_only_layers` names it."""
@@ -261,9 +246,8 @@ class QwenMoe(Qwen):
 def _published(layers, hidden, dense, heads, kv_heads, positions, experts) -> MoeConfig:
     count, k, width, shared = experts
     return MoeConfig(
-        151_936, hidden, dense, layers, heads, kv_heads, 128, positions,
-        num_experts=count, num_experts_per_tok=k, moe_intermediate_size=width, shared_expert_intermediate_size=shared,
-    )  # fmt: skip
+        151_936, hidden, dense, layers, heads, kv_heads, 128, positions, num_experts=count, num_experts_per_tok=k,
+        moe_intermediate_size=width, shared_expert_intermediate_size=shared)  # fmt: skip
 
 
 #: Public Qwen models with shared experts, from their configurations; the sizes of Turbo and Plus are not published.
@@ -342,10 +326,9 @@ def load_balancing_loss(
 def upcycle(dense: Qwen, fresh: float = 0.5, seed: int = 0, scale=1.0, **experts) -> QwenMoe:
     """A `QwenMoe` that begins from the weights of a dense model (arXiv 2407.10671 §2.2.2).
 
-    experts: fields that `MoeConfig` adds. Each layer's feed-forward part is copied as often as the experts need, the
-    hidden channels of every copy are permuted at random, and the copies are cut into experts. A share `fresh` of their
-    weights, element by element, is drawn anew; then the last matrix of each expert is multiplied by `scale`. A shared
-    expert gets channels of a permuted copy, unchanged.
+    experts: fields that `MoeConfig` adds. Each layer's feed-forward part is copied as often as needed, the hidden
+    channels of every copy are permuted, and the copies are cut into experts. A share `fresh` of their weights is drawn
+    anew; then each last matrix is multiplied by `scale`. A shared expert gets channels of a copy, unchanged.
     """
     if not 0 <= fresh <= 1:
         raise ValueError(f"fresh is a share of the weights, from 0 to 1, got {fresh}")

@@ -2,7 +2,6 @@
 
 # %% auto #0
 __all__ = [
-    "STATE_BYTES",
     "small_model",
     "heldout_losses",
     "sweep",
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 
 from .course import records
+from .course.plan import STATE_BYTES
 from .course.small_text import SmallText
 from .kernels.ensemble import Ensemble, EnsembleAdamW
 from .kernels.least_squares import nonnegative
@@ -45,23 +45,11 @@ def small_model(width: int, layers: int, vocab_size: int = 384, length: int = 64
     """A rung of the ladder: `width` channels, feed-forward 8/3 as wide, heads of 32 channels but at least two."""
     heads = max(2, width // 32)
     if width < 8 or width % (2 * heads) or layers < 1:
-        raise ValueError(
-            f"a width of at least 8 that divides into pairs of channels for {heads} heads and one layer or more are "
-            f"needed, got width {width} and {layers} layers"
-        )
-    return ModelConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=8 * round(width / 3),
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=width // heads,
-        max_position_embeddings=length,
-        rope_theta=10_000.0,
-        tie_word_embeddings=True,
-        initializer_range=width**-0.5,
-    )
+        needed = f"a width of at least 8 that divides into pairs of channels for {heads} heads"
+        raise ValueError(f"{needed} and a layer or more are needed, got {width} and {layers}")
+    shape = vocab_size, width, 8 * round(width / 3), layers, heads, heads, width // heads, length
+    std = width**-0.5
+    return ModelConfig(*shape, 10_000.0, tie_word_embeddings=True, initializer_range=std)
 
 
 # %% ../notebooks/11_scaling_laws.ipynb #b6910eb4
@@ -73,41 +61,23 @@ def heldout_losses(ensemble: Ensemble, text: SmallText, rows: int = 32) -> Tenso
     return (sums / len(text.heldout)).nan_to_num(100.0).clamp(max=100.0)
 
 
-def _state(ensemble: Ensemble, adamw: EnsembleAdamW) -> tuple:
-    return adamw.steps, *(x.clone() for x in (ensemble.weights, adamw.mean, adamw.square))
-
-
-def _restore(ensemble: Ensemble, adamw: EnsembleAdamW, state: tuple) -> None:
-    adamw.steps, *kept = state
-    for tensor, old in zip((ensemble.weights, adamw.mean, adamw.square), kept, strict=True):
-        tensor.copy_(old)
-
-
 # %% ../notebooks/11_scaling_laws.ipynb #8b79130a
 def sweep(
-    text: SmallText,
-    config: ModelConfig,
-    rates: Sequence[float],
-    batch_tokens: int,
-    horizons: Sequence[int],
-    seeds: Sequence[int] = (0,),
-    build: Callable[[ModelConfig], Qwen] = Qwen,
-    make: Callable[[Sequence[Qwen]], Ensemble] = Ensemble,
-    optimizer: Callable[[Ensemble], EnsembleAdamW] = EnsembleAdamW,
-) -> dict[int, list[list[float]]]:
+    text: SmallText, config: ModelConfig, rates: Sequence[float], batch_tokens: int, horizons: Sequence[int],
+    seeds: Sequence[int] = (0,), build: Callable = Qwen, make: Callable = Ensemble, optimizer: Callable = EnsembleAdamW,
+) -> dict[int, list[list[float]]]:  # fmt: skip
     """Held-out loss in nats after each horizon (tokens): {tokens: [for each seed [for each rate]]}.
 
     One run serves all: members are the pairs of a seed and a rate. Warm-up and a constant rate are shared by all
-    horizons; at 80 % of each a copy branches off and decays linearly to 0 (WSD, arXiv 2404.06395).
+    horizons; at 80 % of each a copy branches off and decays linearly to 0 (WSD, arXiv 2404.06395). `build` makes a
+    model of the config, `make` an ensemble of models, `optimizer` an AdamW of an ensemble.
     """
     length = text.train.shape[1] - 1
     if batch_tokens < length or batch_tokens % length:
         raise ValueError(f"a batch must hold whole windows of {length} tokens, got {batch_tokens}")
     if not len(rates) or not len(horizons) or min(horizons) < 10 * batch_tokens or min(rates) <= 0:
-        raise ValueError(
-            f"a sweep needs positive rates and horizons of at least ten batches of {batch_tokens} tokens: "
-            f"got rates {list(rates)}, horizons {list(horizons)}"
-        )
+        needed = f"positive rates and horizons of at least ten batches of {batch_tokens} tokens"
+        raise ValueError(f"a sweep needs {needed}, got {list(rates)} and {list(horizons)}")
     members = []
     for seed in seeds:
         torch.manual_seed(seed)
@@ -117,7 +87,7 @@ def sweep(
     rows, found, start = batch_tokens // length, {}, 0
     warmup = max(1, round(0.1 * min(horizons) / batch_tokens))
 
-    def advance(until: int, total: int) -> None:
+    def advance(start: int, until: int, total: int) -> None:
         for step in range(start, until):
             factor = learning_rate_factor(step, total, warmup, "wsd", 0.0, 0.2)
             _, gradients = ensemble.gradients(*text.batch(step * rows, rows))
@@ -125,12 +95,12 @@ def sweep(
 
     for horizon in sorted(horizons):
         total = horizon // batch_tokens
-        branch = warmup + math.floor(0.8 * (total - warmup))
-        advance(branch, 10**12)
-        start, kept = branch, _state(ensemble, adamw)
-        advance(total, total)
-        found[horizon] = heldout_losses(ensemble, text).view(len(seeds), -1).tolist()
-        _restore(ensemble, adamw, kept)
+        decay = warmup + math.floor(0.8 * (total - warmup))
+        advance(start, decay, 10**12)
+        start = decay
+        with adamw.branch():
+            advance(decay, total, total)
+            found[horizon] = heldout_losses(ensemble, text).view(len(seeds), -1).tolist()
     return found
 
 
@@ -160,10 +130,8 @@ def fit_power_law(y: Sequence[float], **sizes: Sequence[float]) -> PowerLaw:
         raise ValueError("a power law relates positive numbers: remove those that are not")
     matrix = np.column_stack([np.ones(len(y)), logs])
     if np.linalg.matrix_rank(matrix) < matrix.shape[1]:
-        raise ValueError(
-            f"{matrix.shape[1]} coefficients need as many points in which {', '.join(sizes)} vary on their own, "
-            f"got {len(y)}: measure more sizes"
-        )
+        needed = f"as many points in which {', '.join(sizes)} vary on their own"
+        raise ValueError(f"{matrix.shape[1]} coefficients need {needed}, got {len(y)}")
     solution, *_ = np.linalg.lstsq(matrix, np.log(y), rcond=None)
     return PowerLaw(math.exp(solution[0]), dict(zip(sizes, solution[1:].tolist(), strict=True)))
 
@@ -179,8 +147,8 @@ def _logs(count: int, sizes: Mapping[str, Sequence[float]]) -> np.ndarray:
 # %% ../notebooks/11_scaling_laws.ipynb #378440fb
 @dataclasses.dataclass(frozen=True)
 class Basins:
-    """What `fit_basins` finds: the law of the minima's places, and the lowest value of each group, in the order of
-    `groups`; `curvature` k, and `spread`, the standard error of ln y around the fit."""
+    """What `fit_basins` finds: the law of the minima's places, the lowest value of each group, the curvature k, and
+    the spread, the standard error of ln y around the fit."""
 
     law: PowerLaw
     lowest: dict
@@ -202,10 +170,8 @@ def fit_basins(
     shape = np.column_stack([x * x, x, x[:, None] * (logs - middle)])
     matrix = np.column_stack([np.eye(len(names))[place], shape])
     if np.linalg.matrix_rank(matrix) < matrix.shape[1]:
-        raise ValueError(
-            f"the {len(y)} points determine no law: a group needs three points, and {', '.join(sizes)} must vary on "
-            "their own"
-        )
+        alone = f"{', '.join(sizes)} must vary on their own"
+        raise ValueError(f"{len(y)} points determine no law: a group needs three, and {alone}")
     solution, *_ = np.linalg.lstsq(matrix, y, rcond=None)
     k, rest = float(solution[len(names)]), y - matrix @ solution
     if k <= 0:
@@ -269,8 +235,7 @@ def bootstrap(fit: Callable, groups: Sequence, draws: int = 400, seed: int = 0) 
 
 def interval(values: Sequence[float], level: float = 0.9) -> tuple[float, float]:
     """The middle `level` of the values."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return tuple(np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist())
 
 
 # %% ../notebooks/11_scaling_laws.ipynb #fbeb1b8a
@@ -309,10 +274,8 @@ class LossLaw:
     def optimal(self, flops: float, factor: float = 6.0, power: float = 1.0) -> tuple[float, float]:
         """(N, D) of the lowest loss with factor · N^power · D = flops; in closed form."""
         if flops <= 0 or not (self.A > 0 and self.B > 0):
-            raise ValueError(
-                f"a best size needs a budget and terms of N and D above 0, got {flops:g} FLOPs, "
-                f"A {self.A:g}, B {self.B:g}"
-            )
+            got = f"{flops:g} FLOPs, A {self.A:g}, B {self.B:g}"
+            raise ValueError(f"a best size needs a budget and terms of N and D above 0, got {got}")
         total = self.alpha + power * self.beta
         ratio = self.alpha * self.A / (power * self.beta * self.B)
         size = (ratio * (flops / factor) ** self.beta) ** (1 / total)
@@ -335,28 +298,22 @@ def fit_loss_law(
         raise ValueError("N, D and the losses must be positive")
     if (used > 0).sum() < 6:
         raise ValueError(f"five coefficients need six runs or more, got {(used > 0).sum()}")
-    n, d = np.log(N / N.min()), np.log(D / D.min())
-    low, high, best = np.array([0.02, 0.02]), np.array([1.5, 1.5]), None
+    n, d, low, high = np.log(N / N.min()), np.log(D / D.min()), np.full(2, 0.02), np.full(2, 1.5)
     for _ in range(5):
-        axes = [np.linspace(low[i], high[i], 25) for i in range(2)]
-        alpha, beta = (x.ravel() for x in np.meshgrid(*axes, indexing="ij"))
+        grid = np.meshgrid(*np.linspace(low, high, 25).T, indexing="ij")
+        alpha, beta = (x.ravel() for x in grid)
         powers = np.exp(-alpha[:, None] * n), np.exp(-beta[:, None] * d)
         terms = np.stack([np.ones_like(powers[0]), *powers], 2) / L[:, None]
         solution, error = nonnegative(terms * np.sqrt(used)[:, None], np.sqrt(used))
-        place = int(error.argmin())
-        best = solution[place], alpha[place], beta[place], error[place]
-        step = (high - low) / 24
-        low = np.maximum(0.005, np.array(best[1:3]) - 2 * step)
-        high = np.array(best[1:3]) + 2 * step
-    (E, A, B), alpha, beta, error = best
-    spread = math.sqrt(error / max(1.0, used.sum() - 5))
+        best = int(error.argmin())
+        found, step = np.array([alpha[best], beta[best]]), (high - low) / 24
+        low, high = np.maximum(0.005, found - 2 * step), found + 2 * step
+    (E, A, B), (alpha, beta) = solution[best], found
+    spread = math.sqrt(error[best] / max(1.0, used.sum() - 5))
     return LossLaw(*map(float, (E, A * N.min() ** alpha, B * D.min() ** beta, alpha, beta, spread)))
 
 
 # %% ../notebooks/11_scaling_laws.ipynb #43c7207d
-STATE_BYTES = 20  # a parameter: bfloat16 weight and gradient; float32 master, gradient, two moments
-
-
 @dataclasses.dataclass(frozen=True)
 class Recommendation:
     """What `recommend` says; memory in bytes without activations, FLOPs of the weights alone (6 N D)."""
@@ -376,17 +333,9 @@ def recommend(N: float, D: float, laws: Mapping | None = None) -> Recommendation
     The rate is the peak of AdamW under warm-up, constant rate and linear decay. ValueError unless N and D are positive.
     """
     if not (N > 0 and D > 0 and math.isfinite(N * D)):
-        raise ValueError(
-            f"N parameters and D tokens must be positive numbers, got N {N:g} and D {D:g}"
-        )
+        raise ValueError(f"N parameters and D tokens must be positive numbers, got {N:g} and {D:g}")
     laws = laws or records.recall("11_scaling_laws", "laws")
     rate, batch = best_settings(N, D, laws, laws["length"])
-    return Recommendation(
-        learning_rate=rate,
-        batch_tokens=batch,
-        steps=max(1, round(D / batch)),
-        flops=6.0 * N * D,
-        memory=STATE_BYTES * N,
-        loss=float(LossLaw(**laws["loss"])(N, D)),
-        beyond=max(1.0, N / laws["largest"][0], D / laws["largest"][1]),
-    )
+    loss, steps = float(LossLaw(**laws["loss"])(N, D)), max(1, round(D / batch))
+    beyond = max(1.0, N / laws["largest"][0], D / laws["largest"][1])
+    return Recommendation(rate, batch, steps, 6.0 * N * D, STATE_BYTES * N, loss, beyond)

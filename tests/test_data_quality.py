@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from tiny import refuses
 from qwen_mini.course import home, load_scale
 from qwen_mini.course.nb import Notebook
 from qwen_mini.course.proxies import Proxies
+from qwen_mini.course.regmix import read_runs
 from qwen_mini.data_quality import (
     TestIndex,
     all_scores,
@@ -590,7 +590,7 @@ def test_a_wrong_answer_is_refused(number, body):
 def regmix(tmp_path):
     """A folder of files in RegMix's format, whose losses follow the law, and the cell's function."""
     code = next(code for code in BOOK.code if "def ranks_carry(" in code)
-    space = {"np": np, "Path": Path, "fit_mixture_law": fit_mixture_law}
+    space = {"np": np, "read_runs": read_runs, "fit_mixture_law": fit_mixture_law}
     space |= {"mixture_features": mixture_features}
     exec(next(code for code in BOOK.code if "def spearman(" in code).split("\n\n\n")[0], space)
     exec(code.split("if os.environ")[0], space)

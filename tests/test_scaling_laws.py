@@ -1,7 +1,10 @@
 """Chapter 11: ensembles against plain training, fits against known laws, and requests that cannot be met."""
 
 import copy
+import dataclasses
+import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -128,6 +131,32 @@ def test_models_of_two_shapes_are_refused():
         Ensemble([*models(1), *models(1, small_model(24, 2, 96, 16))])
 
 
+def test_models_with_a_head_of_their_own_are_refused():
+    untied = Qwen(dataclasses.replace(CONFIG, tie_word_embeddings=False))
+    with pytest.raises(ValueError, match="token table as the head: build .* tie_word_embeddings"):
+        Ensemble([untied])
+
+
+def test_a_branch_ends_where_it_began():
+    ensemble = Ensemble(models(2))
+    adamw, ids = EnsembleAdamW(ensemble), torch.randint(0, 96, (4, 17))
+
+    def step():
+        losses, gradients = ensemble.gradients(ids[:, :-1], ids[:, 1:])
+        adamw.step(gradients, torch.tensor([1e-2, 3e-2]))
+        return losses
+
+    step()
+    kept = [x.clone() for x in (ensemble.weights, adamw.mean, adamw.square)]
+    with adamw.branch():
+        first = [step() for _ in range(3)]
+        assert adamw.steps == 4 and not torch.equal(ensemble.weights, kept[0])
+    assert adamw.steps == 1
+    for now, old in zip((ensemble.weights, adamw.mean, adamw.square), kept, strict=True):
+        assert torch.equal(now, old)
+    assert torch.equal(torch.stack([step() for _ in range(3)]), torch.stack(first))
+
+
 def with_experts(config):
     def layer(shape):
         dense = dense_layer(shape)
@@ -167,6 +196,11 @@ def test_a_mixture_learns_with_its_balance_loss():
     assert len(ensemble.penalties) == 2 and all(
         0.9 < float(p.detach()) < 2 for p in ensemble.penalties
     )
+    for weights in (None, torch.ones(4, 16)):  # the head alone, or with the loss in one pass
+        again = ensemble.gradients(ids[:, :-1], ids[:, 1:], weights)
+        assert len(ensemble.penalties) == 2  # of the last pass alone
+        torch.testing.assert_close(again[0], losses, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(again[1], gradients, rtol=1e-4, atol=1e-6)
     ensemble.balance = 0.0
     torch.testing.assert_close(ensemble.losses(ids[:, :-1], ids[:, 1:]).detach(), losses)
     assert not torch.equal(ensemble.gradients(ids[:, :-1], ids[:, 1:])[1], gradients)
@@ -610,7 +644,8 @@ def room() -> dict:
     space = {"settings": load_scale("laptop").scaling_laws, "np": np, "course": course}
     space |= {"count_parameters": count_parameters, "flops_per_token": flops_per_token}
     space |= {"CHINCHILLA": CHINCHILLA, "cells": basins(2e-3), "sizes": [1e4, 2e4, 5e4]}
-    space["rung"] = lambda width, layers: small_model(width, layers)
+    space |= {"rung": small_model, "itertools": itertools, "partial": partial}
+    exec(next(code for code in BOOK.code if "def made_up(" in code).split("\n\n\n")[0], space)
 
     def off(law, own, left):
         ratios = [law(**{k: c[k] for k in law.exponents}) / own(D=c["D"], B=c["B"]) for c in left]

@@ -38,6 +38,18 @@ def palette(n: int) -> list[str]:
     return [colors[i % len(colors)] for i in range(n)]
 
 
+def show_lines(x, lines, xlabel: str, ylabel: str) -> None:
+    """Shares over `x`, a line with points for each name of `lines`."""
+    import matplotlib.pyplot as plt
+
+    _, ax = plt.subplots(figsize=(6, 2.7))
+    for name, shares in lines.items():
+        ax.plot(x, shares, ".-", label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.03))
+    ax.legend(fontsize=8)
+    plt.show()
+
+
 def apply_style() -> None:
     """Set matplotlib's defaults, and a notebook's figures to PNG without versions; does nothing without matplotlib."""
     try:

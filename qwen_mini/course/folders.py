@@ -80,7 +80,7 @@ MOE_KEYS |= {"router_aux_loss_coef": 0.001}
 def qwen2_moe_values(values: dict) -> dict[str, Any]:
     """The sizes in a `config.json` of a Qwen2Moe checkpoint: those of `qwen2_values`, and `MOE_KEYS`.
 
-    Whether numbers of experts fit each other is for the caller to say.
+    Whether numbers of experts fit each other says `check_experts`.
     """
     if values.get("model_type") != "qwen2_moe":
         says = f"config.json says model_type {values.get('model_type')!r}, not 'qwen2_moe'"
@@ -97,6 +97,18 @@ def qwen2_moe_values(values: dict) -> dict[str, Any]:
     other = {*MOE_KEYS, "model_type", "qkv_bias", "output_router_logits"}
     dense = {key: value for key, value in values.items() if key not in other}
     return qwen2_values(dense | {"model_type": "qwen2"}) | told
+
+
+def check_experts(config) -> None:
+    """ValueError for numbers of a config with experts that cannot be, or do not fit each other."""
+    ones = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step")
+    for name, low in (dict.fromkeys(ones, 1) | {"shared_expert_intermediate_size": 0}).items():
+        if type(value := getattr(config, name)) is not int or value < low:
+            raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+    if (k := config.num_experts_per_tok) > (most := config.num_experts):
+        raise ValueError(f"num_experts_per_tok must be at most num_experts ({most}), got {k}")
+    if wrong := set(config.mlp_only_layers) - set(range(config.num_hidden_layers)):
+        raise ValueError(f"mlp_only_layers names {wrong.pop()!r}, which is the number of no layer")
 
 
 def _refuse_more(values: dict) -> None:

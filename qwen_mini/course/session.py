@@ -33,9 +33,15 @@ def start(notebook: str, scale: str = "laptop", seed: int = 0, fresh: bool = Fal
 
 
 def oracle(module: str, what: str = "the result") -> ModuleType | None:
-    """Import an optional reference implementation; if it is not installed, say what it would have compared."""
+    """Import an optional reference implementation; if it is not installed, say what it would have compared.
+
+    Transformers then shows no bars of progress: they would stand in the notebook as warnings.
+    """
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
     except ImportError:
         print(f"{module} is not installed: would have compared {what}")
         return None
+    if module == "transformers":
+        found.utils.logging.disable_progress_bar()
+    return found

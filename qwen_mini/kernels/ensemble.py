@@ -5,7 +5,8 @@ parameter has a member dimension in front, whether they read the same batches or
 the gradient of the sum of their losses holds the gradient of each.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ class Ensemble:
 
     `weights` (members, parameters of one) holds everything, matrices first; `parameters[name]` are views of it, named
     as in Hugging Face's Qwen2. `dtype` is what matrix products compute in; weights and losses are float32.
-    `output_scale` and `attention_scale` are factors of the logits and of the scores, for muP.
+    `output_scale` and `attention_scale` are factors of the logits and of the scores, for muP. The head is the token
+    table: ValueError for models with a head of their own, and for models of several shapes.
 
     Token ids are (rows, length), the same for all members, or (members, rows, length), each member's own.
     """
@@ -34,6 +36,10 @@ class Ensemble:
         if any({n: p.shape for n, p in state.items()} != shapes for state in states):
             raise ValueError(
                 "an ensemble needs models of one shape: train others in a cell of their own"
+            )
+        if not models[0].config.tie_word_embeddings:
+            raise ValueError(
+                "an ensemble takes the token table as the head: build its models with tie_word_embeddings=True"
             )
         self.config, self.members, self.dtype = models[0].config, len(models), dtype
         sizes = [shapes[name].numel() for name in names]
@@ -133,8 +139,13 @@ class Ensemble:
     ) -> tuple[Tensor, Tensor]:
         """Losses (members,) and gradients (members, parameters of one); members do not see each other."""
         losses = self.losses(input_ids, targets, weights)
-        found = torch.autograd.grad(losses.sum(), list(self.parameters.values()))
+        goal = self.objective(losses).sum()
+        found = torch.autograd.grad(goal, list(self.parameters.values()))
         return losses.detach(), torch.cat([part.flatten(1) for part in found], 1)
+
+    def objective(self, losses: Tensor) -> Tensor:
+        """What training lowers, (members,): here the losses that were just computed."""
+        return losses
 
     @torch.no_grad()
     def token_scores(self, windows: Tensor, rows: int = 4) -> tuple[Tensor, Tensor]:
@@ -180,6 +191,16 @@ class EnsembleAdamW:
         weights[:, : self.ensemble.decayed] *= 1 - rates[:, None] * self.weight_decay
         weights.addcmul_(move, rates[:, None], value=-1)
         return norms
+
+    @contextlib.contextmanager
+    def branch(self) -> Iterator[None]:
+        """Inside, training goes on as of a copy: afterwards weights, moments and steps are what they were before."""
+        tensors = self.ensemble.weights, self.mean, self.square
+        steps, kept = self.steps, [tensor.clone() for tensor in tensors]
+        yield
+        self.steps = steps
+        for tensor, old in zip(tensors, kept, strict=True):
+            tensor.copy_(old)
 
 
 def rows_of(stream: np.ndarray, length: int) -> np.ndarray:

@@ -45,14 +45,11 @@ class ExpertEnsemble(Ensemble):
         self.penalties.append(kept.shape[-1] * (share * probabilities.mean(1)).sum(-1))
         return self.linear(hidden.flatten(-2), f"{name}.down_proj")
 
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """As of an `Ensemble`; `penalties` then holds the balance loss of each layer, (members,) each."""
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """As of an `Ensemble`; `penalties` then holds the balance loss of each layer of this pass, (members,) each."""
         self.penalties = []
-        return super().logits(input_ids)
+        return super().hidden_states(input_ids)
 
-    def gradients(self, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses (members,) and the gradients, (members, parameters of one), of loss and balance."""
-        losses = self.losses(input_ids, targets)
-        total = losses + self.balance * sum(self.penalties)
-        found = torch.autograd.grad(total.sum(), list(self.parameters.values()))
-        return losses.detach(), torch.cat([part.flatten(1) for part in found], 1)
+    def objective(self, losses: Tensor) -> Tensor:
+        """The losses, and the balance losses of the pass that computed them."""
+        return losses + self.balance * sum(self.penalties)
