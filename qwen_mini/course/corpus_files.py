@@ -185,6 +185,9 @@ def open_rows(source: Source):
     options = {"split": "train", "streaming": True}
     if source.package == LOCAL:
         options["data_files"] = [str(Path(file).expanduser()) for file in source.files]
+        options["batch_size"] = (
+            1_000  # rows at once; it would be those of a group, which may be none
+        )
         if not source.version:
             remedy = "give it a `version`, a word of yours that changes when they do"
             raise CorpusError(f"source {source.name!r} consists of files of your own: {remedy}")
@@ -196,24 +199,34 @@ def open_rows(source: Source):
     try:
         return datasets.load_dataset(source.package, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CorpusError(f"source {source.name!r} cannot be opened: {reason}") from None
+        raise _unreadable(source, error) from None
 
 
 def row_texts(rows: Iterable[dict], source: Source) -> Iterator[str]:
     """The cleaned text of every row, from the source's `column`; "" where a row has none.
 
-    CorpusError where the column is missing or holds something else.
+    CorpusError where rows cannot be read, and where the column is missing or holds something else.
     """
-    for row in rows:
-        if source.column not in row:
-            missing = f"has no column {source.column!r}, only {', '.join(sorted(row))}"
-            raise CorpusError(f"source {source.name!r} {missing}: name its `column`")
-        text = row[source.column]
-        if not isinstance(text, str | None):
-            held = f"holds {type(text).__name__}, not text, in its column {source.column!r}"
-            raise CorpusError(f"source {source.name!r} {held}: name another `column`")
-        yield clean(text or "")
+    try:
+        for row in rows:
+            yield _row_text(row, source)
+    except (OSError, ValueError) as error:
+        raise _unreadable(source, error) from None
+
+
+def _row_text(row: dict, source: Source) -> str:
+    if source.column not in row:
+        missing = f"has no column {source.column!r}, only {', '.join(sorted(row))}"
+        raise CorpusError(f"source {source.name!r} {missing}: name its `column`")
+    text = row[source.column]
+    if not isinstance(text, str | None):
+        held = f"holds {type(text).__name__}, not text, in its column {source.column!r}"
+        raise CorpusError(f"source {source.name!r} {held}: name another `column`")
+    return clean(text or "")
+
+
+def _unreadable(source: Source, error: Exception) -> CorpusError:
+    return CorpusError(f"source {source.name!r} cannot be read: {' '.join(str(error).split())}")
 
 
 def hub_documents(source: Source) -> Iterator[Document]:
