@@ -273,3 +273,12 @@ def test_what_the_course_makes_comes_four_times_at_most(name):
     for domain, (some, documents) in made.items():
         tokens = documents * sum(len(text.encode()) for text in some) / count / 3
         assert 1 < tokens_by_domain(config)[domain] / tokens <= 4
+
+
+def test_what_is_read_of_a_data_set_is_part_of_every_key_that_depends_on_it(tmp_path):
+    source = parquet(tmp_path, TEXTS)
+    changes = {"version": "2", "files": (), "column": "id", "streamed": True}
+    pins = {dataclasses.replace(source, **{key: value}).pin for key, value in changes.items()}
+    assert len(pins | {source.pin}) == 5
+    sources = read_sources()
+    assert sources["wiki_en"].pin == sources["wiki_en"].sha256 and sources["python"].pin == ""

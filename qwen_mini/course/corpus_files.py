@@ -51,6 +51,14 @@ class Source:
     tokens: int = 0  # of a data set, as its publisher counts them
     streamed: bool = False  # pre-training reads it from there: the corpus holds only its beginning
 
+    @property
+    def pin(self) -> str:
+        """What decides its texts, for keys: checksum or version, and of a data set what is read and how; "" for none."""
+        said = [self.sha256 or self.version]
+        if self.kind == "huggingface":
+            said += [*self.files, self.column, *["streamed"] * self.streamed]
+        return "/".join(said)
+
 
 @dataclass(frozen=True)
 class Document:
@@ -285,7 +293,7 @@ def recipe(config: ScaleConfig, sources: list[Source], left_out: Iterable[str], 
     python = f"{sys.implementation.name} {sys.version.split()[0]}"
     settings = {"tokenizer": asdict(config.tokenizer), "corpus": asdict(config.corpus)}
     facts = {"versions": versions_of("corpus"), "seed": seed, **settings}
-    facts["sources"] = {s.name: s.sha256 or s.version or python for s in sources}
+    facts["sources"] = {s.name: s.pin or python for s in sources}
     facts["left_out"] = sorted(left_out)
     return json.loads(json.dumps(facts))
 
@@ -408,7 +416,7 @@ def corpus_inputs(config: ScaleConfig, seed: int) -> dict:
     Sources that could not be fetched here are named: another text makes another model.
     """
     known = read_sources()
-    pins = {name: known[name].sha256 or known[name].version for name in config.corpus.sources}
+    pins = {name: known[name].pin for name in config.corpus.sources}
     inputs = {"corpus": asdict(config.corpus), "tokenizer": asdict(config.tokenizer)}
     inputs |= {"sources": pins, "seed": seed}
     left_out = artifacts.read_manifest(artifacts.stage_dir(config.name, "corpus")).get("left_out")
