@@ -159,6 +159,16 @@ def test_a_revision_that_may_move_is_refused(version):
         TokenStream(source, TOKENIZER, 1)
 
 
+@pytest.mark.parametrize("error", [ConnectionError("no\nnetwork"), RuntimeError("no network")])
+def test_a_hub_out_of_reach_is_named(error, monkeypatch):
+    def unreachable(*_, **__):
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(CourseError, match="^source 'fineweb_edu' cannot be read: no network$"):
+        TokenStream(read_sources()["fineweb_edu"], TOKENIZER, 1)
+
+
 def test_a_pinned_revision_is_asked_for(monkeypatch):
     import datasets
 

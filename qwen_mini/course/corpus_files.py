@@ -206,7 +206,7 @@ def open_rows(source: Source):
         options |= {"name": source.files[0] if source.files else None, "revision": source.version}
     try:
         return datasets.load_dataset(source.package, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # networks and damaged files can raise anything
         raise _unreadable(source, error) from None
 
 
@@ -218,7 +218,9 @@ def row_texts(rows: Iterable[dict], source: Source) -> Iterator[str]:
     try:
         for row in rows:
             yield _row_text(row, source)
-    except (OSError, ValueError) as error:
+    except CorpusError:
+        raise
+    except Exception as error:
         raise _unreadable(source, error) from None
 
 
@@ -234,7 +236,8 @@ def _row_text(row: dict, source: Source) -> str:
 
 
 def _unreadable(source: Source, error: Exception) -> CorpusError:
-    return CorpusError(f"source {source.name!r} cannot be read: {' '.join(str(error).split())}")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return CorpusError(f"source {source.name!r} cannot be read: {reason}")
 
 
 def hub_documents(source: Source) -> Iterator[Document]:
