@@ -274,14 +274,14 @@ def test_no_text_of_others_is_read_twice(name):
 
 @pytest.mark.parametrize("name", ["gpu", "cluster"])
 def test_what_the_course_makes_comes_four_times_at_most(name):
-    """Its texts have three bytes a token or less: digits are tokens of their own."""
+    """Three bytes a token at most, since digits are tokens of their own; less than three in ten texts are repeated."""
     config, count = load_scale(name), 300
     tasks = [document.text for document in task_documents(count, 0, False)]
     chats = map(TOKENIZER.apply_chat_template, chat_messages(count, {}, 0, False))
     made = {"tasks": (tasks, config.corpus.task_documents)}
     made["chat"] = (chats, config.corpus.chat_documents)
     for domain, (some, documents) in made.items():
-        tokens = documents * sum(len(text.encode()) for text in some) / count / 3
+        tokens = 0.7 * documents * sum(len(text.encode()) for text in some) / count / 3
         assert 1 < tokens_by_domain(config)[domain] / tokens <= 4
 
 
