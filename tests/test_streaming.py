@@ -223,9 +223,10 @@ def test_the_state_of_another_stream_is_refused(tmp_path):
 PHASES = [Phase(100, 10, {"web": 0.5, "tasks": 0.5}), Phase(1_000, 10, {"web": 1.0})]
 
 
-def test_streams_of_a_mixture_are_saved_and_restored_by_rank(tmp_path):
+def test_streams_of_a_mixture_are_saved_and_restored_by_rank(tmp_path, monkeypatch):
     source = parquet(tmp_path, TEXTS, streamed=True)
-    sources = [source, dataclasses.replace(source, domain="books")]  # in no mixture
+    sources = {"web": source, "books": dataclasses.replace(source, domain="books")}
+    monkeypatch.setattr(streaming, "read_sources", lambda: sources)
 
     def work():
         streams = streaming.open_streams(sources, PHASES, TOKENIZER)
@@ -246,8 +247,9 @@ def test_streams_of_a_mixture_are_saved_and_restored_by_rank(tmp_path):
     for left in ([], [{}]):
         with pytest.raises(CourseError, match="streamed nothing, and this one streams web"):
             streaming.restore_streams(alone, left)
-    plain = [dataclasses.replace(source, streamed=False)]
-    assert streaming.open_streams(plain, PHASES, TOKENIZER) == {}
+    assert streaming.open_streams(["books"], PHASES, TOKENIZER) == {}  # in no mixture
+    sources["web"] = dataclasses.replace(source, streamed=False)
+    assert streaming.open_streams(sources, PHASES, TOKENIZER) == {}
 
 
 def tokens_by_domain(config) -> Counter:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .corpus_files import CorpusError, Source, open_rows, row_texts
+from .corpus_files import CorpusError, Source, open_rows, read_sources, row_texts
 from .ranks import world
 from .scales import Phase
 
@@ -119,15 +119,15 @@ class TokenStream:
 
 
 def open_streams(
-    sources: Iterable[Source],
+    names: Iterable[str],
     phases: Sequence[Phase],
     tokenizer: "Tokenizer",
     keep: Callable[[str], bool] = bool,
 ) -> dict[str, TokenStream]:
-    """Domain → stream of this process, for the streamed sources that the phases' mixtures name."""
+    """Domain → stream of this process, for those of the named sources that are streamed and in the phases' mixtures."""
     rank, ranks = world()
-    streams = {}
-    for source in sources:
+    known, streams = read_sources(), {}
+    for source in (known[name] for name in names):
         tokens = sum(phase.tokens * phase.mixture.get(source.domain, 0) for phase in phases)
         if source.streamed and tokens:
             wanted = math.ceil(tokens / ranks)
