@@ -102,6 +102,8 @@ def test_every_source_is_described():
         assert source.licence and source.attribution
         if source.kind == "wheel":
             assert re.fullmatch(r"[0-9a-f]{64}", source.sha256) and source.version and source.files
+        if source.kind == "huggingface":
+            assert re.fullmatch(r"[0-9a-f]{40}", source.version) and source.tokens
     for scale in ("quick", "laptop", "gpu", "cluster"):
         assert set(course.load_scale(scale).corpus.sources) <= set(sources)
 
@@ -181,7 +183,7 @@ def test_unknown_source_is_named():
 
 def test_hub_needs_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(corpus_files.CorpusError, match="pip install datasets"):
+    with pytest.raises(corpus_files.CorpusError, match="pip install -c constraints.txt datasets"):
         c.load_corpus(small(["fineweb_edu"]))
 
 

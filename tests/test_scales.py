@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pickle
+import re
 import tomllib
 
 import pytest
@@ -11,6 +12,7 @@ from tiny import toml, whole_file
 
 from qwen_mini import course
 from qwen_mini.course.scales import FOLDER, Phase, scale_names
+from qwen_mini.tasks import TASKS
 
 NAMES = scale_names()
 PHASE = "[[pretraining.phases]]\ntokens = {tokens}\n{length}mixture = {{ tasks = 1.0 }}"
@@ -239,3 +241,32 @@ def test_only_the_sections_that_were_declared_can_be_read():
         part.dpo  # noqa: B018
     with pytest.raises(course.ScaleError, match="no section 'sftt': use some of tokenizer, model"):
         config.only("sftt")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cluster"])
+def test_every_value_that_no_run_here_has_tried_says_where_it_comes_from(name):
+    """On its line, or in the comment above its group of lines, which an empty line ends."""
+    source = re.compile(r"arXiv:? \d{4}\.\d{5}|[Rr]eport[ ,]+(section|Table)|[Oo]ur choice")
+    for block in (FOLDER / f"{name}.toml").read_text(encoding="utf-8").split("\n\n")[1:]:
+        said, keys = "", 0
+        for line in block.splitlines():
+            code, _, comment = line.partition("#")
+            if not code.strip():
+                said += comment
+            elif "=" in code and not code.startswith(" "):  # what is indented continues a list
+                keys += 1
+                assert source.search(comment or said), f"{name}.toml: {line!r} has no source"
+        assert keys, block
+
+
+def test_the_report_s_own_numbers_stand_in_the_largest_scale():
+    cluster, tasks = course.load_scale("cluster"), len(TASKS)
+    assert cluster.grpo.queries * cluster.grpo.group_size == 2048
+    assert cluster.sft.demonstrations * tasks > 1e6 and cluster.sft.epochs == 2
+    assert (cluster.sft.learning_rate, cluster.sft.min_lr_ratio) == (7e-6, 0.1)
+    assert cluster.dpo.learning_rate == 7e-7 and cluster.dpo.epochs == 1
+    assert cluster.dpo.problems * cluster.dpo.pairs_per_problem * tasks == 300_000
+    assert (cluster.pretraining.weight_decay, cluster.pretraining.clip_norm) == (0.1, 1.0)
+    (stage,) = cluster.long_context.stages
+    assert (cluster.model.max_position_embeddings, stage.lengths[0]) == (4096, 32_768)
+    assert (cluster.model.rope_theta, stage.rope_theta) == (1e4, 1e6) and stage.shares[0] == 0.4

@@ -47,6 +47,17 @@ class Source:
     version: str = ""
     sha256: str = ""
     files: tuple[str, ...] = ()
+    column: str = "text"  # of a data set
+    tokens: int = 0  # of a data set, as its publisher counts them
+    streamed: bool = False  # pre-training reads it from there: the corpus holds only its beginning
+
+    @property
+    def pin(self) -> str:
+        """What decides its texts, for keys: checksum or version, and of a data set what is read and how; "" for none."""
+        said = [self.sha256 or self.version]
+        if self.kind == "huggingface":
+            said += [*self.files, self.column, *["streamed"] * self.streamed]
+        return "/".join(said)
 
 
 @dataclass(frozen=True)
@@ -166,16 +177,72 @@ def wheel_documents(source: Source) -> Iterator[Document]:
         yield from READERS[source.format](decode_utf8(raw, source.name, member), source.name)
 
 
-def hub_documents(source: Source) -> Iterator[Document]:
-    """Stream the column `text` of a dataset on the Hugging Face hub; needs the package `datasets`."""
+LOCAL = "parquet"  # the package of a source of kind huggingface whose `files` lie on this machine
+
+
+def open_rows(source: Source):
+    """The rows of a source of kind huggingface as an iterable data set, read when they are asked for.
+
+    CorpusError without the package `datasets`, for a revision that may move, and for what cannot be opened.
+    """
     try:
         import datasets
     except ImportError:
-        streamed = f"source {source.name!r} is streamed from Hugging Face"
-        raise CorpusError(f"{streamed}: install it with `pip install datasets`") from None
-    options = {"name": source.files[0] if source.files else None, "revision": source.version}
-    rows = datasets.load_dataset(source.package, split="train", streaming=True, **options)
-    return (Document(clean(row["text"]), source.name) for row in rows)
+        streamed = f"source {source.name!r} is streamed by the package datasets"
+        raise CorpusError(f"{streamed}: run `pip install -c constraints.txt datasets`") from None
+    options = {"split": "train", "streaming": True}
+    if source.package == LOCAL:
+        options["data_files"] = [str(Path(file).expanduser()) for file in source.files]
+        options["batch_size"] = (
+            1_000  # rows at once; it would be those of a group, which may be none
+        )
+        if not source.version:
+            remedy = "give it a `version`, a word of yours that changes when they do"
+            raise CorpusError(f"source {source.name!r} consists of files of your own: {remedy}")
+    elif not re.fullmatch(r"[0-9a-f]{40}", source.version):
+        moves = f"has the revision {source.version!r}, but a branch or a tag may move"
+        raise CorpusError(f"source {source.name!r} {moves}: name a commit, 40 hex digits")
+    else:
+        options |= {"name": source.files[0] if source.files else None, "revision": source.version}
+    try:
+        return datasets.load_dataset(source.package, **options)
+    except Exception as error:  # networks and damaged files can raise anything
+        raise _unreadable(source, error) from None
+
+
+def row_texts(rows: Iterable[dict], source: Source) -> Iterator[str]:
+    """The cleaned text of every row, from the source's `column`; "" where a row has none.
+
+    CorpusError where rows cannot be read, and where the column is missing or holds something else.
+    """
+    try:
+        for row in rows:
+            yield _row_text(row, source)
+    except CorpusError:
+        raise
+    except Exception as error:
+        raise _unreadable(source, error) from None
+
+
+def _row_text(row: dict, source: Source) -> str:
+    if source.column not in row:
+        missing = f"has no column {source.column!r}, only {', '.join(sorted(row))}"
+        raise CorpusError(f"source {source.name!r} {missing}: name its `column`")
+    text = row[source.column]
+    if not isinstance(text, str | None):
+        held = f"holds {type(text).__name__}, not text, in its column {source.column!r}"
+        raise CorpusError(f"source {source.name!r} {held}: name another `column`")
+    return clean(text or "")
+
+
+def _unreadable(source: Source, error: Exception) -> CorpusError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return CorpusError(f"source {source.name!r} cannot be read: {reason}")
+
+
+def hub_documents(source: Source) -> Iterator[Document]:
+    """The documents of a data set on the Hugging Face hub, or of parquet files of one's own, streamed."""
+    return (Document(text, source.name) for text in row_texts(open_rows(source), source))
 
 
 def read_documents(source: Source) -> Iterator[Document]:
@@ -229,7 +296,7 @@ def recipe(config: ScaleConfig, sources: list[Source], left_out: Iterable[str], 
     python = f"{sys.implementation.name} {sys.version.split()[0]}"
     settings = {"tokenizer": asdict(config.tokenizer), "corpus": asdict(config.corpus)}
     facts = {"versions": versions_of("corpus"), "seed": seed, **settings}
-    facts["sources"] = {s.name: s.sha256 or s.version or python for s in sources}
+    facts["sources"] = {s.name: s.pin or python for s in sources}
     facts["left_out"] = sorted(left_out)
     return json.loads(json.dumps(facts))
 
@@ -352,7 +419,7 @@ def corpus_inputs(config: ScaleConfig, seed: int) -> dict:
     Sources that could not be fetched here are named: another text makes another model.
     """
     known = read_sources()
-    pins = {name: known[name].sha256 or known[name].version for name in config.corpus.sources}
+    pins = {name: known[name].pin for name in config.corpus.sources}
     inputs = {"corpus": asdict(config.corpus), "tokenizer": asdict(config.tokenizer)}
     inputs |= {"sources": pins, "seed": seed}
     left_out = artifacts.read_manifest(artifacts.stage_dir(config.name, "corpus")).get("left_out")
