@@ -23,21 +23,23 @@ import dataclasses
 import hashlib
 import lzma
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .corpus import corpus_inputs, open_prepared
+from .corpus import corpus_inputs, is_heldout, open_prepared
 from .course import CourseError, hardware, stages
 from .course.corpus_files import Corpus
 from .course.progress import Progress
 from .course.ranks import is_first, world
 from .course.scales import Phase, Pretraining, ScaleConfig
 from .course.stages import Stage
+from .course.streaming import TokenStream, open_streams
 from .kernels.sharding import gathered
 from .model import ModelConfig, Qwen
 from .tokenizer import Tokenizer
@@ -105,11 +107,20 @@ class MixtureSampler:
     """Batches by the shares of each phase, every window of a domain once before any comes again.
 
     The batch of step s depends on (seed, s) alone, not on what was drawn before: nothing needs to be saved to resume
-    exactly, and every process of a group can take its own rows of the same batch.
+    exactly, and every process of a group can take its own rows of the same batch. Not so the `streams` (domain →
+    stream of this process): their windows come one after the other, and where they stand is saved.
     """
 
-    def __init__(self, corpus: Corpus, phases: Sequence[Phase], batch_tokens: int, seed: int = 0):
+    def __init__(
+        self,
+        corpus: Corpus,
+        phases: Sequence[Phase],
+        batch_tokens: int,
+        seed: int = 0,
+        streams: Mapping[str, TokenStream] = MappingProxyType({}),
+    ):
         self.corpus, self.phases, self.batch_tokens, self.seed = corpus, phases, batch_tokens, seed
+        self.streams = streams
         for name in (name for phase in phases for name in phase.mixture):
             if name not in corpus.domains:
                 but = f"but the corpus has only {', '.join(sorted(corpus.domains))}"
@@ -137,6 +148,9 @@ class MixtureSampler:
         tokens = np.empty((len(rows), phase.length + 1), dtype=np.int64)
         weights = np.ones((len(rows), phase.length), dtype=np.float32)
         for index, (name, number) in enumerate(rows):
+            if name in self.streams:
+                tokens[index] = self.streams[name].window(phase.length)
+                continue
             tokens[index], row_weights = self.order.window(phase_index, name, phase.length, number)
             if row_weights is not None:
                 weights[index] = row_weights[1:] / 10  # stored in tenths
@@ -367,9 +381,12 @@ def pretraining_stage(
         corpus, tokenizer = open_prepared(config, seed)
         phases = available_phases(settings.phases, corpus)
         _check_shares(phases, settings)
-        sampler = MixtureSampler(corpus, phases, settings.batch_tokens, seed)
+        keep = lambda text: not is_heldout(text, config.corpus.heldout_fraction)
+        streams = open_streams(config.corpus.sources, phases, tokenizer, keep)
+        sampler = MixtureSampler(corpus, phases, settings.batch_tokens, seed, streams)
         model = Qwen(ModelConfig.from_scale(config)).to(hardware.device())
         trainer = Trainer(model, settings, sampler.total_steps, dtype)
+        trainer.streams = streams
         step = lambda number: trainer.step(sampler.batch(number, *world()))
         return trainer, evaluating(config, trainer, step, sampler, corpus, tokenizer), tokenizer
 

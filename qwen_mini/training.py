@@ -37,6 +37,7 @@ from torch.distributed.tensor import DTensor
 from .course import CourseError, artifacts
 from .course.ranks import is_first, summed, world
 from .course.scales import Pretraining
+from .course.streaming import TokenStream, restore_streams, stream_states
 from .kernels.cross_entropy import linear_cross_entropy, total_weight
 from .kernels.sharding import cut_like, shard, whole
 from .model import Qwen, assign_weights
@@ -308,6 +309,7 @@ class Trainer:
     ):
         self.model, self.settings, self.total_steps = model, settings, total_steps
         self.step_count, self.loss, self.dtype = 0, 0.0, dtype
+        self.streams: dict[str, TokenStream] = {}  # of text, by domain: where they stand is saved
         if world()[1] > 1:
             shard(model, dtype)
         self.names = [name for name, _ in model.named_parameters()]
@@ -407,6 +409,7 @@ def save_training_state(path: Path, trainer: Trainer, metrics: list[dict]) -> No
         "step": str(trainer.step_count),
         "dtype": str(trainer.dtype).removeprefix("torch."),
         "metrics": json.dumps(metrics),
+        "streams": json.dumps(stream_states(trainer.streams)),
     }
     state = _on_the_first(training_tensors(trainer))
     if is_first():
@@ -430,6 +433,7 @@ def load_training_state(path: Path, trainer: Trainer) -> list[dict]:
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         restore_tensors(trainer, state, int(header["step"]))
+        restore_streams(trainer.streams, json.loads(header.get("streams", "[]")))
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise _foreign_state(path, error) from None
     return json.loads(header["metrics"])
