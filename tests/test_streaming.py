@@ -1,6 +1,7 @@
 """Pre-training text streamed from local parquet: shared out, packed, resumed, and what is refused."""
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections import Counter
@@ -8,13 +9,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from tiny import TINY, weights_of
 
-from qwen_mini.corpus import chat_messages, task_documents, unpack
-from qwen_mini.course import CourseError, load_scale, streaming
+from qwen_mini.corpus import chat_messages, prepare_corpus, task_documents, unpack
+from qwen_mini.course import CourseError, corpus_files, load_scale, streaming
 from qwen_mini.course.corpus_files import Source, open_rows, read_documents, read_sources
 from qwen_mini.course.launch import on_ranks
 from qwen_mini.course.scales import Phase
 from qwen_mini.course.streaming import TokenStream
+from qwen_mini.pretraining import pretraining_stage
 from qwen_mini.tokenizer import Tokenizer
 
 pytest.importorskip("datasets")
@@ -294,3 +297,50 @@ def test_what_is_read_of_a_data_set_is_part_of_every_key_that_depends_on_it(tmp_
     assert len(pins | {source.pin}) == 5
     sources = read_sources()
     assert sources["wiki_en"].pin == sources["wiki_en"].sha256 and sources["python"].pin == ""
+
+
+# ---------------------------------------------------------------- pre-training
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    """A tiny scale whose text is streamed, its corpus prepared: trains the stage, `times` its tokens, with `stops`."""
+    folder = tmp_path_factory.mktemp("streamed")
+    documents = itertools.islice(read_documents(read_sources()["python"]), 60)
+    texts = [document.text[:2_000] for document in documents]
+    source = parquet(folder, texts, streamed=True)
+    known = read_sources() | {"web": source}
+    scale = TINY.replace('sources = ["python"]', 'sources = ["web"]').replace(
+        "python = 0", "web = 0"
+    )
+    (folder / "own.toml").write_text(scale.format(dtype="float32"))
+    config = load_scale(str(folder / "own.toml"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWEN_MINI_RUNS", str(folder / "runs"))
+        patch.setattr(corpus_files, "read_sources", lambda: known)
+        patch.setattr(streaming, "read_sources", lambda: known)
+        prepare_corpus(config)
+
+        def train(times: int = 1, stops=()):
+            phases = config.pretraining.phases
+            phases = tuple(dataclasses.replace(p, tokens=p.tokens * times) for p in phases)
+            made = pretraining_stage(
+                config, settings=dataclasses.replace(config.pretraining, phases=phases)
+            )
+            for stop in stops:
+                made.make(stop)
+            return made.make()
+
+        yield train
+
+
+def test_an_interrupted_run_on_streamed_text_reaches_the_same_weights(streamed):
+    weights = [
+        weights_of(streamed()),
+        weights_of(streamed(stops=(7,))),
+        weights_of(streamed(stops=(3, 12))),
+    ]
+    assert weights[0] == weights[1] == weights[2]
+
+
+def test_a_run_ends_with_its_stream_and_says_how_many_tokens_were_wanted(streamed):
+    with pytest.raises(CourseError, match="source 'web' ended after .* none are read twice"):
+        streamed(times=12)
