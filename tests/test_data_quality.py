@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import refuses
+from tiny import exercises, refuses
 
 from qwen_mini.course import home, load_scale
 from qwen_mini.course.nb import Notebook
@@ -536,9 +536,7 @@ def test_passages_have_20_to_60_words_of_one_text(parts):
 
 # ---------------------------------------------------------------- exercises
 BOOK = Notebook(home() / "notebooks" / "10_data_quality.ipynb")
-EXERCISES = [
-    (code, BOOK.code[index + 1]) for index, code in enumerate(BOOK.code) if "BEGIN SOLUTION" in code
-]
+EXERCISES = exercises(BOOK)
 WRONG = [
     (0, "return (1 / 128) ** (1 / r)"),
     (0, "return (r / 128) ** (1 / r)"),  # the rule of thumb, not the solution
