@@ -31,12 +31,12 @@ from crash_points import Failure, load_torch, start, tree  # noqa: E402
 
 STAGES = ("pretraining", "sft", "dpo", "grpo")
 AGAIN = 0.5  # of the runs that were killed are killed once more, and so on
-SAVE_EVERY = 0.1  # seconds between training states
+SAVE_EVERY = 0.05  # seconds between training states
 # What makes every stage train for about a second; the last three start from what ships with the course.
 SIZES = {
-    "sft": {"demonstrations": 2, "epochs": 1},
-    "dpo": {"samples": 8, "max_new_tokens": 48, "pairs_per_problem": 2, "epochs": 2},
-    "grpo": {"steps": 6, "queries": 4, "group_size": 4, "max_new_tokens": 32},
+    "sft": {"demonstrations": 1, "batch_rows": 2},
+    "dpo": {"samples": 8, "max_new_tokens": 48, "pairs_per_problem": 2, "batch_pairs": 1},
+    "grpo": {"steps": 4, "queries": 4, "group_size": 4, "max_new_tokens": 32},
 }
 
 
