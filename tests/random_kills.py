@@ -1,6 +1,6 @@
 """Kill the training of each stage at random moments, start it again, and compare what it ends with.
 
-    python tests/random_kills.py                       one run of each stage, the sample of `make test`
+    python tests/random_kills.py                       one run of each stage, as in `make test`
     python tests/random_kills.py --kills 30            thirty runs of each
     python tests/random_kills.py --kills 5 --seed 1 grpo
 

@@ -34,8 +34,9 @@ def test_a_sample_of_the_crash_points():
 
 
 def test_a_stage_that_was_killed_ends_with_the_numbers_of_one_that_was_not():
-    script = Path(random_kills.__file__)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    # this seed kills each once, at about seven tenths of its time, when it has left a training state
+    command = [sys.executable, random_kills.__file__, "--seed", "331"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == list(random_kills.STAGES)
