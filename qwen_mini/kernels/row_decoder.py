@@ -71,9 +71,9 @@ class RowDecoder:
         keys[:, :, position], values[:, position] = turned[heads:], v
         grouped = turned[:heads].reshape(kv_heads, -1, self.config.head_dim)
         scores = np.matmul(grouped, keys[:, :, : position + 1])  # (kv_heads, group, position + 1)
-        scores -= scores.max(-1, keepdims=True)
+        scores -= np.maximum.reduce(scores, -1, keepdims=True)
         np.exp(scores, out=scores)
-        scores /= scores.sum(-1, keepdims=True)
+        scores /= np.add.reduce(scores, -1, keepdims=True)
         return np.matmul(scores, values[:, : position + 1]).reshape(-1)
 
 
