@@ -1,22 +1,33 @@
 """Sampling speed against transformers: the same weights, one process, one thread, in turns; one JSON object a line.
 
 256 rows, 32 prompt and 64 new tokens, the model of the laptop scale. Each side runs in the dtype that suits it better.
+Then one prompt alone, greedily, all in float32, also against llama.cpp on the GGUF file of the same checkpoint where
+`pip install xllamacpp` has been run.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
 from qwen_mini import course
+from qwen_mini.course import artifacts
 from qwen_mini.generation import generate, inference_copy, sample
 from qwen_mini.model import ModelConfig, Qwen
+from qwen_mini.scaling_up import export_gguf, load_model
+
+try:
+    import xllamacpp
+except ImportError:
+    xllamacpp = None
 
 ROWS, PROMPT, NEW = 256, 32, 64
+ALONE = 192  # new tokens of one prompt alone
 WAYS = {
     "sample": {"temperature": 1.0},
     "greedy": {"temperature": 0.0},
@@ -77,6 +88,39 @@ def compare(
            f"transformers {transformers.__version__} generate ({dtypes['peer']})", "tokens/s")  # fmt: skip
 
 
+def compare_alone(rounds: int) -> None:
+    """One prompt, greedily, float32: the shipped base model against transformers and, if it is there, llama.cpp."""
+    folder = artifacts.shipped_dir("pretraining")
+    prompt = torch.arange(100, 100 + PROMPT)[None]
+    mine = inference_copy(load_model(folder), torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs.generation_config.eos_token_id = None
+    hf = {"do_sample": False, "max_new_tokens": ALONE, "attention_mask": torch.ones_like(prompt)}
+    functions = {
+        "ours": lambda: generate(mine, prompt, ALONE),
+        f"transformers {transformers.__version__} generate": lambda: theirs.generate(prompt, **hf),
+    }
+    if xllamacpp:
+        server = llama_server(folder)
+        request = {"prompt": prompt[0].tolist(), "n_predict": ALONE, "temperature": 0, "top_k": 1,
+                   "repeat_penalty": 1.0, "ignore_eos": True, "cache_prompt": False}  # fmt: skip
+        functions["llama.cpp"] = lambda: server.handle_completions(request)
+    speeds = {name: ALONE / seconds for name, seconds in fastest(functions, 3 * rounds).items()}
+    for name in list(speeds)[1:]:
+        report("greedy, 1 prompt (float32)", speeds["ours"], speeds[name], f"{name} (float32)", "tokens/s")  # fmt: skip
+
+
+def llama_server(folder: Path):
+    """llama.cpp with one thread and the checkpoint's weights in float32; the file is in memory afterwards."""
+    options = xllamacpp.CommonParams()
+    options.n_ctx, options.n_parallel = PROMPT + ALONE, 1
+    options.warmup, options.fit_params, options.verbosity = False, False, -1
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
+    with tempfile.TemporaryDirectory() as place:
+        options.model.path = str(export_gguf(folder, Path(place) / "model.gguf", torch.float32))
+        return xllamacpp.Server(options)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
@@ -97,6 +141,7 @@ def main() -> None:
     for name, way in WAYS.items():
         compare(f"{name}, {ROWS} prompts", models, prompts, 1, way, rounds)
     compare("sample, 8 prompts x 32", models, prompts[:8], 32, WAYS["sample"], rounds)
+    compare_alone(rounds)
 
     logits, uniform = torch.randn(ROWS, 2_048), torch.rand(ROWS, 1)
     seconds = fastest({"ours": lambda: sample(logits, uniform),

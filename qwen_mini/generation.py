@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from .attention import GroupedQueryAttention, causal_attention
 from .course import hardware
 from .kernels.decoder import FusedDecoder
+from .kernels.row_decoder import RowDecoder
 from .layers import RMSNorm, SwiGLU, rope_tables
 from .model import Decoder, DecoderLayer, Qwen, count_parameters
 
@@ -182,16 +183,19 @@ _PLAIN |= {nn.Linear, nn.Embedding, nn.ModuleList}
 LARGEST_FUSED = 50_000_000
 
 
-def fused_decoder(model: Qwen, length: int) -> FusedDecoder | None:
-    """A `FusedDecoder` for texts of up to `length` tokens; None if the model is not plain and small."""
+def fused_decoder(model: Qwen, length: int, rows: int = 2) -> FusedDecoder | RowDecoder | None:
+    """The fast step for `rows` texts of up to `length` tokens; None if the model is not plain and small."""
     attention, known = model.attention, {type(module) for module in model.modules()} <= _PLAIN
     causal = getattr(attention, "func", None) is causal_attention
     if not (causal and set(attention.keywords) == {"frequencies"} and known):
         return None
     if count_parameters(model.config) > LARGEST_FUSED:
         return None
-    places = torch.arange(length, device=model.model.embed_tokens.weight.device)
-    return FusedDecoder(model, rope_tables(places, attention.keywords["frequencies"]))
+    weight = model.model.embed_tokens.weight
+    alone = rows == 1 and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    places = torch.arange(length, device=weight.device)
+    tables = rope_tables(places, attention.keywords["frequencies"])
+    return RowDecoder(model, tables) if alone else FusedDecoder(model, tables)
 
 
 # %% ../notebooks/05_generation.ipynb #beed1e70
@@ -235,7 +239,7 @@ def rollout(
         cache, hidden, ids = cache.select(member_of), hidden[member_of], ids[member_of]
     rows = torch.arange(count, device=device)
     running = torch.ones_like(rows, dtype=torch.bool)
-    fused = fused_decoder(model, total)
+    fused = fused_decoder(model, total, count)
     for step in range(max_new_tokens):
         logits = model.lm_head(hidden).float()  # (rows, vocab_size)
         tokens = sampling.choose(logits, ids, uniform[:, step : step + 1])

@@ -27,36 +27,22 @@ from qwen_mini import scaling_laws as laws
 from qwen_mini import tasks as t
 from qwen_mini import training as tr
 from qwen_mini.corpus import needle_pieces, needle_rows, pack
-from qwen_mini.course.scales import Phase, Stage
+from qwen_mini.course.scales import Phase, Pretraining, Stage
 from qwen_mini.course.small_text import SmallText
 from qwen_mini.course.statistics import wilson_interval
 from qwen_mini.kernels.ensemble import Ensemble, EnsembleAdamW
 from qwen_mini.model import Qwen
 from qwen_mini.tokenizer import Tokenizer
 
-
-@dataclasses.dataclass(frozen=True)
-class Numbers:
-    """What `Trainer` and `MixtureSampler` read of a scale's [pretraining]."""
-
-    optimizer: str = "muon"
-    learning_rate: float = 3e-3
-    matrix_learning_rate: float = 0.02
-    min_lr_ratio: float = 0.1
-    warmup_steps: int = 2
-    schedule: str = "cosine"
-    decay_fraction: float = 0.2
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    grad_accumulation: int = 1
-    batch_tokens: int = 256
-    phases: tuple = (
+PRETRAINING = Pretraining(
+    batch_tokens=256, optimizer="muon", learning_rate=3e-3, matrix_learning_rate=0.02, min_lr_ratio=0.1, warmup_steps=2,
+    schedule="cosine", decay_fraction=0.2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0,
+    grad_accumulation=1,
+    phases=(
         Phase(1_024, 32, {"a": 0.7, "b": 0.3}),
         Phase(1_024, 64, {"a": 0.5, "b": 0.2, "needles_64": 0.3}),
-    )
+    ),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +74,7 @@ class Tuning:
     probe: int = 1
 
 
-NUMBERS = SimpleNamespace(pretraining=Numbers(), sft=Tuning())
+NUMBERS = SimpleNamespace(pretraining=PRETRAINING, sft=Tuning())
 
 
 class MemoryCorpus:
@@ -189,7 +175,7 @@ def _batch(seed: int) -> tr.Batch:
 
 
 def _trainer_steps(**changes) -> dict:
-    trainer = tr.Trainer(tiny(), dataclasses.replace(Numbers(), **changes), 8)
+    trainer = tr.Trainer(tiny(), dataclasses.replace(PRETRAINING, **changes), 8)
     records = [trainer.step(_batch(seed % 2)) for seed in range(5)]
     state = tr.training_tensors(trainer)
     return columns(records) | {"weights": moves(trainer), "state": len(state)}
@@ -211,7 +197,7 @@ def _():
 def _():
     losses, found = [], []
     for optimizer in ("muon", "adamw"):
-        numbers = dataclasses.replace(Numbers(), optimizer=optimizer)
+        numbers = dataclasses.replace(PRETRAINING, optimizer=optimizer)
         first, second = (tr.Trainer(tiny(seed=seed), numbers, 8) for seed in (0, 1))
         losses += [first.step(_batch(0))["loss"] for _ in range(2)]
         with tempfile.TemporaryDirectory() as folder:
@@ -223,7 +209,7 @@ def _():
 
 @golden("training", "update")
 def _():
-    trainer = tr.Trainer(tiny(), Numbers(), 8)
+    trainer = tr.Trainer(tiny(), PRETRAINING, 8)
     records = []
     for step in range(4):
         losses = (trainer.model(ids(1, 12, seed=step + i)).square().mean() for i in range(2))
@@ -237,7 +223,7 @@ def _():
 # ---------------------------------------------------------------- pre-training
 @golden("pretraining", "mixture")
 def _():
-    sampler = p.MixtureSampler(corpus(), Numbers().phases, 256, seed=3)
+    sampler = p.MixtureSampler(corpus(), PRETRAINING.phases, 256, seed=3)
     batches = [sampler.batch(step) for step in range(sampler.total_steps)]
     parts = [sampler.batch(1, rank, 2).input_ids for rank in (0, 1)]
     without = SimpleNamespace(manifest={"left_out": ["b"]}, domains=("a", "needles_64"))
@@ -249,7 +235,7 @@ def _():
         ],
         "shared": digest(parts),
         "steps": sampler.steps,
-        "without b": p.available_phases(Numbers().phases, without)[1].mixture,
+        "without b": p.available_phases(PRETRAINING.phases, without)[1].mixture,
     }
 
 
@@ -411,7 +397,7 @@ def _():
 @golden("long_context", "steps")
 def _():
     _, sampler = _extension()
-    numbers = dataclasses.replace(Numbers(), schedule="wsd", decay_fraction=1.0, warmup_steps=1)
+    numbers = dataclasses.replace(PRETRAINING, schedule="wsd", decay_fraction=1.0, warmup_steps=1)
     trainer = lc.ExtensionTrainer(tiny(), numbers, sampler, 256)
     records = [trainer.step(sampler.batch(step)) for step in range(5)]
     config = trainer.model.config
@@ -426,7 +412,7 @@ def _():
     return rates(found)
 
 
-def rates(numbers: Numbers) -> dict:
+def rates(numbers: Pretraining) -> dict:
     """What an optimiser runs with, without the phases."""
     return {name: value for name, value in vars(numbers).items() if name != "phases"}
 
@@ -533,7 +519,7 @@ def _():
 def _():
     found = {}
     for optimizer in ("muon", "adamw"):
-        config = SimpleNamespace(pretraining=dataclasses.replace(Numbers(), optimizer=optimizer))
+        config = SimpleNamespace(pretraining=dataclasses.replace(PRETRAINING, optimizer=optimizer))
         trainer = sft.train_rows(
             config, tiny(), _rows() + _replayed(), sft.slower(Tuning(), 1 / 2, epochs=1), seed=2
         )

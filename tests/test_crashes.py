@@ -1,13 +1,16 @@
 """Whatever is killed while it writes results ends, started again, as if nobody had killed it.
 
-A sample of `tests/crash_points.py`, which kills at every file operation on request.
+Samples of `tests/crash_points.py`, which kills at every file operation on request, and of `tests/random_kills.py`,
+which kills the course's own stages.
 """
 
 import functools
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ if os.name == "nt":
     pytest.skip("there are no forks", allow_module_level=True)
 
 import crash_points  # noqa: E402  (beside this file)
+import random_kills  # noqa: E402
 from crash_points import SCALE, Case, Failure  # noqa: E402
 
 
@@ -27,6 +31,32 @@ def test_a_sample_of_the_crash_points():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == [case.name for case in crash_points.CASES]
+
+
+def test_a_stage_that_was_killed_ends_with_the_numbers_of_one_that_was_not():
+    # this seed kills each once, at about seven tenths of its time, when it has left a training state
+    command = [sys.executable, random_kills.__file__, "--seed", "331"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == list(random_kills.STAGES)
+    assert all(line.endswith("1 of 1 identical") for line in lines)
+
+
+def test_a_run_that_a_kill_changes_is_counted_and_told(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("QWEN_MINI_RUNS", "unused")  # put back afterwards
+
+    def run():
+        _counting()
+        time.sleep(0.2)
+
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+    crash_points.start(_counting, tmp_path / "after")
+    work = random_kills.Work("careless", run, tmp_path / "before", tmp_path / "after", 0.2)
+    tally = random_kills.survive(work, 2, random.Random(0))
+    assert tally.runs == 2 <= tally.kills and tally.same < 2
+    assert "other quick/tries" in capsys.readouterr().err
 
 
 def _straight_into_place(content: str) -> None:

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from tiny import refuses
+from tiny import exercises, refuses
 
 from qwen_mini.course import home, load_scale
 from qwen_mini.course.nb import Notebook
@@ -150,7 +150,7 @@ def parts():
                     w + rng.choice(("", "", ",", ".")) for w in rng.choices(rng.choice(lists), k=90)
                 )
             )
-            for _ in range(500)
+            for _ in range(2_000)
         ]
         for domain, lists in topics.items()
     }
@@ -188,12 +188,16 @@ def test_the_filter_finds_planted_noise(parts):
     kinds = ["clean"] * len(clean) + [k for k, group in noise.items() for _ in group]
     scores, domains = reference.scores(texts)
     head = fit_head(scores, domains, kinds)
-    unseen = [t for texts in parts["tune"].values() for t in texts]
+    unseen, others = (
+        [t for name in names for texts in parts[name].values() for t in texts]
+        for names in (("tune", "choose", "judge"), ("pool",))
+    )
     head = head.keeping(0.9, *all_scores(unseen, reference))
     assert (quality_score(unseen, reference, head) >= 0).mean() == pytest.approx(0.9, abs=0.02)
     fresh = noise_texts(parts["pool"], parts["writers"], 20, 1, 1)
-    kept = quality_score(parts["pool"]["python"][:80], reference, head) > 0
-    assert kept.mean() > 0.75  # 0.9 was asked for; 80 other texts have a standard error of 0.03
+    # 0.9 was asked for. Which noise the head has met depends on the files of this installation; with 800 texts for the
+    # threshold and 1,200 to judge it the share has a standard error of 0.014 (with 50 and 80 it was 0.055)
+    assert (quality_score(others, reference, head) > 0).mean() > 0.85
     for kind in ("keyword spam", "mojibake", "page parts", "code tables"):
         assert (quality_score(fresh[kind], reference, head) > 0).mean() < 0.3, kind
 
@@ -536,9 +540,7 @@ def test_passages_have_20_to_60_words_of_one_text(parts):
 
 # ---------------------------------------------------------------- exercises
 BOOK = Notebook(home() / "notebooks" / "10_data_quality.ipynb")
-EXERCISES = [
-    (code, BOOK.code[index + 1]) for index, code in enumerate(BOOK.code) if "BEGIN SOLUTION" in code
-]
+EXERCISES = exercises(BOOK)
 WRONG = [
     (0, "return (1 / 128) ** (1 / r)"),
     (0, "return (r / 128) ** (1 / r)"),  # the rule of thumb, not the solution

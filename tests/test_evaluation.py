@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from tiny import refuses
+from tiny import exercises, refuses
 
 from qwen_mini import evaluation
 from qwen_mini.course import CourseError, artifacts, home
 from qwen_mini.course.cli import main
-from qwen_mini.course.nb import Notebook, source
+from qwen_mini.course.nb import Notebook
 from qwen_mini.course.statistics import wilson_interval
 from qwen_mini.evaluation import (
     BENCHMARKS,
@@ -428,14 +428,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence(tmp_path, tokenizer, c
 
 
 # ---------------------------------------------------------------- exercises
-def _exercises():
-    """Number → (solution, check)."""
-    codes = [source(cell) for cell in NOTEBOOK.cells if cell["cell_type"] == "code"]
-    starts = [i for i, code in enumerate(codes) if "# BEGIN SOLUTION" in code]
-    return {number: (codes[i], codes[i + 1]) for number, i in enumerate(starts, 1)}
-
-
-EXERCISES = _exercises()
+EXERCISES = dict(enumerate(exercises(NOTEBOOK), 1))
 WRONG = [
     (1, "return math.ceil(d * (1.96 / size) ** 2)"),  # found half of the time
     (1, "return math.ceil((2.8 / size) ** 2 / 4)"),  # two separate shares

@@ -21,6 +21,7 @@ from qwen_mini.kernels.layers import (
     fused_swiglu,
     turned,
 )
+from qwen_mini.kernels.row_decoder import RowDecoder
 from qwen_mini.layers import RMSNorm, SwiGLU, rms_norm, rope_frequencies, rope_tables, rotate
 from qwen_mini.model import ModelConfig, Qwen
 
@@ -256,8 +257,12 @@ def random_model(config):
 
 
 @pytest.mark.parametrize("number", range(len(CONFIGS)))
-@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3], [4, 5, 6]]], ids=["padded", "even"])
-def test_the_fused_step_equals_the_plain_model(number, prompts):
+@pytest.mark.parametrize(
+    ("prompts", "kind"),
+    [(PROMPTS, FusedDecoder), ([[1, 2, 3], [4, 5, 6]], FusedDecoder), ([[1, 2, 3]], RowDecoder)],
+    ids=["padded", "even", "one"],
+)
+def test_the_fused_step_equals_the_plain_model(number, prompts, kind):
     model = random_model(CONFIGS[number])
     ids, document_ids = left_pad(prompts)
     with torch.inference_mode():
@@ -267,7 +272,7 @@ def test_the_fused_step_equals_the_plain_model(number, prompts):
         tables = rope_tables(
             torch.arange(caches[0].capacity), model.attention.keywords["frequencies"]
         )
-        step = FusedDecoder(model, tables)
+        step = kind(model, tables)
         for n in range(5):
             token = torch.full((len(ids), 1), n)
             expected = model.hidden_states(token, cache=caches[1])[:, 0]

@@ -5,17 +5,17 @@ import dataclasses
 import itertools
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qwen_mini.course import small_text, stages, tuning
-from qwen_mini.course.nb import Notebook, source
+from qwen_mini.course import home, small_text, stages, tuning
+from qwen_mini.course.nb import Notebook
 from qwen_mini.course.small_text import epochs
 from qwen_mini.course.statistics import best_seconds, mean_interval
 from qwen_mini.generation import generate
@@ -519,13 +519,8 @@ WRONG = {
 @pytest.fixture(scope="module")
 def exercises():
     """Function → its answer and its check, as the notebook has them."""
-    path = Path(__file__).parent.parent / "notebooks" / "06_mixture_of_experts.ipynb"
-    cells = [source(cell) for cell in Notebook(path).cells if cell["cell_type"] == "code"]
-    found = {}
-    for answer, check in itertools.pairwise(cells):
-        if "# BEGIN SOLUTION" in answer:
-            found[answer.partition("def ")[2].partition("(")[0]] = answer, check
-    return found
+    book = Notebook(home() / "notebooks" / "06_mixture_of_experts.ipynb")
+    return {pair[0].partition("def ")[2].partition("(")[0]: pair for pair in tiny.exercises(book)}
 
 
 def attempt(answer: str, check: str) -> None:

@@ -3,14 +3,14 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import exercises, refuses
 
 from qwen_mini import course
 from qwen_mini.course import cli, records, report, report_files
-from qwen_mini.course.nb import Notebook, source
+from qwen_mini.course.nb import Notebook
 from qwen_mini.course.paths import home
 
 SHIPPED = home() / "data" / "records" / "laptop"
@@ -352,21 +352,12 @@ def test_lines_of_the_pdf_fit_and_lose_nothing():
 BOOK = Notebook(home() / "notebooks" / "23_mini_report.ipynb")
 
 
-def _exercises():
-    code = [source(cell) for cell in BOOK.cells if cell["cell_type"] == "code"]
-    at = [i for i, cell in enumerate(code) if "# BEGIN SOLUTION" in cell]
-    return [(code[i], code[i + 1]) for i in at]
+EXERCISES = exercises(BOOK)
 
 
-def _space():
-    return {"np": np, "re": re, "report": report, "SHIPPED": Path(SHIPPED)}
-
-
-def _answer(solution, body):
-    lines = "\n".join(f"    {line}" for line in body.splitlines())
-    return re.sub(
-        r"    # BEGIN SOLUTION.*# END SOLUTION", lambda _: lines, solution, flags=re.DOTALL
-    )
+def room():
+    """What the exercises find defined above them."""
+    return {"np": np, "re": re, "report": report, "SHIPPED": SHIPPED}
 
 
 STATEMENT = """row = {"name": "n", "section": "§5.2.3", "place": "ours", "says": "s", "here": "h", "expect": "more"}
@@ -393,18 +384,15 @@ WRONG = [
 
 @pytest.mark.parametrize("number", range(3))
 def test_the_solution_of_an_exercise_passes(number):
-    space = _space()
-    for code in _exercises()[number]:
+    space = room()
+    for code in EXERCISES[number]:
         exec(code, space)
 
 
 @pytest.mark.parametrize("number, body", WRONG)
 def test_a_wrong_answer_is_refused(number, body):
-    (solution, check), space = _exercises()[number], _space()
-    exec(_answer(solution, body), space)
-    with pytest.raises((AssertionError, course.CourseError)):
-        exec(check, space)
+    refuses(EXERCISES[number], body, room(), (AssertionError, course.CourseError))
 
 
 def test_there_are_three_exercises():
-    assert len(_exercises()) == 3
+    assert len(EXERCISES) == 3

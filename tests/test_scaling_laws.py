@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tiny import refuses
+from tiny import exercises, refuses
 
 from qwen_mini import course, scaling_laws
 from qwen_mini.course import cli, home, load_scale, plan, records, small_text
@@ -597,9 +597,7 @@ def test_durations(seconds, text):
 
 # ---------------------------------------------------------------- exercises
 BOOK = Notebook(home() / "notebooks" / "11_scaling_laws.ipynb")
-EXERCISES = [
-    (code, BOOK.code[index + 1]) for index, code in enumerate(BOOK.code) if "BEGIN SOLUTION" in code
-]
+EXERCISES = exercises(BOOK)
 FIT3 = "a, b, c = np.polyfit(np.log(rates[near]), losses[near], 2); p, h = -b / 2 / a, c - b * b / 4 / a; "
 BACK = "return math.exp(p - w), math.exp(p + w)"
 BEST = "low = int(np.argmin(losses)); near = slice(low - 1, low + 2); "

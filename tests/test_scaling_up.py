@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import small_config, tiny_model
-from tiny import refuses
+from tiny import exercises, refuses
 
 from qwen_mini import course, scaling_up
 from qwen_mini.course import CourseError, gguf_files, home, stages
@@ -579,9 +579,7 @@ def test_the_check_says_that_there_is_no_gpu(capsys):
 
 # ---------------------------------------------------------------- exercises
 BOOK = Notebook(home() / "notebooks" / "22_scaling_up.ipynb")
-EXERCISES = [
-    (code, BOOK.code[index + 1]) for index, code in enumerate(BOOK.code) if "BEGIN SOLUTION" in code
-]
+EXERCISES = exercises(BOOK)
 OWN = "own = sum((p**2).sum() for p in pieces)\n"
 ALL = "dist.all_reduce(own)\nnorm = own.sqrt().item()\n"
 SCALE = "for p in pieces:\n    p.mul_(min(1.0, most / norm))\n"

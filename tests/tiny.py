@@ -1,6 +1,7 @@
 """A scale whose stages train in a second, and what tests ask of such runs."""
 
 import dataclasses
+import itertools
 import json
 import re
 import textwrap
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from qwen_mini.course import stages
+from qwen_mini.course.nb import Notebook
 from qwen_mini.long_context import task_scores
 from qwen_mini.model import ModelConfig, Qwen
 from qwen_mini.training import Batch, Trainer
@@ -248,6 +250,11 @@ def needle_share(*question, **options) -> float:
     """The mean score of a model at a task of the mini-RULER; arguments as for `long_context.task_scores`."""
     scores = task_scores(*question, **options)
     return sum(scores) / len(scores)
+
+
+def exercises(book: Notebook) -> list[tuple[str, str]]:
+    """Of each exercise of a notebook the cell of its solution and the one that checks it."""
+    return [pair for pair in itertools.pairwise(book.code) if "# BEGIN SOLUTION" in pair[0]]
 
 
 def answered(code: str, body: str) -> str:
