@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .course import artifacts, hardware, stages
-from .course.ranks import world
+from .course.ranks import summed, world
 from .course.scales import Dpo, ScaleConfig
 from .course.stages import Stage
 from .kernels.sharding import cut_like, gathered, whole
@@ -319,11 +319,14 @@ def preference_steps(
         def losses():
             now = pair_logprobs(trainer.model, batches[number])
             moved = now.detach() - then
-            facts["accuracy"] = (moved[0] > moved[1]).float().mean().item()
-            facts["chosen"], facts["rejected"] = moved.mean(1).tolist()
+            right = (moved[0] > moved[1]).sum().item()
+            facts["own"] = (right, *moved.double().sum(1).tolist(), moved.shape[1])
             yield dpo_loss(*now, *then, settings.beta).sum() / len(plan.plan[number])
 
-        return trainer.step(losses()) | facts
+        record = trainer.step(losses())
+        right, chosen, rejected, count = summed(*facts["own"])
+        means = {"accuracy": right, "chosen": chosen, "rejected": rejected}
+        return record | {name: total / count for name, total in means.items()}
 
     return plan.total_steps, step
 

@@ -35,6 +35,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -392,6 +393,14 @@ def _part_losses(
         yield loss
 
 
+def _check_rewards(groups: Sequence[Group]) -> None:
+    """CourseError, in every process, if a reward of another one is not finite; `group_advantages` names an own one."""
+    own = sum(not math.isfinite(reward) for group in groups for reward in group.rewards)
+    [everywhere] = summed(own)
+    if everywhere and not own:
+        raise CourseError("another process has a reward that is not finite; nothing was updated")
+
+
 def _idle_losses(trainer: Trainer, group: Group, count: int) -> Iterator[Tensor]:
     """`count` losses of weight 0: under torchrun all processes gather weights together, so equally often."""
     return (0 * group_logprobs(trainer.model, [group])[0].sum() for _ in range(count))
@@ -414,6 +423,7 @@ def policy_update(
     if a reward is not finite; the weights are untouched then. The record is that of the whole batch at the last inner
     step: loss, gradient and reward, the share of groups that differ, and of the computed tokens what `grpo_loss` saw.
     """
+    _check_rewards(groups)
     advantages = group_advantages([g.rewards for g in groups], scale=kind != "dr_grpo")
     varied = [max(g.rewards) > min(g.rewards) for g in groups]
     rewards, own_tokens = [reward for g in groups for reward in g.rewards], _token_count(groups)

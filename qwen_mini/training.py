@@ -39,7 +39,7 @@ from .course.ranks import is_first, summed, world
 from .course.scales import Pretraining
 from .course.streaming import TokenStream, restore_streams, stream_states
 from .kernels.cross_entropy import linear_cross_entropy, total_weight
-from .kernels.sharding import cut_like, shard, whole
+from .kernels.sharding import cut_again, cut_like, shard, whole
 from .model import Qwen, assign_weights
 
 _all_ = ["linear_cross_entropy"]  # it can be imported from here, too
@@ -350,6 +350,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         _publish_weights(self.masters, self.working)
+        cut_again(self.model)
         self.step_count += 1
         record = {"step": self.step_count, "loss": loss}
         return record | {"grad_norm": grad_norm, "lr_factor": factor}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import TINY, losses_of, tiny_scale, weights_of
 
-from qwen_mini.course import artifacts, cli
+from qwen_mini.course import artifacts, cli, stages
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,6 +119,9 @@ def test_two_processes_train_on_the_same_pairs_as_one(preferring):
     mine, theirs = (losses_of(runs / "dpo") for runs in preferring)
     assert [r[0] for r in mine] == [r[0] for r in theirs] == [1, 2]
     assert [r[1] for r in mine] == pytest.approx([r[1] for r in theirs], rel=1e-3)
+    one, two = (stages.metrics(runs / "dpo") for runs in preferring)
+    for key, near in (("accuracy", 1e-6), ("chosen", 1e-3), ("rejected", 1e-3)):  # of all pairs
+        assert [r[key] for r in one] == pytest.approx([r[key] for r in two], rel=near, abs=1e-5)
     manifests = [artifacts.read_manifest(runs / "dpo") for runs in preferring]
     assert manifests[0]["key"] == manifests[1]["key"]
     assert (

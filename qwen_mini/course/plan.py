@@ -40,7 +40,8 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
     per_token = lambda phase: flops_per_token(shape, phase.length, training=True)
     flops = sum(phase.tokens * per_token(phase) for phase in phases)
     state, told = _state_bytes(shape, parameters, gpus)
-    micro = training.batch_tokens // (training.grad_accumulation * gpus)
+    share = training.batch_tokens // (training.grad_accumulation * gpus)
+    micro = max(share, *(phase.length for phase in phases))  # a device reads a row at least
     activations = micro * activation_bytes_per_token(config.model)
     layers, steps = count_parameters(shape, embedding=False), tokens // training.batch_tokens
     hours = flops / ACCELERATOR_FLOPS / gpus / 3600

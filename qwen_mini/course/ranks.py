@@ -1,5 +1,10 @@
 """Which of the processes of torchrun this is."""
 
+import datetime
+from collections.abc import Callable
+
+PREPARATION = datetime.timedelta(days=1)  # the longest that one process may keep the others waiting
+
 
 def world() -> tuple[int, int]:
     """(rank, world size) of this process; (0, 1) outside torchrun."""
@@ -33,3 +38,13 @@ def highest(value: int) -> int:
     if world()[1] > 1:
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
     return int(found)
+
+
+def patience() -> Callable[[], None]:
+    """A barrier that waits for a day: for what one process prepares alone. All call this together, and then the barrier."""
+    import torch.distributed as dist
+
+    if world()[1] == 1:
+        return lambda: None
+    group = dist.new_group(backend="gloo", timeout=PREPARATION)
+    return lambda: dist.barrier(group)

@@ -20,11 +20,12 @@ from .errors import CourseError
 from .paths import shown
 from .processes import generators_kept
 from .provenance import provenance
-from .ranks import is_first, world
+from .ranks import is_first, patience, world
 from .scales import LongContext, Pretraining, ScaleConfig, Sft
 from .versions import versions_of
 
-SAVE_EVERY = 30.0  # seconds between training states
+SAVE_EVERY = 30.0  # seconds between training states, and
+LEAST_SHARE = 20  # so many times what writing one takes
 MOST_METRICS = 200  # records of a shipped checkpoint
 
 # A step takes its number and returns its record; what it does depends on the number and the weights alone.
@@ -257,6 +258,7 @@ def state_path(made: Stage) -> Path:
 def _fill(made: Stage, fill: Callable[[Path], None], starts: tuple) -> Path:
     for start in starts:
         folder_of(start)
+    wait = patience()
     if is_first():
         begun = time.monotonic()
         # what trains inside under torchrun would wait for the other processes without end
@@ -264,6 +266,7 @@ def _fill(made: Stage, fill: Callable[[Path], None], starts: tuple) -> Path:
         with _written(made) as folder, alone:
             fill(folder)
             _add_provenance(folder, made, hardware.pick_dtype(made.config.run.dtype), begun)
+    wait()
     return _agreed(made)
 
 
@@ -279,24 +282,28 @@ def _train(made: Stage, begin: Begin, stop_after: int | None) -> Path:
     trainer, step, tokenizer = begin(dtype)
     records = load_training_state(state, trainer) if state.exists() else []
     _compare_ranks(made, f"at step {trainer.step_count}, in {dtype}")
-    saved = time.monotonic()
+    saved, pause = time.monotonic(), SAVE_EVERY
     while trainer.step_count < min(trainer.total_steps, stop_after or math.inf):
         started = time.perf_counter()
         record = step(trainer.step_count)
         records.append({**record, "seconds": time.perf_counter() - started})
-        due = time.monotonic() - saved >= SAVE_EVERY or trainer.step_count == stop_after
+        due = time.monotonic() - saved >= pause or trainer.step_count == stop_after
         # the processes' clocks differ, and each has a piece of the state: the first one decides
         if trainer.step_count < trainer.total_steps and _of_all_ranks(due)[0]:
+            begun_saving = time.monotonic()
             save_training_state(state, trainer, records)
             saved = time.monotonic()
+            pause = max(SAVE_EVERY, LEAST_SHARE * (saved - begun_saving))
     if trainer.step_count < trainer.total_steps:
         return state
     model, failure = finished_model(trainer), None
     if is_first():
         try:
             _write(made, model, tokenizer, records, dtype, begun)
-        except CourseError as error:
-            failure = error
+        except Exception as error:  # the other processes wait for what became of it
+            known = isinstance(error, CourseError)
+            failure = error if known else CourseError(f"{type(error).__name__}: {error}")
+            failure.__cause__ = None if known else error
     if failure := _of_all_ranks(failure)[0]:
         with contextlib.suppress(CourseError):
             # a full disk, for instance: the work of the last seconds is not lost

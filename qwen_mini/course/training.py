@@ -8,6 +8,7 @@ from . import hardware
 from .errors import CourseError
 from .paths import shown
 from .processes import die_with_parent
+from .ranks import patience
 from .scales import ScaleConfig
 from .stages import Stage
 
@@ -23,8 +24,9 @@ STAGES = {
 }
 # what these train on is sampled, from what the section of the scale names as their start
 SAMPLED = {"careless": "reward_model", "pairs": "dpo", "dpo": "dpo", "grpo": "grpo"}
-COLLECTIVE = datetime.timedelta(minutes=30)  # the longest that one process may let the others wait
-PREPARATION = datetime.timedelta(days=1)  # the others wait while one process prepares the corpus
+COLLECTIVE = datetime.timedelta(
+    minutes=30
+)  # the longest that a step of one process may let the others wait
 
 
 def handle(name: str, config: ScaleConfig, seed: int = 0) -> Stage:
@@ -49,7 +51,7 @@ def train(config: ScaleConfig, name: str = "pretraining", seed: int = 0, anew: b
         _join()
     try:
         if _needs_text(name, config, seed):
-            _prepare(config, seed, first, processes)
+            _prepare(config, seed, first)
         stage = handle(name, config, seed)
         folder = stage.make() if anew else stage.folder()
     finally:
@@ -79,14 +81,11 @@ def _join() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=COLLECTIVE)
 
 
-def _prepare(config: ScaleConfig, seed: int, first: bool, processes: int) -> None:
+def _prepare(config: ScaleConfig, seed: int, first: bool) -> None:
     """The first process prepares the corpus; the others wait as long as that takes, and no longer than a day."""
-    import torch.distributed as dist
-
     from qwen_mini.corpus import prepare_corpus
 
-    waiting = dist.new_group(backend="gloo", timeout=PREPARATION) if processes > 1 else None
+    wait = patience()
     if first:
         prepare_corpus(config, seed)
-    if processes > 1:
-        dist.barrier(waiting)
+    wait()

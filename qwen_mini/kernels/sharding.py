@@ -59,7 +59,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     For evaluating and sampling, without gradients. All ranks enter and leave together.
     """
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    units = _units(model)
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -69,6 +69,16 @@ def gathered(model: nn.Module) -> Iterator[None]:
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(unit is not model, recurse=False)
+
+
+def cut_again(model: nn.Module) -> None:
+    """Drop every gathered weight: after an update it would be an old one."""
+    for unit in _units(model):
+        unit.reshard()
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def whole(x: Tensor) -> Tensor:
