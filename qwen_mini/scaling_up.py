@@ -259,7 +259,9 @@ def memory_per_rank(
     layers: int = 2,
     recompute: bool = False,
 ) -> dict[str, int]:
-    """Bytes of the fullest rank in sharded training with AdamW: owned, gathered, gradients (whole ones), activations.
+    """Bytes of the fullest rank in sharded training with AdamW: owned, gathered, gradients (whole), activations.
+
+    gradients: also the float32 buffer in which the largest unit's are summed.
 
     tokens: that a rank computes at once; width: bytes of a gathered weight; layers: how many are gathered at once, 1
     without prefetching; recompute: a layer keeps its input alone, and computes the rest again when it goes backward.
@@ -277,7 +279,7 @@ def memory_per_rank(
     return {
         "owned": OWNED_BYTES * own,
         "gathered": width * (rest + sum(sizes[:layers])) * apart,
-        "gradients": width * (rest + sizes[0]) * apart,
+        "gradients": (width * (rest + sizes[0]) + 4 * max(rest, sizes[0])) * apart,
         "activations": tokens * ((kept - logits) * width // 2 + logits),
     }
 
