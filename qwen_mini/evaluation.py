@@ -26,7 +26,6 @@ __all__ = [
     "suite",
     "question_of",
     "given_away",
-    "next_of_kind",
     "swapped",
     "right_by_luck",
     "chance_level",
@@ -47,11 +46,12 @@ import torch.nn.functional as F
 
 from .course import stages
 from .course.response_log import ResponseLog, model_digest
+from .course.statistics import next_alike
 from .data_quality import TestIndex, decontaminate
 from .generation import generate
 from .model import Qwen
 from .sft import chat_example, draw_examples, length_batches
-from .tasks import TASKS, TRAIN_LEVELS, WORDINGS, Example, Verdict, verify_many
+from .tasks import TRAIN_LEVELS, WORDINGS, Example, Verdict, verify_many
 from .tokenizer import Tokenizer
 from .world import gsm8k, ifeval, quizzes
 from .world.benchmarks import read_benchmarks
@@ -82,9 +82,10 @@ def bootstrap_interval(values: Sequence, draws: int = 2_000, seed: int = 0) -> t
 
 def paired_interval(first: Sequence, second: Sequence, seed: int = 0) -> tuple[float, float, float]:
     """(mean, low, high) of `second` − `first`, scores of two models on the same questions in the same order."""
-    if len(first) != len(second):
+    counts = len(first), len(second)
+    if counts[0] != counts[1]:
         raise ValueError(
-            f"paired scores are of the same questions, but there are {len(first)} and {len(second)}"
+            "paired scores are of the same questions, not of {} and {}".format(*counts)
         )
     apart = np.asarray(second, float) - np.asarray(first, float)
     return float(apart.mean()), *bootstrap_interval(apart, seed=seed)
@@ -182,7 +183,12 @@ class Settings:
 
 
 def prompt_of(tokenizer: Tokenizer, example: Example, shots: int = 0) -> list[int]:
-    """Ids up to where the answer begins: `shots` solved problems of the same task for training, then the question."""
+    """Ids up to where the answer begins: `shots` solved problems of the same task for training, then the question.
+
+    ValueError for shots before a real item: there are no others to show.
+    """
+    if shots and example.task in REAL:
+        raise ValueError(f"{example.task} is asked without solved problems: leave out the shots")
     solved = draw_examples(shots, "shots", tasks=[example.task])
     turns = [message for one in solved for message in chat_example(one)]
     return tokenizer.encode_chat([*turns, *example.messages], add_generation_prompt=True)
@@ -192,31 +198,22 @@ def prompt_of(tokenizer: Tokenizer, example: Example, shots: int = 0) -> list[in
 def verdicts_on(pairs: Iterable[tuple[Example, str]]) -> list[Verdict]:
     """Verdicts on (example, response): by the tasks of chapter 15, and for real items (section 11) by their own check."""
     pairs = list(pairs)
-    verified = iter(verify_many(pair for pair in pairs if pair[0].task in TASKS))
-    verdicts = []
-    for example, response in pairs:
-        if example.task in TASKS:
-            verdicts.append(next(verified))
-        else:
-            problem = REAL[example.task].problem_with(example.facts, response)
-            verdicts.append(Verdict(not problem, True, problem))
-    return verdicts
+    problems = [REAL[e.task].problem_with(e.facts, text) for e, text in pairs if e.task in REAL]
+    real = (Verdict(not problem, True, problem) for problem in problems)
+    ours = iter(verify_many(pair for pair in pairs if pair[0].task not in REAL))
+    return [next(real if e.task in REAL else ours) for e, _ in pairs]
 
 
 def respond(
     model: Qwen, tokenizer: Tokenizer, items: Sequence[Item], settings: Settings, seed: int
 ) -> list[dict]:
     """Lines for the log: the responses to every item, with the verifier's verdicts. An unfinished response is wrong."""
-    made = generate(
-        model,
-        [prompt_of(tokenizer, item.example, settings.shots) for item in items],
-        settings.max_new_tokens,
-        stop_ids=[tokenizer.im_end_id, tokenizer.endoftext_id],
-        num_return_sequences=settings.samples,
-        generator=torch.Generator().manual_seed(seed),
-        temperature=settings.temperature,
-        vocab_size=tokenizer.vocab_size,
-    )
+    prompts = [prompt_of(tokenizer, item.example, settings.shots) for item in items]
+    stops = [tokenizer.im_end_id, tokenizer.endoftext_id]
+    drawn = {"temperature": settings.temperature, "vocab_size": tokenizer.vocab_size}
+    drawn["generator"] = torch.Generator().manual_seed(seed)
+    drawn["num_return_sequences"] = settings.samples
+    made = generate(model, prompts, settings.max_new_tokens, stop_ids=stops, **drawn)
     of_each = [item.example for item in items for _ in range(settings.samples)]
     texts = [tokenizer.decode(c.tokens[:-1] if c.finished else c.tokens) for c in made]
     said = zip(of_each, texts, made, strict=True)
@@ -284,13 +281,9 @@ def plan_batches(
 
 # %% ../notebooks/21_evaluation.ipynb #dd17fa43
 def evaluate(
-    model: Qwen,
-    tokenizer: Tokenizer,
-    items: Sequence[Item],
-    path: str | Path | None = None,
-    settings: Settings | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
-) -> list[dict]:
+    model: Qwen, tokenizer: Tokenizer, items: Sequence[Item], path: str | Path | None = None,
+    settings: Settings | None = None, on_batch: Callable[[int, int], None] | None = None,
+) -> list[dict]:  # fmt: skip
     """One line for each item, in the items' order, also written to `path`; what stands there is not done again.
 
     on_batch(done, all): called after every batch. ValueError or CourseError, one sentence, for what cannot be done.
@@ -379,26 +372,16 @@ def given_away(items: Sequence[Item], documents: Sequence[str]) -> list[int]:
 
 
 # %% ../notebooks/21_evaluation.ipynb #ee0d2460
-def next_of_kind(kinds: Sequence) -> list[int]:
-    """For every place the next one of the same kind; for the last one of a kind its first."""
-    places: dict = {}
-    for i, kind in enumerate(kinds):
-        places.setdefault(kind, []).append(i)
-    pairs = (zip(some, some[1:] + some[:1], strict=True) for some in places.values())
-    after = dict(itertools.chain.from_iterable(pairs))
-    return [after[i] for i in range(len(kinds))]
-
-
 def swapped(items: Sequence[Item]) -> list[Item]:
     """Each item's choices after the context of the next one of its benchmark."""
-    others = next_of_kind([item.benchmark for item in items])
+    others = next_alike([item.benchmark for item in items])
     pairs = zip(items, others, strict=True)
     return [dataclasses.replace(item, context=items[n].context) for item, n in pairs]
 
 
 def right_by_luck(items: Sequence[Item], lines: Sequence[dict]) -> list[int]:
     """Verdicts on the first response to each item as if it answered the next item of its task."""
-    others = next_of_kind([(item.benchmark, item.example.task) for item in items])
+    others = next_alike([(item.benchmark, item.example.task) for item in items])
     said = [line["responses"][0] if line["finished"][0] else "" for line in lines]
     pairs = [(items[n].example, text) for n, text in zip(others, said, strict=True)]
     return [int(verdict.correct) for verdict in verdicts_on(pairs)]

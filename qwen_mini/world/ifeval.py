@@ -7,7 +7,7 @@ with which a test compares these. Two of theirs also ask a detector whether the 
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .constraints import CONSTRAINTS, words_of
@@ -89,7 +89,7 @@ KINDS = {
     "keywords:forbidden_words": Kind(
         "Do not use the words {forbidden_words}.",
         lambda text, forbidden_words: not any(matches(rf"\b{word}\b", text) for word in forbidden_words),
-        _number("forbidden_words", ["and", "very"], ["is", "day"]),
+        _number("forbidden_words", ["nice", "very"], ["is", "day"]),
     ),
     "keywords:letter_frequency": Kind(
         "Let the letter {letter} occur {let_relation} {let_frequency} times.",
@@ -127,7 +127,7 @@ KINDS = {
     "detectable_format:number_highlighted_sections": Kind(
         "Highlight at least {num_highlights} parts of the answer with stars, like *this*.",
         lambda text, num_highlights: highlights(text) >= num_highlights,
-        _number("num_highlights", 1, 2),
+        _number("num_highlights", 2, 3),
     ),
     "detectable_format:multiple_sections": Kind(
         "Write at least {num_sections} sections, headed {section_spliter} 1, {section_spliter} 2 and so on.",
@@ -159,6 +159,15 @@ ALONE = (
     "combination:two_responses",
 )  # little else fits beside them
 
+
+def fit(first: str, second: str) -> bool:
+    """Whether two kinds can be asked for together: of other families, neither alone, a heading only in its own case."""
+    families = {name.split(":")[0] for name in (first, second)}
+    headed = "detectable_format:multiple_sections" in (first, second)
+    alone = first in ALONE or second in ALONE
+    return len(families) == 2 and not alone and not (headed and "change_case" in families)
+
+
 TOPICS = (
     "Write a few sentences about a rainy day.",
     "Describe a market in the morning.",
@@ -181,10 +190,8 @@ def requests(count: int, seed: int = 0) -> list[Request]:
     rng, made, names = random.Random(f"ifeval/{seed}"), [], list(KINDS)
     while len(made) < count:
         for first in rng.sample(names, len(names)):
-            kinds, family = [first], first.split(":")[0]
-            fitting = [name for name in names if name not in ALONE and name.split(":")[0] != family]
-            if len(made) % 2 and first not in ALONE:
-                kinds.append(rng.choice(fitting))
+            fitting = [name for name in names if fit(first, name)]
+            kinds = [first, rng.choice(fitting)] if fitting and len(made) % 2 else [first]
             asked = [(name, rng.choice(KINDS[name].options)) for name in kinds]
             text = " ".join([rng.choice(TOPICS), *(told(*one) for one in asked)])
             made.append(Request(f"{len(made)}", text, {"instructions": asked}))
@@ -193,7 +200,9 @@ def requests(count: int, seed: int = 0) -> list[Request]:
 
 def told(name: str, arguments: Mapping) -> str:
     """An instruction in words."""
-    listed = lambda value: " and ".join(value) if isinstance(value, list) else value
+    listed = lambda value: (
+        " and ".join(f'"{word}"' for word in value) if isinstance(value, list) else value
+    )
     return KINDS[name].wording.format(**{key: listed(value) for key, value in arguments.items()})
 
 
@@ -220,9 +229,9 @@ def problem_with(facts: Mapping, response: str) -> str:
     return ", ".join(name for (name, _), kept in pairs if not kept)
 
 
-def other_scores(pairs: Iterable[tuple[Mapping, str]]) -> dict[str, list[int]]:
-    """IFEval's scores besides the strict one by prompt, of (facts, response): 1 or 0 for each prompt or instruction."""
-    pairs = [(facts["instructions"], response) for facts, response in pairs]
+def other_scores(facts: Sequence[Mapping], responses: Sequence[str]) -> dict[str, list[int]]:
+    """IFEval's scores besides the strict one by prompt: 1 or 0 for each prompt or instruction."""
+    pairs = [(f["instructions"], text) for f, text in zip(facts, responses, strict=True)]
     strict, loose = ([followed(*pair, loose=way) for pair in pairs] for way in (False, True))
     flat = lambda kept: [int(one) for some in kept for one in some]
     return {
