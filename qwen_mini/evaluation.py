@@ -82,11 +82,8 @@ def bootstrap_interval(values: Sequence, draws: int = 2_000, seed: int = 0) -> t
 
 def paired_interval(first: Sequence, second: Sequence, seed: int = 0) -> tuple[float, float, float]:
     """(mean, low, high) of `second` − `first`, scores of two models on the same questions in the same order."""
-    counts = len(first), len(second)
-    if counts[0] != counts[1]:
-        raise ValueError(
-            "paired scores are of the same questions, not of {} and {}".format(*counts)
-        )
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} scores are not of the same questions")
     apart = np.asarray(second, float) - np.asarray(first, float)
     return float(apart.mean()), *bootstrap_interval(apart, seed=seed)
 
@@ -267,10 +264,9 @@ def plan_batches(
             prompt = prompt_of(tokenizer, item.example, settings.shots)
             lengths.append(len(prompt) + settings.max_new_tokens)
         if lengths[-1] > context:
-            raise ValueError(
-                f"{item.benchmark}: {item.key!r} takes {lengths[-1]:,} tokens, but the model's "
-                f"context holds {context:,}: leave this benchmark out, or ask for shorter answers"
-            )
+            takes = f"{item.benchmark}: {item.key!r} takes {lengths[-1]:,} tokens, but the model's"
+            advice = "leave this benchmark out, or ask for shorter answers"
+            raise ValueError(f"{takes} context holds {context:,}: {advice}")
     plan, rows = [], max(1, settings.batch_rows // settings.samples)
     for with_choices, size in ((True, 32), (False, rows)):
         some = [i for i, item in enumerate(items) if (item.example is None) == with_choices]

@@ -376,24 +376,32 @@ def test_lm_eval_gives_the_same_log_likelihoods(tmp_path, tokenizer):
 
     items = suite(12, 0, ["words", "next lines"])
     export_lm_eval(items, tmp_path / "tasks", "course")
-    model = HFLM(pretrained=str(BASE), dtype="float32", device="cpu", batch_size=4)
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
-    found = lm_eval.simple_evaluate(
-        model, tasks=["course"], task_manager=manager, bootstrap_iters=0, log_samples=True
-    )
-    theirs = sorted(found["samples"]["course"], key=lambda sample: sample["doc_id"])
-    ours = Qwen.from_pretrained(BASE).eval()
-    for item, sample in zip(items, theirs, strict=True):
-        rows, first = option_rows(tokenizer, item)
-        sums = option_logprobs(ours, rows, [first] * len(rows))
-        wanted = [float(response[0][0]) for response in sample["resps"]]
-        assert sums == pytest.approx(wanted, rel=1e-5, abs=1e-5)
-        plain = dataclasses.replace(item, per_byte=False)
-        assert sample["acc"] == (chosen(sums, plain) == item.gold)
-        per_byte = dataclasses.replace(item, per_byte=True)
-        assert sample["acc_norm"] == (chosen(sums, per_byte) == item.gold)
-    share = sum(sample["acc_norm"] for sample in theirs) / len(theirs)
-    assert found["results"]["course"]["acc_norm,none"] == pytest.approx(share, abs=1e-6)
+    ask = {"tasks": ["course"], "task_manager": manager, "bootstrap_iters": 0, "log_samples": True}
+    sums, theirs = {}, {}
+    for bits, dtype in ((32, torch.float32), (64, torch.float64)):
+        model = HFLM(pretrained=str(BASE), dtype=f"float{bits}", device="cpu", batch_size=4)
+        found = lm_eval.simple_evaluate(model, **ask)
+        samples = sorted(found["samples"]["course"], key=lambda sample: sample["doc_id"])
+        theirs[bits] = [float(one[0][0]) for sample in samples for one in sample["resps"]]
+        ours, split = Qwen.from_pretrained(BASE, dtype).eval(), [option_rows(tokenizer, i) for i in items]
+        rows = [row for rows, _ in split for row in rows]
+        firsts = [first for rows, first in split for _ in rows]
+        sums[bits] = option_logprobs(ours, rows, firsts)
+        each = iter(sums[bits])
+        for item, sample in zip(items, samples, strict=True):
+            of_item = list(itertools.islice(each, len(item.choices)))
+            plain, per_byte = (dataclasses.replace(item, per_byte=way) for way in (False, True))
+            assert sample["acc"] == (chosen(of_item, plain) == item.gold)
+            assert sample["acc_norm"] == (chosen(of_item, per_byte) == item.gold)
+        share = sum(sample["acc_norm"] for sample in samples) / len(samples)
+        assert found["results"]["course"]["acc_norm,none"] == share
+    tokens = [len(row) - first for row, first in zip(rows, firsts, strict=True)]
+    off = lambda a, b: max(abs(x - y) / n for x, y, n in zip(a, b, tokens, strict=True))
+    assert off(sums[64], theirs[64]) < 1e-6
+    assert sums[64] == pytest.approx(theirs[64], rel=1e-6, abs=0)
+    assert off(sums[32], theirs[32]) < 1e-5  # two orders of summing, each rounded to 24 bits
+    assert off(sums[32], sums[64]) < 1e-5
 
 
 def test_any_qwen2_folder_can_be_scored_and_a_second_call_reads_the_file(
