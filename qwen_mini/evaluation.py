@@ -51,7 +51,7 @@ from .data_quality import TestIndex, decontaminate
 from .generation import generate
 from .model import Qwen
 from .sft import chat_example, draw_examples, length_batches
-from .tasks import TRAIN_LEVELS, WORDINGS, Example, Verdict, verify_many
+from .tasks import WORDINGS, Example, Verdict, verify_many
 from .tokenizer import Tokenizer
 from .world import gsm8k, ifeval, quizzes
 from .world.benchmarks import read_benchmarks

@@ -40,7 +40,7 @@ from qwen_mini.evaluation import (
     swapped,
 )
 from qwen_mini.sft import draw_examples
-from qwen_mini.tasks import TASKS, split_of
+from qwen_mini.tasks import TASKS, TRAIN_LEVELS, split_of
 
 BASE = artifacts.shipped_dir("long_context")
 NOTEBOOK = Notebook(home() / "notebooks" / "21_evaluation.ipynb")
@@ -276,6 +276,8 @@ def test_requests_that_cannot_be_met(tokenizer):
         suite(3, 0, ["wrds"])
     with pytest.raises(ValueError, match="1 item or more"):
         suite(0)
+    with pytest.raises(ValueError, match="IFEval is asked without solved problems"):
+        evaluate(model, tokenizer, suite(2, 0, ["IFEval"]), settings=Settings(shots=1))
 
 
 def test_verdicts_are_the_verifiers(tokenizer, monkeypatch):
@@ -309,6 +311,8 @@ def test_the_suite_is_held_out_distinct_and_the_same_each_time():
             e = item.example
             assert split_of(f"{e.task}/{e.key}") == "test" and e.task in TASKS
             assert e.level in BENCHMARKS[item.benchmark].levels
+            hard = item.benchmark.startswith("hard")
+            assert hard or BENCHMARKS[item.benchmark].levels == TRAIN_LEVELS
         else:
             assert len(set(item.choices)) == len(item.choices)
             assert len(item.choices) == BENCHMARKS[item.benchmark].options
@@ -384,7 +388,10 @@ def test_lm_eval_gives_the_same_log_likelihoods(tmp_path, tokenizer):
         found = lm_eval.simple_evaluate(model, **ask)
         samples = sorted(found["samples"]["course"], key=lambda sample: sample["doc_id"])
         theirs[bits] = [float(one[0][0]) for sample in samples for one in sample["resps"]]
-        ours, split = Qwen.from_pretrained(BASE, dtype).eval(), [option_rows(tokenizer, i) for i in items]
+        ours, split = (
+            Qwen.from_pretrained(BASE, dtype).eval(),
+            [option_rows(tokenizer, i) for i in items],
+        )
         rows = [row for rows, _ in split for row in rows]
         firsts = [first for rows, first in split for _ in rows]
         sums[bits] = option_logprobs(ours, rows, firsts)
