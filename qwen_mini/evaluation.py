@@ -193,7 +193,7 @@ def prompt_of(tokenizer: Tokenizer, example: Example, shots: int = 0) -> list[in
 
 # %% ../notebooks/21_evaluation.ipynb #f485c958
 def verdicts_on(pairs: Iterable[tuple[Example, str]]) -> list[Verdict]:
-    """Verdicts on (example, response): by the tasks of chapter 15, and for real items (section 11) by their own check."""
+    """Verdicts on (example, response): by the tasks of chapter 15, for real items (section 11) by their own check."""
     pairs = list(pairs)
     problems = [REAL[e.task].problem_with(e.facts, text) for e, text in pairs if e.task in REAL]
     real = (Verdict(not problem, True, problem) for problem in problems)
