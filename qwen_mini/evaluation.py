@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = [
     "BATCH_TOKENS",
-    "BENCHMARKS",
     "REAL",
+    "BENCHMARKS",
     "detectable_difference",
     "bootstrap_interval",
     "paired_interval",
@@ -179,6 +179,9 @@ class Settings:
     batch_rows: int = 256
 
 
+REAL = {"GSM8K": gsm8k, "IFEval": ifeval}  # real items (section 11), asked only by name
+
+
 def prompt_of(tokenizer: Tokenizer, example: Example, shots: int = 0) -> list[int]:
     """Ids up to where the answer begins: `shots` solved problems of the same task for training, then the question.
 
@@ -313,7 +316,6 @@ def score_batch(
 
 # %% ../notebooks/21_evaluation.ipynb #62c62267
 BENCHMARKS = read_benchmarks()  # name → what it measures, and which tasks or options it asks
-REAL = {"GSM8K": gsm8k, "IFEval": ifeval}  # section 11: asked only where they are named
 
 
 def benchmark_items(name: str, count: int, seed: int = 0) -> list[Item]:

@@ -17,6 +17,7 @@ from tiny import refuses
 from qwen_mini import evaluation
 from qwen_mini.course import CourseError, artifacts, home
 from qwen_mini.course.cli import main
+from qwen_mini.course.lm_eval_task import export_lm_eval
 from qwen_mini.course.nb import Notebook, source
 from qwen_mini.course.statistics import wilson_interval
 from qwen_mini.evaluation import (
@@ -29,7 +30,6 @@ from qwen_mini.evaluation import (
     chosen,
     detectable_difference,
     evaluate,
-    export_lm_eval,
     given_away,
     option_logprobs,
     option_rows,
