@@ -129,7 +129,7 @@ def test_rows_may_miss_cells_and_columns_come_as_they_occur(capsys):
         (([{"a": 1}], None, {"b": ".1f"}), "'b'"),
         (([{"a": 1.0}], None, {"a": "{:.1f} of {:.1f}"}), "braces"),
         (([{"a": [1.0]}], None, {"a": ".1f"}), "'a'"),
-        (([{"a": (1.0, 2.0, 3.0)}],), "'a'"),
+        (([{"a": (1.0, 2.0, 3.0, 4.0)}],), "'a'"),
         (({"a": 1},), "dict of dicts"),
         (([["a", 1]],), "list of dicts"),
     ],
