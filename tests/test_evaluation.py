@@ -17,6 +17,7 @@ from tiny import exercises, refuses
 from qwen_mini import evaluation
 from qwen_mini.course import CourseError, artifacts, home
 from qwen_mini.course.cli import main
+from qwen_mini.course.lm_eval_task import export_lm_eval
 from qwen_mini.course.nb import Notebook
 from qwen_mini.course.statistics import wilson_interval
 from qwen_mini.evaluation import (
@@ -29,7 +30,6 @@ from qwen_mini.evaluation import (
     chosen,
     detectable_difference,
     evaluate,
-    export_lm_eval,
     given_away,
     option_logprobs,
     option_rows,
@@ -40,7 +40,7 @@ from qwen_mini.evaluation import (
     swapped,
 )
 from qwen_mini.sft import draw_examples
-from qwen_mini.tasks import TASKS, split_of
+from qwen_mini.tasks import TASKS, TRAIN_LEVELS, split_of
 
 BASE = artifacts.shipped_dir("long_context")
 NOTEBOOK = Notebook(home() / "notebooks" / "21_evaluation.ipynb")
@@ -276,6 +276,8 @@ def test_requests_that_cannot_be_met(tokenizer):
         suite(3, 0, ["wrds"])
     with pytest.raises(ValueError, match="1 item or more"):
         suite(0)
+    with pytest.raises(ValueError, match="IFEval is asked without solved problems"):
+        evaluate(model, tokenizer, suite(2, 0, ["IFEval"]), settings=Settings(shots=1))
 
 
 def test_verdicts_are_the_verifiers(tokenizer, monkeypatch):
@@ -309,6 +311,8 @@ def test_the_suite_is_held_out_distinct_and_the_same_each_time():
             e = item.example
             assert split_of(f"{e.task}/{e.key}") == "test" and e.task in TASKS
             assert e.level in BENCHMARKS[item.benchmark].levels
+            hard = item.benchmark.startswith("hard")
+            assert hard or BENCHMARKS[item.benchmark].levels == TRAIN_LEVELS
         else:
             assert len(set(item.choices)) == len(item.choices)
             assert len(item.choices) == BENCHMARKS[item.benchmark].options
@@ -376,24 +380,35 @@ def test_lm_eval_gives_the_same_log_likelihoods(tmp_path, tokenizer):
 
     items = suite(12, 0, ["words", "next lines"])
     export_lm_eval(items, tmp_path / "tasks", "course")
-    model = HFLM(pretrained=str(BASE), dtype="float32", device="cpu", batch_size=4)
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
-    found = lm_eval.simple_evaluate(
-        model, tasks=["course"], task_manager=manager, bootstrap_iters=0, log_samples=True
-    )
-    theirs = sorted(found["samples"]["course"], key=lambda sample: sample["doc_id"])
-    ours = Qwen.from_pretrained(BASE).eval()
-    for item, sample in zip(items, theirs, strict=True):
-        rows, first = option_rows(tokenizer, item)
-        sums = option_logprobs(ours, rows, [first] * len(rows))
-        wanted = [float(response[0][0]) for response in sample["resps"]]
-        assert sums == pytest.approx(wanted, rel=1e-5, abs=1e-5)
-        plain = dataclasses.replace(item, per_byte=False)
-        assert sample["acc"] == (chosen(sums, plain) == item.gold)
-        per_byte = dataclasses.replace(item, per_byte=True)
-        assert sample["acc_norm"] == (chosen(sums, per_byte) == item.gold)
-    share = sum(sample["acc_norm"] for sample in theirs) / len(theirs)
-    assert found["results"]["course"]["acc_norm,none"] == pytest.approx(share, abs=1e-6)
+    ask = {"tasks": ["course"], "task_manager": manager, "bootstrap_iters": 0, "log_samples": True}
+    sums, theirs = {}, {}
+    for bits, dtype in ((32, torch.float32), (64, torch.float64)):
+        model = HFLM(pretrained=str(BASE), dtype=f"float{bits}", device="cpu", batch_size=4)
+        found = lm_eval.simple_evaluate(model, **ask)
+        samples = sorted(found["samples"]["course"], key=lambda sample: sample["doc_id"])
+        theirs[bits] = [float(one[0][0]) for sample in samples for one in sample["resps"]]
+        ours, split = (
+            Qwen.from_pretrained(BASE, dtype).eval(),
+            [option_rows(tokenizer, i) for i in items],
+        )
+        rows = [row for rows, _ in split for row in rows]
+        firsts = [first for rows, first in split for _ in rows]
+        sums[bits] = option_logprobs(ours, rows, firsts)
+        each = iter(sums[bits])
+        for item, sample in zip(items, samples, strict=True):
+            of_item = list(itertools.islice(each, len(item.choices)))
+            plain, per_byte = (dataclasses.replace(item, per_byte=way) for way in (False, True))
+            assert sample["acc"] == (chosen(of_item, plain) == item.gold)
+            assert sample["acc_norm"] == (chosen(of_item, per_byte) == item.gold)
+        share = sum(sample["acc_norm"] for sample in samples) / len(samples)
+        assert found["results"]["course"]["acc_norm,none"] == share
+    tokens = [len(row) - first for row, first in zip(rows, firsts, strict=True)]
+    off = lambda a, b: max(abs(x - y) / n for x, y, n in zip(a, b, tokens, strict=True))
+    assert off(sums[64], theirs[64]) < 1e-6
+    assert sums[64] == pytest.approx(theirs[64], rel=1e-6, abs=0)
+    assert off(sums[32], theirs[32]) < 1e-5  # two orders of summing, each rounded to 24 bits
+    assert off(sums[32], sums[64]) < 1e-5
 
 
 def test_any_qwen2_folder_can_be_scored_and_a_second_call_reads_the_file(

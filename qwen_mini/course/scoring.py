@@ -8,31 +8,30 @@ from .errors import CourseError
 from .progress import Progress
 from .statistics import wilson_interval
 
+REAL_TOKENS = 256  # of an answer to a real item: they are longer
+
 
 def score(
     folder: Path, names: Sequence[str], count: int, shots: int, seed: int, out: Path | None
 ) -> list[dict]:
     """One row a benchmark: name, items, share of right answers, its interval, and chance. CourseError if it cannot be had.
 
-    names: of the benchmarks, none for all; out: where every response is kept, and an interrupted run goes on.
+    names: of the benchmarks, none for all generated ones; out: where every response is kept, and an interrupted run goes on.
     """
-    from qwen_mini.evaluation import BENCHMARKS, Settings, chance_level, evaluate, suite
+    from qwen_mini.evaluation import BENCHMARKS, REAL, Settings, chance_level, evaluate, suite
 
+    names = list(dict.fromkeys(names or BENCHMARKS))
     model, tokenizer = _load(folder)
-    progress, items = Progress(), suite(count, seed, names or None)
+    progress, items = Progress(), suite(count, seed, names)
+    longest = REAL_TOKENS if set(names) & set(REAL) else Settings.max_new_tokens
+    settings = Settings(shots=shots, seed=seed, max_new_tokens=longest)
+    tell = lambda done, all: progress.show(f"batch {done} of {all}")
     try:
-        lines = evaluate(
-            model,
-            tokenizer,
-            items,
-            out,
-            Settings(shots=shots, seed=seed),
-            on_batch=lambda done, all: progress.show(f"batch {done} of {all}"),
-        )
+        lines = evaluate(model, tokenizer, items, out, settings, tell)
     finally:
         progress.clear()
     rows = []
-    for name in [name for name in BENCHMARKS if not names or name in names]:
+    for name in names:
         some = [pair for pair in zip(items, lines, strict=True) if pair[0].benchmark == name]
         its_items, its_lines = zip(*some, strict=True)
         share = sum(line["correct"][0] for line in its_lines) / len(some)

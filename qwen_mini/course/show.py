@@ -8,7 +8,7 @@ import html
 import string
 import unicodedata
 from collections.abc import Iterable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from .errors import CourseError
@@ -48,29 +48,32 @@ class _Sentence(string.Formatter):
 
 def table(
     rows: Mapping[str, Mapping[str, Any]] | Iterable[Mapping[str, Any]],
-    columns: Mapping[str, str] | Iterable[str] | None = None,
-    formats: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | Iterable[str | tuple[str, str]] | None = None,
+    formats: Mapping[str, str] | str | None = None,
 ) -> None:
     """Show rows as a table, numbers to the right and text to the left.
 
     rows     a list of dicts, or a dict from a row's name to a dict. A cell is text, a number, a pair
-             (value, error), which becomes `12.3 ± 0.4`, or None, which stays empty.
-    columns  the keys to show, in order, or a dict from key to heading (units belong there). Without it,
-             every key as it first occurs. The heading of the rows' names has the key "".
+             (value, error), which becomes `12.3 ± 0.4`, a value with its interval (value, low, high), which becomes
+             `12.3 [11.9 12.7]`, or None, which stays empty.
+    columns  the keys to show, in order, each alone or as a pair (key, heading), or a dict from key to heading (units
+             belong there). Without it, every key as it first occurs. The heading of the rows' names has the key "".
     formats  key to what `format` takes (`".2f"`, `",.0f"`, `".1%"`), or that in braces within text
-             (`"{:.1f} s"`). Without one, whole numbers get commas and others three digits.
+             (`"{:.1f} s"`). Without one, whole numbers get commas and others three digits. One text alone is the
+             format of all numbers that are not whole.
 
     Raises `CourseError` for rows that are not dicts, a column or format that no row has, and a cell that
     its format does not fit.
     """
     records = _records(rows)
     titles = _titles(records, columns)
-    formats = dict(formats or {})
+    alone, formats = (formats, {}) if isinstance(formats, str) else (None, dict(formats or {}))
     for key in sorted(set(formats) - set(titles)):
         none = f"the format of {key!r} belongs to no column: the columns are {list(titles)}"
         raise CourseError(f"table: {none}")
-    row = lambda record: [_cell(record.get(key), formats.get(key), key) for key in titles]
-    cells = list(map(row, records))
+    form = lambda key, value: formats.get(key, None if isinstance(value, Integral) else alone)
+    row = lambda record: [(record.get(key), key) for key in titles]
+    cells = [[_cell(value, form(key, value), key) for value, key in row(r)] for r in records]
     right = [any(_is_number(record.get(key)) for record in records) for key in titles]
     heads = [_one_line(title) for title in titles.values()]
     _show(_plain(heads, cells, right), "text/html", _html(heads, cells, right))
@@ -92,7 +95,8 @@ def _titles(records: list[Mapping[str, Any]], columns: Any) -> dict[str, str]:
     known = dict.fromkeys(key for record in records for key in record)
     if columns is None:
         return {key: str(key) for key in known}
-    given = dict(columns) if isinstance(columns, Mapping) else {key: key for key in columns}
+    pair = lambda column: column if isinstance(column, tuple) else (column, column)
+    given = dict(columns if isinstance(columns, Mapping) else map(pair, columns))
     for key in given:
         if records and key not in known:
             raise CourseError(f"table: no row has {key!r}: the keys are {list(known)}")
@@ -101,7 +105,7 @@ def _titles(records: list[Mapping[str, Any]], columns: Any) -> dict[str, str]:
 
 
 def _is_number(value: Any) -> bool:
-    """A number, or a pair of value and error; 0-d arrays and tensors count, truth values do not."""
+    """A number, or one with its error or interval; 0-d arrays and tensors count, truth values do not."""
     if isinstance(value, tuple):
         return True
     number = isinstance(value, Real) or getattr(value, "shape", None) == ()
@@ -118,7 +122,10 @@ def _cell(value: Any, form: str | None, key: str) -> str:
         return _one_line(value)
     try:
         before, spec, after = _parts(form or "")
-        if isinstance(value, tuple):
+        if isinstance(value, tuple) and len(value) == 3:
+            middle, low, high = (_number(one, spec) for one in value)
+            text = f"{middle} [{low} {high}]"
+        elif isinstance(value, tuple):
             specs = spec, spec.replace("+", "")
             middle, error = (_number(one, how) for one, how in zip(value, specs, strict=True))
             text = f"{middle.removesuffix('%')} ± {error}"

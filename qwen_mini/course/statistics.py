@@ -12,6 +12,34 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def share_interval(right: Sequence[int]) -> tuple[float, float, float]:
+    """(share, low, high) of ones among zeros and ones, with Wilson's interval."""
+    share = sum(right) / len(right)
+    return share, *wilson_interval(share, len(right))
+
+
+def standard_errors(right: Sequence[int], rate: float) -> float:
+    """By how many standard errors the share of ones is off `rate`, if that were the true one."""
+    return abs(sum(right) / len(right) - rate) / math.sqrt(rate * (1 - rate) / len(right))
+
+
+def grouped(labels: Sequence[str], values: Sequence) -> dict[str, list]:
+    """The values of every label, labels in the order in which they first occur."""
+    pairs = list(zip(labels, values, strict=True))
+    return {name: [v for at, v in pairs if at == name] for name in dict.fromkeys(labels)}
+
+
+def next_alike(labels: Sequence) -> list[int]:
+    """For every place the next one with the same label; for the last one of a label its first."""
+    places: dict = {}
+    for i, label in enumerate(labels):
+        places.setdefault(label, []).append(i)
+    after = {}
+    for some in places.values():
+        after |= zip(some, some[1:] + some[:1], strict=True)
+    return [after[i] for i in range(len(labels))]
+
+
 # 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom, from any table of them.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 

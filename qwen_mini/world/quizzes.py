@@ -2,8 +2,8 @@
 
 import itertools
 import random
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from qwen_mini.course.corpus_files import long_documents
 
@@ -20,6 +20,15 @@ class Quiz(NamedTuple):
     context: str
     choices: tuple[str, ...]
     gold: int
+
+
+class Request(NamedTuple):
+    """A text that asks for a written answer, facts for its check, and the wording or language it is in."""
+
+    key: str
+    text: str
+    facts: Mapping[str, Any]
+    wording: str = ""
 
 
 def placed(rng: random.Random, right: str, wrong: Iterable[str]) -> tuple[tuple[str, ...], int]:
