@@ -291,8 +291,10 @@ def evaluate(
     if not items or len({(item.benchmark, item.key) for item in items}) < len(items):
         raise ValueError("a suite needs one item or more, and no key twice in a benchmark")
     plan = plan_batches(tokenizer, items, settings, model.config.max_position_embeddings)
-    asked = [{**vars(item), "example": item.example and item.example.messages} for item in items]
-    header = {"model": model_digest(model), "items": stages.digest(asked)}
+    of = lambda example: example and [example.messages, repr(example.facts)]
+    asked = stages.digest([{**vars(item), "example": of(item.example)} for item in items])
+    config = stages.digest(model.config.to_dict())
+    header = {"model": model_digest(model), "config": config, "items": asked}
     header["settings"] = dataclasses.asdict(settings)
     made: dict[int, dict] = {}
     with ResponseLog(path, header, list(map(len, plan))) as log:

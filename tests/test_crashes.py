@@ -41,6 +41,7 @@ def test_a_stage_that_was_killed_ends_with_the_numbers_of_one_that_was_not():
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == list(random_kills.STAGES)
     assert all(line.endswith("1 of 1 identical") for line in lines)
+    assert "1 of them from a training state" in done.stdout  # a slow machine may not have left all
 
 
 def test_a_run_that_a_kill_changes_is_counted_and_told(monkeypatch, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import zipfile
 from decimal import Decimal
 
@@ -158,6 +159,16 @@ def test_prompts_ask_every_kind_equally_often_and_nothing_impossible():
     assert sum(len(request.facts["instructions"]) == 2 for request in requests) > len(KINDS)
     assert not ifeval.fit("change_case:english_capital", "detectable_format:multiple_sections")
     assert not ifeval.fit("startend:quotation", "combination:two_responses")
+    for seed in range(50):
+        for request in ifeval.requests(2 * len(KINDS), seed):
+            given = {name: arguments for name, arguments in request.facts["instructions"]}
+            ends = [given[k][a] for k, a in ifeval.LITERAL.items() if k in given]
+            for text in ends:
+                assert not set(
+                    given.get("keywords:forbidden_words", {}).get("forbidden_words", ())
+                ) & set(re.findall(r"\w+", text.lower())), request.text
+                assert text.islower() or "change_case:english_lowercase" not in given, request.text
+                assert text.isupper() or "change_case:english_capital" not in given, request.text
 
 
 def noise(rng):
@@ -225,5 +236,7 @@ def test_real_items_go_through_the_harness(tmp_path, tokenizer, small_wheel):
 
 def test_the_command_line_asks_real_items_by_name(capsys):
     base = artifacts.shipped_dir("long_context")
+    assert main(["eval", str(base), "--benchmarks", "words", "IFEval"]) == 2
+    assert "IFEval may be longer than those to words" in capsys.readouterr().err
     assert main(["eval", str(base), "--count", "2", "--benchmarks", "IFEval"]) == 0
     assert "IFEval" in capsys.readouterr().out

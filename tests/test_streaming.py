@@ -251,6 +251,10 @@ def test_streams_of_a_mixture_are_saved_and_restored_by_rank(tmp_path, monkeypat
         with pytest.raises(CourseError, match="streamed nothing, and this one streams web"):
             streaming.restore_streams(alone, left)
     assert streaming.open_streams(["books"], PHASES, TOKENIZER) == {}  # in no mixture
+    sources["again"] = dataclasses.replace(source, name="again")
+    with pytest.raises(CourseError, match="two streamed sources have the domain 'web'"):
+        streaming.open_streams(sources, PHASES, TOKENIZER)
+    del sources["again"]
     sources["web"] = dataclasses.replace(source, streamed=False)
     assert streaming.open_streams(sources, PHASES, TOKENIZER) == {}
 

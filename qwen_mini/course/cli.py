@@ -46,7 +46,7 @@ def _flag(sub: argparse.ArgumentParser, name: str, help: str) -> None:
 def _executing(commands) -> None:
     """run, outputs and verify: what executes notebooks."""
     executed = _add(commands, run, "execute notebooks", "quick")
-    rendered = _add(commands, outputs, "render notebooks at laptop and commit their outputs")
+    rendered = _add(commands, outputs, "render notebooks at laptop and store their outputs in them")
     for sub in (executed, rendered):
         which = "names, numbers, subjects or paths; all of them by default"
         sub.add_argument("notebooks", nargs="*", help=which)

@@ -23,7 +23,7 @@ def show_comparison(facts, text, leads) -> None:
     known.set(ylabel="facts known", title="facts: mean, 95 % interval", xlim=(-0.5, 3.5))
     both = [COLORS["blue"], COLORS["vermillion"]]
     for ax, lines, colors in ((loss, text, paint), (ahead, leads, both)):
-        for (name, found), color in zip(lines.items(), colors, strict=False):
+        for (name, found), color in zip(lines.items(), colors[: len(lines)], strict=True):
             draw(ax, {tokens / 1e6: values for tokens, values in found.items()}, color, name)
         ax.set(xlabel="million tokens of a run")
         ax.legend()

@@ -21,9 +21,15 @@ def score(
     from qwen_mini.evaluation import BENCHMARKS, REAL, Settings, chance_level, evaluate, suite
 
     names = list(dict.fromkeys(names or BENCHMARKS))
+    real = [name for name in names if name in REAL]
+    if real and len(real) < len(names):
+        longer = (
+            f"answers to {real[0]} may be longer than those to {(set(names) - set(real)).pop()}"
+        )
+        raise CourseError(f"{longer}, and batches are shared: ask for them one after the other")
     model, tokenizer = _load(folder)
     progress, items = Progress(), suite(count, seed, names)
-    longest = REAL_TOKENS if set(names) & set(REAL) else Settings.max_new_tokens
+    longest = REAL_TOKENS if real else Settings.max_new_tokens
     settings = Settings(shots=shots, seed=seed, max_new_tokens=longest)
     tell = lambda done, all: progress.show(f"batch {done} of {all}")
     try:

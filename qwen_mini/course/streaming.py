@@ -130,6 +130,9 @@ def open_streams(
     for source in (known[name] for name in names):
         tokens = sum(phase.tokens * phase.mixture.get(source.domain, 0) for phase in phases)
         if source.streamed and tokens:
+            if source.domain in streams:
+                twice = f"two streamed sources have the domain {source.domain!r}"
+                raise CorpusError(f"{twice}: leave one of them out, or give it a domain of its own")
             wanted = math.ceil(tokens / ranks)
             streams[source.domain] = TokenStream(source, tokenizer, wanted, rank, ranks, keep)
     return streams

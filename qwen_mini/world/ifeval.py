@@ -183,6 +183,18 @@ TOPICS = (
     "Write an invitation to a small party.",
 )
 Instructions = Sequence[tuple[str, Mapping]]  # kind and arguments
+# The argument that asks for exact words.
+LITERAL = {
+    "detectable_content:postscript": "postscript_marker",
+    "startend:end_checker": "end_phrase",
+}
+
+
+def at_odds(asked: Instructions) -> bool:
+    """Whether the exact words that one instruction asks for break another one about words or letters."""
+    exact = [given[LITERAL[name]] for name, given in asked if name in LITERAL]
+    rules = [one for one in asked if one[0].startswith(("keywords:forbidden", "change_case"))]
+    return any(not KINDS[name].follows(text, **given) for text in exact for name, given in rules)
 
 
 def requests(count: int, seed: int = 0) -> list[Request]:
@@ -191,8 +203,10 @@ def requests(count: int, seed: int = 0) -> list[Request]:
     while len(made) < count:
         for first in rng.sample(names, len(names)):
             fitting = [name for name in names if fit(first, name)]
-            kinds = [first, rng.choice(fitting)] if fitting and len(made) % 2 else [first]
-            asked = [(name, rng.choice(KINDS[name].options)) for name in kinds]
+            asked: list = []
+            while not asked or at_odds(asked):
+                kinds = [first, rng.choice(fitting)] if fitting and len(made) % 2 else [first]
+                asked = [(name, rng.choice(KINDS[name].options)) for name in kinds]
             text = " ".join([rng.choice(TOPICS), *(told(*one) for one in asked)])
             made.append(Request(f"{len(made)}", text, {"instructions": asked}))
     return made[:count]
