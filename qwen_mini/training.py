@@ -451,8 +451,9 @@ def training_header(path: Path) -> dict[str, str]:
         raise _foreign_state(path, f"no {' and no '.join(sorted(missing))}")
     try:
         step, metrics = int(header["step"]), json.loads(header["metrics"])
-        sound = step >= 0 and isinstance(metrics, list)
-        sound = sound and all(isinstance(one, dict) for one in metrics)
+        lists = [metrics, json.loads(header.get("streams", "[]"))]
+        sound = step >= 0 and all(isinstance(one, list) for one in lists)
+        sound = sound and all(isinstance(one, dict) for part in lists for one in part)
     except (ValueError, TypeError, RecursionError):
         sound = False
     if not sound or header["dtype"] not in ("float32", "bfloat16"):

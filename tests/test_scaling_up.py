@@ -285,7 +285,7 @@ def test_memory_of_published_models(config):
     assert alone["owned"] == 16 * count(config) and alone["gathered"] == alone["gradients"] == 0
     most = 1.1 if isinstance(config, MoeConfig) else 1.01  # 60 experts on 64 ranks: four have none
     assert alone["owned"] / 64 <= many["owned"] < alone["owned"] / 64 * most
-    assert many["gathered"] > many["gradients"] > 0
+    assert many["gradients"] > many["gathered"] > 0  # they are summed in float32
 
 
 def test_memory_grows_with_tokens_and_shrinks_by_recomputing():

@@ -24,8 +24,9 @@ from .ranks import is_first, patience, world
 from .scales import LongContext, Pretraining, ScaleConfig, Sft
 from .versions import versions_of
 
-SAVE_EVERY = 30.0  # seconds between training states, and
-LEAST_SHARE = 20  # so many times what writing one takes
+SAVE_EVERY = (
+    30.0  # seconds between training states; more where writing one takes longer than a second
+)
 MOST_METRICS = 200  # records of a shipped checkpoint
 
 # A step takes its number and returns its record; what it does depends on the number and the weights alone.
@@ -290,10 +291,11 @@ def _train(made: Stage, begin: Begin, stop_after: int | None) -> Path:
         due = time.monotonic() - saved >= pause or trainer.step_count == stop_after
         # the processes' clocks differ, and each has a piece of the state: the first one decides
         if trainer.step_count < trainer.total_steps and _of_all_ranks(due)[0]:
-            begun_saving = time.monotonic()
+            writing = time.perf_counter()
             save_training_state(state, trainer, records)
             saved = time.monotonic()
-            pause = max(SAVE_EVERY, LEAST_SHARE * (saved - begun_saving))
+            # a thirtieth of the time at most
+            pause = SAVE_EVERY * max(1.0, time.perf_counter() - writing)
     if trainer.step_count < trainer.total_steps:
         return state
     model, failure = finished_model(trainer), None

@@ -157,4 +157,10 @@ def restore_streams(streams: dict[str, TokenStream], states: list[dict[str, dict
         now = ", ".join(sorted(streams)) or "nothing"
         raise CorpusError(f"the state is of a run that streamed {had}, and this one streams {now}")
     for domain, stream in streams.items():
-        stream.load_state_dict(own[domain])
+        try:
+            stream.load_state_dict(own[domain])
+        except CorpusError:
+            raise
+        except Exception:  # what is damaged can raise anything
+            damaged = "where the stream stood is damaged in this training state"
+            raise CorpusError(f"{damaged}: delete it to start from the beginning") from None
