@@ -127,3 +127,14 @@ def qwen2():
     from transformers.models.qwen2 import modeling_qwen2
 
     return modeling_qwen2
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The tests of a module, and the forks that they start, compute with one thread each."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

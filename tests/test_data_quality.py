@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from tiny import exercises, refuses
+from tiny import exercises, passes, refuses
 
 from qwen_mini.course import home, load_scale
 from qwen_mini.course.nb import Notebook
@@ -577,9 +577,7 @@ def room() -> dict:
 
 @pytest.mark.parametrize("number", range(3))
 def test_the_solution_of_an_exercise_passes(number):
-    space = room()
-    for code in EXERCISES[number]:
-        exec(code, space)
+    passes(EXERCISES[number], room())
 
 
 @pytest.mark.parametrize("number, body", WRONG)

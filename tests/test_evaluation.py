@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from tiny import exercises, refuses
+from tiny import exercises, passes, refuses
 
 from qwen_mini import evaluation
 from qwen_mini.course import CourseError, artifacts, home
@@ -483,9 +483,7 @@ def room():
 
 @pytest.mark.parametrize("number", EXERCISES)
 def test_the_solution_of_an_exercise_passes(number):
-    space = room()
-    for code in EXERCISES[number]:
-        exec(code, space)
+    passes(EXERCISES[number], room())
 
 
 @pytest.mark.parametrize("number, body", WRONG)

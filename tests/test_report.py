@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny import exercises, refuses
+from tiny import exercises, passes, refuses
 
 from qwen_mini import course
 from qwen_mini.course import cli, records, report, report_files
@@ -384,9 +384,7 @@ WRONG = [
 
 @pytest.mark.parametrize("number", range(3))
 def test_the_solution_of_an_exercise_passes(number):
-    space = room()
-    for code in EXERCISES[number]:
-        exec(code, space)
+    passes(EXERCISES[number], room())
 
 
 @pytest.mark.parametrize("number, body", WRONG)

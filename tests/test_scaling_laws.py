@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tiny import exercises, refuses
+from tiny import exercises, passes, refuses
 
 from qwen_mini import course, scaling_laws
 from qwen_mini.course import cli, home, load_scale, plan, records, small_text
@@ -49,12 +49,7 @@ LAWS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -658,10 +653,7 @@ def test_there_are_four_exercises():
 
 @pytest.mark.parametrize("number", range(4))
 def test_the_solution_of_an_exercise_passes(number):
-    solution, check = EXERCISES[number]
-    space = room()
-    exec(solution, space)
-    exec(check, space)
+    passes(EXERCISES[number], room())
 
 
 @pytest.mark.parametrize("number, body", WRONG)

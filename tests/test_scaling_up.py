@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import small_config, tiny_model
-from tiny import exercises, refuses
+from tiny import exercises, passes, refuses
 
 from qwen_mini import course, scaling_up
 from qwen_mini.course import CourseError, gguf_files, home, stages
@@ -58,12 +58,7 @@ BATCH = rows_of(ROWS, 6)
 STEPS = 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(config=SHAPE):
@@ -615,10 +610,7 @@ def test_there_are_four_exercises():
 
 @pytest.mark.parametrize("number", range(4))
 def test_the_solution_of_an_exercise_passes(number):
-    solution, check = EXERCISES[number]
-    space = room()
-    exec(solution, space)
-    exec(check, space)
+    passes(EXERCISES[number], room())
 
 
 @pytest.mark.parametrize("number, body", WRONG)

@@ -28,12 +28,7 @@ MOE = MoeConfig(**vars(SHAPE), num_experts=4, num_experts_per_tok=2, moe_interme
 IDS = torch.randint(384, (4, 9), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(config=SHAPE):

@@ -24,9 +24,8 @@ from .ranks import is_first, patience, world
 from .scales import LongContext, Pretraining, ScaleConfig, Sft
 from .versions import versions_of
 
-SAVE_EVERY = (
-    30.0  # seconds between training states; more where writing one takes longer than a second
-)
+# Seconds between training states; more where writing one takes longer than a second.
+SAVE_EVERY = 30.0
 MOST_METRICS = 200  # records of a shipped checkpoint
 
 # A step takes its number and returns its record; what it does depends on the number and the weights alone.
