@@ -248,7 +248,7 @@ def rollout(
             logits = logits / (sampling.temperature or 1.0)
             logprobs = (logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True))[:, 0]
         yield rows, tokens[:, 0], logprobs
-        running = running & ~torch.isin(tokens[:, 0], stops)
+        running = running & (tokens != stops).all(1)
         left = int(running.sum())
         if left == 0 or step == max_new_tokens - 1:
             return
@@ -355,11 +355,12 @@ def generate(
     logprobs = torch.zeros(count, max_new_tokens)
     options = (stop_ids, generator, num_return_sequences, return_logprobs)
     steps = rollout(model, prompts, max_new_tokens, sampling, *options)
-    for step, (rows, new, scores) in enumerate(steps):
-        rows = rows.cpu()
-        tokens[rows, step] = new.cpu()
-        if return_logprobs:
-            logprobs[rows, step] = scores.cpu()
+    rows, new, scores = zip(*steps, strict=True)
+    running = torch.tensor([len(one) for one in rows])  # texts at each step
+    places = torch.cat(rows).cpu(), torch.arange(len(rows)).repeat_interleave(running)
+    tokens[places] = torch.cat(new).cpu()
+    if return_logprobs:
+        logprobs[places] = torch.cat(scores).cpu()
     stops, completions = frozenset(stop_ids), []
     for row, scores in zip(tokens.tolist(), logprobs.tolist(), strict=True):
         met = (i + 1 for i, token in enumerate(row) if token in stops)

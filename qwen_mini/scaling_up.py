@@ -5,10 +5,11 @@ __all__ = [
     "KINDS",
     "OWNED_BYTES",
     "GGUF_NAMES",
-    "GGUF_MOE_KEYS",
-    "FlatShard",
-    "shard_by_hand",
     "rows_of",
+    "FlatShard",
+    "reduce_when_complete",
+    "free_until_backward",
+    "shard_by_hand",
     "save_sharded",
     "has_state",
     "load_sharded",
@@ -17,7 +18,6 @@ __all__ = [
     "memory_per_rank",
     "global_expert_load",
     "gguf_tensors",
-    "gguf_metadata",
     "export_gguf",
     "training_plan",
 ]
@@ -35,93 +35,14 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .course import CourseError, folders, gguf_files
-from .course.plan import activation_bytes_per_token
-from .course.ranks import is_first, world
-from .course.smollm2 import CONFIG_KEYS, TENSOR_NAMES
+from .course import CourseError, artifacts, folders, gguf_files
+from .course.plan import GPUS, UTILISATION, activation_bytes_per_token
+from .course.ranks import is_first, wait_for_all, world
+from .course.smollm2 import TENSOR_NAMES
 from .model import ModelConfig, Qwen, flops_per_token
 from .moe import MoeConfig, QwenMoe
 from .tokenizer import Tokenizer
 from .training import Batch, Trainer, restore_tensors, training_tensors
-
-
-# %% ../notebooks/22_scaling_up.ipynb #d07af8fc
-class FlatShard:
-    """The parameters of one module as one flat vector, of which each rank keeps a piece (`shard`, a parameter).
-
-    What a layer needs is gathered before it computes and freed afterwards; `held` and `peak` count the bytes of
-    gathered weights of all units of this process. As in FSDP (arXiv 2304.11277), parameters are views of one buffer.
-    """
-
-    held = peak = 0
-
-    def __init__(self, parameters: Iterable[nn.Parameter]):
-        self.parameters = list(parameters)
-        self.sizes = [p.numel() for p in self.parameters]
-        self.waiting = len(self.parameters)
-        rank, ranks = world()
-        flat = torch.cat([p.detach().flatten() for p in self.parameters])
-        self.whole = F.pad(flat, (0, -len(flat) % ranks))
-        for p, piece in zip(self.parameters, self.split(self.whole), strict=True):
-            p.data = piece.view(p.shape)
-            p.register_post_accumulate_grad_hook(self.reduce_when_complete)
-        self.shard = nn.Parameter(self.whole.chunk(ranks)[rank].clone())
-        self.bytes = self.whole.nbytes
-        self.whole.untyped_storage().resize_(0)
-
-    def split(self, flat: Tensor) -> tuple[Tensor, ...]:
-        return flat[: sum(self.sizes)].split(self.sizes)
-
-    def gather(self, *_) -> None:
-        """All-gather: every parameter is whole, on every rank."""
-        if self.whole.untyped_storage().size():
-            return
-        self.whole.untyped_storage().resize_(self.bytes)
-        dist.all_gather_single(self.whole, self.shard.detach())
-        FlatShard.held += self.bytes
-        FlatShard.peak = max(FlatShard.peak, FlatShard.held)
-
-    def free(self) -> None:
-        if self.whole.untyped_storage().size():
-            self.whole.untyped_storage().resize_(0)
-            FlatShard.held -= self.bytes
-
-    def reduce_when_complete(self, _) -> None:
-        """Once all parameters have gradients: reduce-scatter their sum over the ranks, and free them."""
-        self.waiting -= 1
-        if self.waiting:
-            return
-        flat = torch.cat([p.grad.flatten() for p in self.parameters])
-        own = torch.empty_like(self.shard)
-        dist.reduce_scatter_single(own, F.pad(flat, (0, len(self.whole) - len(flat))))
-        self.shard.grad = own if self.shard.grad is None else self.shard.grad.add_(own)
-        for p in self.parameters:
-            p.grad = None
-        self.waiting = len(self.parameters)
-        self.free()
-
-
-# %% ../notebooks/22_scaling_up.ipynb #7a2bb623
-def shard_by_hand(model: Qwen) -> list[FlatShard]:
-    """Cut a model into units, a layer each and the rest last; train their `shard`s. All ranks start with equal weights.
-
-    The model's loss must be a rank's *share*, so that gradients are summed: see `loss_shares` of chapter 08.
-    """
-    layers = list(model.model.layers)
-    inside = {p for layer in layers for p in layer.parameters()}
-    rest = FlatShard(p for p in model.parameters() if p not in inside)
-    units = [FlatShard(layer.parameters()) for layer in layers]
-    model.register_forward_pre_hook(rest.gather)
-    for layer, unit in zip(layers, units, strict=True):
-        layer.register_forward_pre_hook(unit.gather)
-        layer.register_forward_hook(lambda _, __, out, unit=unit: _after(unit, out))
-    return [*units, rest]
-
-
-def _after(unit: FlatShard, out: Tensor) -> None:
-    unit.free()
-    if out.requires_grad:
-        out.register_hook(unit.gather)
 
 
 # %% ../notebooks/22_scaling_up.ipynb #0fdeecc7
@@ -139,12 +60,95 @@ def rows_of(rows: Tensor, batch_rows: int) -> Callable[[int, int, int], Batch]:
     return batch
 
 
+# %% ../notebooks/22_scaling_up.ipynb #1e58ef4b
+class FlatShard:
+    """The parameters of one module as one flat vector, of which each rank keeps a piece (`shard`, a parameter).
+
+    What a layer needs is gathered before it computes and freed afterwards; `held` and `peak` count the bytes of
+    gathered weights of all units of this process. As in FSDP (arXiv 2304.11277), parameters are views of one buffer.
+    """
+
+    held = peak = 0
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.parameters = list(parameters)
+        self.sizes = [p.numel() for p in self.parameters]
+        self.waiting = len(self.parameters)
+        rank, ranks = world()
+        flat = torch.cat([p.detach().flatten() for p in self.parameters])
+        self.whole = F.pad(flat, (0, -len(flat) % ranks))
+        pieces = self.whole[: sum(self.sizes)].split(self.sizes)
+        for p, piece in zip(self.parameters, pieces, strict=True):
+            p.data = piece.view(p.shape)
+        self.shard = nn.Parameter(self.whole.chunk(ranks)[rank].clone())
+        self.bytes = self.whole.nbytes
+        self.whole.untyped_storage().resize_(0)
+
+    def gather(self, *_) -> None:
+        """All-gather: every parameter is whole, on every rank."""
+        if self.whole.untyped_storage().size():
+            return
+        self.whole.untyped_storage().resize_(self.bytes)
+        dist.all_gather_single(self.whole, self.shard.detach())
+        FlatShard.held += self.bytes
+        FlatShard.peak = max(FlatShard.peak, FlatShard.held)
+
+    def free(self) -> None:
+        """Drop what was gathered."""
+        if self.whole.untyped_storage().size():
+            self.whole.untyped_storage().resize_(0)
+            FlatShard.held -= self.bytes
+
+
+# %% ../notebooks/22_scaling_up.ipynb #05a9327a
+def reduce_when_complete(unit: FlatShard, _) -> None:
+    """Once all parameters of a unit have gradients: reduce-scatter their sum over the ranks, and free them."""
+    unit.waiting -= 1
+    if unit.waiting:
+        return
+    flat = torch.cat([p.grad.flatten() for p in unit.parameters])
+    own = torch.empty_like(unit.shard)
+    dist.reduce_scatter_single(own, F.pad(flat, (0, len(unit.whole) - len(flat))))
+    unit.shard.grad = own if unit.shard.grad is None else unit.shard.grad.add_(own)
+    for p in unit.parameters:
+        p.grad = None
+    unit.waiting = len(unit.parameters)
+    unit.free()
+
+
+def free_until_backward(unit: FlatShard, _, __, out: Tensor) -> None:
+    """After a layer's forward pass: free its weights, and gather them again when its output's gradient arrives."""
+    unit.free()
+    if out.requires_grad:
+        out.register_hook(unit.gather)
+
+
+# %% ../notebooks/22_scaling_up.ipynb #e8c72084
+def shard_by_hand(model: Qwen) -> list[FlatShard]:
+    """Cut a model into units, a layer each and the rest last; train their `shard`s. All ranks start with equal weights.
+
+    The model's loss must be a rank's *share*, so that gradients are summed: see `_loss_shares` of chapter 08.
+    """
+    layers = list(model.model.layers)
+    inside = {p for layer in layers for p in layer.parameters()}
+    rest = FlatShard(p for p in model.parameters() if p not in inside)
+    units = [FlatShard(layer.parameters()) for layer in layers]
+    model.register_forward_pre_hook(rest.gather)
+    for layer, unit in zip(layers, units, strict=True):
+        layer.register_forward_pre_hook(unit.gather)
+        layer.register_forward_hook(functools.partial(free_until_backward, unit))
+    for unit in (*units, rest):
+        for p in unit.parameters:
+            p.register_post_accumulate_grad_hook(functools.partial(reduce_when_complete, unit))
+    return [*units, rest]
+
+
 # %% ../notebooks/22_scaling_up.ipynb #9cbde26a
-def _quietly(work: Callable, state: dict, folder: str | Path) -> None:
+def _quietly(call: Callable, state: dict, folder: str | Path) -> None:
     """`dcp.save` or `dcp.load`, outside a group without the warning that there is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        work(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        call(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
 def save_sharded(folder: str | Path, trainer: Trainer) -> None:
@@ -152,32 +156,28 @@ def save_sharded(folder: str | Path, trainer: Trainer) -> None:
 
     The state is written aside, and takes the place of an older one when it is complete.
     """
-    folder, alone = Path(folder), not dist.is_initialized()
-    aside, older = (folder.with_name(f".{folder.name}.{word}") for word in ("part", "older"))
+    folder = Path(folder)
+    aside = folder.with_name(f".{folder.name}.part")
     state = training_tensors(trainer) | {"steps": torch.tensor(trainer.step_count)}
     if is_first():
         shutil.rmtree(aside, ignore_errors=True)
-    alone or dist.barrier()
+    wait_for_all()
     _quietly(dcp.save, state, aside)
     if is_first():
-        shutil.rmtree(older, ignore_errors=True)
-        if folder.exists():
-            folder.rename(older)
-        aside.rename(folder)
-        shutil.rmtree(older, ignore_errors=True)
-    alone or dist.barrier()
+        artifacts.replace_folder(aside, folder)
+    wait_for_all()
 
 
 def has_state(folder: str | Path) -> bool:
     """Whether `save_sharded` left a state there; one whose successor was not put in its place comes back."""
     folder = Path(folder)
-    older = folder.with_name(f".{folder.name}.older")
-    if is_first() and older.exists() and not folder.exists():
-        older.rename(folder)
-    dist.is_initialized() and dist.barrier()
+    if is_first():
+        artifacts.bring_back(folder)
+    wait_for_all()
     return folder.exists()
 
 
+# %% ../notebooks/22_scaling_up.ipynb #c00ea9f1
 def load_sharded(folder: str | Path, trainer: Trainer) -> None:
     """Put a trainer, on however many ranks, where `save_sharded` left it; CourseError for what is no state of it."""
     try:
@@ -189,12 +189,21 @@ def load_sharded(folder: str | Path, trainer: Trainer) -> None:
     found = {key: facts.size for key, facts in stored.items() if key.startswith("model.")}
     if wrong := sorted(key for key in sizes | found if sizes.get(key) != found.get(key)):
         raise CourseError(f"{folder} is the state of another model: {wrong[0]} does not fit")
-    state = {}
-    for key, facts in stored.items():
-        plain = torch.zeros(facts.size, dtype=facts.properties.dtype)
-        state[key] = torch.zeros_like(masters[key.partition(".")[2]]) if facts.size else plain
-    _quietly(dcp.load, state, folder)
-    restore_tensors(trainer, state, int(state.pop("steps")))
+    like = lambda key: masters[key.partition(".")[2]]
+    empty = lambda facts: torch.zeros((), dtype=facts.properties.dtype)
+    state = {
+        key: torch.zeros_like(like(key)) if facts.size else empty(facts)
+        for key, facts in stored.items()
+    }
+    try:
+        _quietly(dcp.load, state, folder)
+    except (
+        Exception,
+        dcp.CheckpointException,
+    ):  # so can a damaged piece; the second is no Exception
+        raise CourseError(f"{folder} holds no complete state: delete it to begin anew") from None
+    step = int(state.pop("steps"))
+    restore_tensors(trainer, state, step)
 
 
 # %% ../notebooks/22_scaling_up.ipynb #98399cce
@@ -251,6 +260,7 @@ def _sizes(config: ModelConfig) -> tuple[list[tuple[int, int]], list[int]]:
     return cut, sorted(layers, reverse=True)
 
 
+# %% ../notebooks/22_scaling_up.ipynb #08f05205
 def memory_per_rank(
     config: ModelConfig,
     ranks: int,
@@ -261,9 +271,8 @@ def memory_per_rank(
 ) -> dict[str, int]:
     """Bytes of the fullest rank in sharded training with AdamW: owned, gathered, gradients (whole), activations.
 
-    gradients: also the float32 buffer in which the largest unit's are summed.
-
-    tokens: that a rank computes at once; width: bytes of a gathered weight; layers: how many are gathered at once, 1
+    owned: of one process in 16 bits, also its 16-bit weights and gradients; gradients: also the float32 buffer in which
+    the largest unit's are summed. tokens: that a rank computes at once; width: bytes of a gathered weight; layers: how many are gathered at once, 1
     without prefetching; recompute: a layer keeps its input alone, and computes the rest again when it goes backward.
     Activations are a rule of thumb. ValueError for less than one rank.
     """
@@ -272,12 +281,15 @@ def memory_per_rank(
     cut, sizes = _sizes(config)
     own = sum(-(-rows // ranks) * row for rows, row in cut)
     rest, apart = sum(rows * row for rows, row in cut) - sum(sizes), ranks > 1
+    beside = (
+        0 if apart or width == 4 else 2 * width
+    )  # 16-bit weights and gradients beside the masters
     kept, logits = activation_bytes_per_token(config), 4 * config.vocab_size
     if recompute:
         inside = (kept - logits) // config.num_hidden_layers
         kept = logits + inside + 2 * config.hidden_size * config.num_hidden_layers
     return {
-        "owned": OWNED_BYTES * own,
+        "owned": (OWNED_BYTES + beside) * own,
         "gathered": width * (rest + sum(sizes[:layers])) * apart,
         "gradients": (width * (rest + sizes[0]) + 4 * max(rest, sizes[0])) * apart,
         "activations": tokens * ((kept - logits) * width // 2 + logits),
@@ -323,49 +335,16 @@ def gguf_tensors(model: Qwen) -> Iterator[tuple[str, Tensor]]:
 
 
 # %% ../notebooks/22_scaling_up.ipynb #ab2a8ff7
-GGUF_MOE_KEYS = {
-    "num_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-    "moe_intermediate_size": "expert_feed_forward_length",
-    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
-}
-
-
-def gguf_metadata(config: ModelConfig) -> dict[str, int | float]:
-    """Key → value of the architecture; ValueError for a model that llama.cpp would compute differently."""
-    keys = {field: key.removeprefix("llama.") for field, key in CONFIG_KEYS.items()}
-    del keys["vocab_size"]  # the list of tokens says it
-    if config.num_attention_heads * config.head_dim != config.hidden_size:
-        raise ValueError(
-            "llama.cpp's Qwen2 has heads that share the hidden size evenly: "
-            f"{config.num_attention_heads} of {config.head_dim} are not {config.hidden_size}"
-        )
-    if experts := isinstance(config, MoeConfig):
-        sparse = all(map(config.is_sparse, range(config.num_hidden_layers)))
-        if config.norm_topk_prob or not (sparse and config.shared_expert_intermediate_size):
-            raise ValueError(
-                "llama.cpp's qwen2moe has experts and a shared expert in every layer and does not normalise the "
-                "experts' weights: a model that is built otherwise cannot be exported"
-            )
-        keys |= GGUF_MOE_KEYS
-    values = {key: getattr(config, field) for field, key in keys.items()}
-    for key in ("rope.freq_base", "attention.layer_norm_rms_epsilon"):
-        values[key] = float(values[key])  # an int would be stored as one, and refused
-    values |= dict.fromkeys(("attention.key_length", "attention.value_length"), config.head_dim)
-    return {f"qwen2{'moe' * experts}.{key}": value for key, value in values.items()}
-
-
 def export_gguf(folder: str | Path, path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write the GGUF file of a Hugging Face folder with its tokenizer, dense or with experts; returns the path.
 
     dtype: of matrices (float32, float16 or bfloat16); vectors and routers stay float32. The file appears whole or not
-    at all. CourseError without the library gguf, ValueError as in `load_model` and `gguf_metadata`.
+    at all. CourseError without the library gguf, ValueError as in `load_model` and `gguf_files.metadata`.
     """
     model, tokenizer = load_model(folder), Tokenizer.from_pretrained(folder)
     end = gguf_files.end_of_answer(folder, tokenizer)
-    vocabulary = tokenizer, model.config.vocab_size, end
-    metadata = gguf_metadata(model.config)
-    return gguf_files.write(path, metadata, gguf_tensors(model), dtype, vocabulary)
+    metadata, rows = gguf_files.metadata(model.config), model.config.vocab_size
+    return gguf_files.write(path, metadata, gguf_tensors(model), dtype, tokenizer, rows, end)
 
 
 # %% ../notebooks/22_scaling_up.ipynb #ffdd4266
@@ -373,8 +352,8 @@ def training_plan(
     config: ModelConfig,
     tokens: float,
     gpus: int,
-    peak: float = 312e12,
-    utilisation: float = 0.4,
+    peak: float = GPUS["A100"],
+    utilisation: float = UTILISATION,
     length: int = 4_096,
 ) -> dict[str, float]:
     """FLOPs, tokens a second and days of a training run; peak: of one GPU in bfloat16 (default: an A100), FLOP/s.

@@ -6,7 +6,7 @@ import torch
 from golden_registry import columns, digest, golden
 
 from qwen_mini import scaling_up as s
-from qwen_mini.course import load_scale
+from qwen_mini.course import gguf_files, load_scale
 from qwen_mini.model import QWEN2_5, ModelConfig, Qwen
 from qwen_mini.moe import QWEN_MOE, MoeConfig, QwenMoe
 
@@ -43,7 +43,7 @@ def _():
     ]
     return {
         "names": list(map(digest, names)),
-        "values": [s.gguf_metadata(c) for c in (SMALL, experts)],
+        "values": [gguf_files.metadata(c) for c in (SMALL, experts)],
     }
 
 

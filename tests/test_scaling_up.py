@@ -19,7 +19,7 @@ from qwen_mini import course, scaling_up
 from qwen_mini.course import CourseError, gguf_files, home, stages
 from qwen_mini.course.launch import on_ranks, torchrun
 from qwen_mini.course.nb import Notebook
-from qwen_mini.course.plan import plan
+from qwen_mini.course.plan import GPUS, peak_flops, plan
 from qwen_mini.course.ranks import world
 from qwen_mini.generation import generate
 from qwen_mini.kernels.sharding import shard
@@ -28,7 +28,6 @@ from qwen_mini.moe import QWEN_MOE, MoeConfig, QwenMoe, expert_load, load_balanc
 from qwen_mini.scaling_up import (
     FlatShard,
     export_gguf,
-    gguf_metadata,
     gguf_tensors,
     global_expert_load,
     has_state,
@@ -149,7 +148,7 @@ def gradients_by_hand(config=SHAPE):
     for unit in units:
         flat = torch.empty_like(unit.shard).repeat(ranks)
         dist.all_gather_single(flat, unit.shard.grad)
-        whole += [g.tolist() for g in unit.split(flat)]
+        whole += [g.tolist() for g in flat[: sum(unit.sizes)].split(unit.sizes)]
     loss = loss.detach()
     dist.all_reduce(loss)
     return whole, loss.item(), FlatShard.held
@@ -230,7 +229,7 @@ def test_the_restored_tensors_are_those_that_were_saved(tmp_path):
     assert not has_state(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("damage", ["missing", "no metadata", "cut", "other pickle"])
+@pytest.mark.parametrize("damage", ["missing", "no metadata", "cut", "other pickle", "cut piece"])
 def test_a_damaged_state_is_refused(saved, damage, tmp_path):
     folder = tmp_path / "state"
     if damage != "missing":
@@ -242,6 +241,10 @@ def test_a_damaged_state_is_refused(saved, damage, tmp_path):
             path.write_bytes(content[:100])
         if damage == "other pickle":
             path.write_bytes(b"\x80\x04N.")  # None
+        if damage == "cut piece":
+            path.write_bytes(content)
+            piece = next(folder.glob("*.distcp"))
+            piece.write_bytes(piece.read_bytes()[:100])
     with pytest.raises(CourseError, match="no complete state: delete it"):
         load_sharded(folder, Trainer(made(), settings(optimizer="muon"), STEPS))
 
@@ -268,7 +271,7 @@ def owned():
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_the_fullest_rank_owns_what_the_formula_says(ranks):
-    assert max(on_ranks(owned, ranks)) == memory_per_rank(SHAPE, ranks)["owned"]
+    assert max(on_ranks(owned, ranks)) == memory_per_rank(SHAPE, ranks, width=4)["owned"]
 
 
 @pytest.mark.parametrize("config", [*QWEN2_5.values(), *QWEN_MOE.values()], ids=[*QWEN2_5, *QWEN_MOE])  # fmt: skip
@@ -276,7 +279,10 @@ def test_memory_of_published_models(config):
     from qwen_mini.moe import count_moe_parameters
 
     count = count_moe_parameters if isinstance(config, MoeConfig) else count_parameters
-    alone, many = memory_per_rank(config, 1), memory_per_rank(config, 64)
+    alone, many = memory_per_rank(config, 1, width=4), memory_per_rank(config, 64)
+    assert memory_per_rank(config, 1)["owned"] == 20 * count(
+        config
+    )  # 16-bit weights and gradients, too
     assert alone["owned"] == 16 * count(config) and alone["gathered"] == alone["gradients"] == 0
     most = 1.1 if isinstance(config, MoeConfig) else 1.01  # 60 experts on 64 ranks: four have none
     assert alone["owned"] / 64 <= many["owned"] < alone["owned"] / 64 * most
@@ -497,15 +503,15 @@ def test_names_of_gguf_are_those_of_the_library(tmp_path):
                                      {"decoder_sparse_step": 2}, {"mlp_only_layers": (0,)}])  # fmt: skip
 def test_what_llama_cpp_would_compute_differently_is_refused(changes):
     even = dataclasses.replace(MOE, hidden_size=MOE.num_attention_heads * MOE.head_dim)
-    assert gguf_metadata(even)
+    assert gguf_files.metadata(even)
     with pytest.raises(ValueError, match="cannot be exported"):
-        gguf_metadata(dataclasses.replace(even, **changes))
+        gguf_files.metadata(dataclasses.replace(even, **changes))
     with pytest.raises(ValueError, match="share the hidden size evenly"):
-        gguf_metadata(dataclasses.replace(even, hidden_size=16))
+        gguf_files.metadata(dataclasses.replace(even, hidden_size=16))
 
 
 def test_numbers_of_the_metadata_have_the_type_that_llama_cpp_reads():
-    values = gguf_metadata(dataclasses.replace(EVEN, rope_theta=1_000_000))
+    values = gguf_files.metadata(dataclasses.replace(EVEN, rope_theta=1_000_000))
     kinds = {key: type(value) for key, value in values.items()}
     floats = {"qwen2.rope.freq_base", "qwen2.attention.layer_norm_rms_epsilon"}
     assert {key for key, kind in kinds.items() if kind is float} == floats
@@ -564,6 +570,23 @@ def test_the_check_of_a_gpu_on_a_cpu(capsys):
     assert {"pretraining", "experts", "sft", "reward_model", "dpo", "grpo"} == set(report["stages"])
     assert all(0 < stage["off"] < 1e-2 for stage in report["stages"].values())
     assert report["speed"]["tokens_per_second"] > 0
+
+
+def test_a_check_without_time_has_not_succeeded(capsys):
+    check = runpy.run_path(str(home() / "benchmarks" / "gpu_check.py"))
+    assert check["main"](["--device", "cpu", "--seconds", "0"]) == 1
+    assert "pretraining" in json.loads(capsys.readouterr().out)["left_out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [("Tesla T4", "T4"), ("NVIDIA L4", "L4"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100 80GB PCIe", "A100"),
+     ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA H200", "H100 SXM"), ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+     ("NVIDIA H100 PCIe", None), ("NVIDIA L40S", None), ("NVIDIA GeForce RTX 3090", None),
+     ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA RTX 6000 Ada Generation", None)],
+)  # fmt: skip
+def test_the_peak_of_a_card_by_its_name(name, card):
+    assert peak_flops(name) == (GPUS[card] if card else None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

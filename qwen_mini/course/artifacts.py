@@ -169,6 +169,23 @@ def write_stage(scale_name: str, stage: str, inputs: dict | None = None, **facts
         settle(scale_name, stage)
 
 
+def replace_folder(aside: Path, folder: Path) -> None:
+    """Put a complete folder in another's place; the old one stays beside it until then, see `bring_back`."""
+    older = folder.with_name(f".{folder.name}.older")
+    shutil.rmtree(older, ignore_errors=True)
+    if folder.exists():
+        folder.rename(older)
+    aside.rename(folder)
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def bring_back(folder: Path) -> None:
+    """Undo a `replace_folder` that died between its two renames."""
+    older = folder.with_name(f".{folder.name}.older")
+    if older.exists() and not folder.exists():
+        older.rename(folder)
+
+
 def write_file(path: str | os.PathLike, content: bytes | str) -> Path:
     """Write one file whole: aside, to disk, then in place of the old one."""
     path = Path(path)

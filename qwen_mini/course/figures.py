@@ -95,3 +95,34 @@ def with_intervals(ax, xs: Iterable[float], found: Sequence[tuple], **style) -> 
     below = [max(0, value - bound) for value, bound in zip(values, low, strict=True)]
     above = [max(0, bound - value) for value, bound in zip(values, high, strict=True)]
     ax.errorbar(list(xs), values, yerr=[below, above], **{"fmt": "o", "capsize": 2} | style)
+
+
+def show_ranks() -> None:
+    """Two ranks of sharded training: what each owns all the time, and what it holds while one layer computes."""
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    _, ax = plt.subplots(figsize=(9, 3.4))
+    parts = {"weights": "blue", "gradients": "orange", "moment 1": "green", "moment 2": "green"}
+    for rank in range(2):
+        left = 6.2 * rank
+        ax.text(left + 2.4, 4.3, f"rank {rank}: every second row of the batch", ha="center")
+        for row, (name, color) in enumerate(parts.items()):
+            y = 3.3 - 0.75 * row
+            for piece in range(2):
+                own = piece == rank
+                face = COLORS[color] + ("99" if own else "00")
+                style = {"facecolor": face, "edgecolor": "gray", "linestyle": "-" if own else ":"}
+                ax.add_patch(Rectangle((left + 1.4 + 1.7 * piece, y), 1.6, 0.5, **style))
+            if rank == 0:  # the same beside
+                ax.text(left + 1.3, y + 0.25, name, ha="right", va="center", fontsize=9)
+        held = {"facecolor": COLORS["blue"] + "55", "edgecolor": COLORS["blue"]}
+        ax.add_patch(Rectangle((left + 1.4, -0.1), 3.3, 0.6, **held))
+        told = {"ha": "center", "va": "center", "fontsize": 9}
+        ax.text(left + 3.05, 0.2, "one layer, whole, for a moment", **told)
+    for y, name in ((0.3, "all-gather"), (2.8, "reduce-scatter")):
+        ax.annotate("", (7.5, y), (4.8, y), arrowprops={"arrowstyle": "<->"})
+        ax.text(6.15, y + 0.12, name, ha="center", fontsize=8)
+    ax.set(xlim=(-0.6, 11.2), ylim=(-0.3, 4.7))
+    ax.axis("off")
+    plt.show()

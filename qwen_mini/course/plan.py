@@ -1,15 +1,27 @@
 """What a run costs before a second of it is spent: a scale's model counted on the meta device, or N and D by the laws."""
 
+import re
 import time
 
 from .scales import ScaleConfig, load_scale
 
 GIB = 2**30
 STATE_BYTES = 20  # bfloat16 weight and gradient; float32 master, gradient and two moments
-ACCELERATOR_FLOPS = 0.4 * 312e12  # 40 % of an A100's bfloat16 peak
 UTILISATION = 0.4
 # Peak of dense bfloat16 (T4: float16) products in FLOP/s, from NVIDIA's data sheets of each card.
 GPUS = {"T4": 65e12, "L4": 121e12, "RTX 4090": 165e12, "A100": 312e12, "H100 SXM": 989e12}
+# Word in the name that the driver gives a card -> card; an H200 has the peak of an H100.
+CARDS = {name.split()[-1]: name for name in ("T4", "L4", "RTX 4090", "A100")}
+CARDS |= dict.fromkeys(("H100", "H200"), "H100 SXM")
+ACCELERATOR_FLOPS = UTILISATION * GPUS["A100"]
+
+
+def peak_flops(name: str) -> float | None:
+    """Peak of a card in FLOP/s by the driver's name for it; None for one that `GPUS` does not list."""
+    words = set(re.split(r"[\s-]", name))
+    known = [GPUS[CARDS[word]] for word in words & CARDS.keys()]
+    slower = {"H100", "PCIe"} <= words or "Laptop" in words  # than the card of that name
+    return known[0] if known and not slower else None
 
 
 def activation_bytes_per_token(model) -> int:
@@ -39,7 +51,7 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
     tokens = sum(phase.tokens for phase in phases)
     per_token = lambda phase: flops_per_token(shape, phase.length, training=True)
     flops = sum(phase.tokens * per_token(phase) for phase in phases)
-    state, told = _state_bytes(shape, parameters, gpus)
+    state, told = _state_bytes(shape, gpus)
     share = training.batch_tokens // (training.grad_accumulation * gpus)
     micro = max(share, *(phase.length for phase in phases))  # a device reads a row at least
     activations = micro * activation_bytes_per_token(config.model)
@@ -53,19 +65,19 @@ def plan(config: ScaleConfig, gpus: int = 1) -> list[tuple[str, str]]:
         "memory": _verdict((state + activations) / GIB, config.run.memory_gib),
         "KV cache": f"{kv_cache_bytes_per_token(shape):,} bytes a token in bfloat16",
         "FLOPs per token": f"{flops / tokens:.3g} in training",
-        "FLOPs in total": f"{flops:.3g}, {hours:.1f} h at 40 % of {gpus} A100(s)",
+        "FLOPs in total": f"{flops:.3g}, {hours:.1f} h at {UTILISATION:.0%} of {gpus} A100(s)",
         "tokens a second": f"{gpus * ACCELERATOR_FLOPS * tokens / flops:,.0f} at that utilisation",
     }
     return list(rows.items())
 
 
-def _state_bytes(shape, parameters: int, gpus: int) -> tuple[int, str]:
+def _state_bytes(shape, gpus: int) -> tuple[int, str]:
     """Bytes of weights, gradients and optimiser on the fullest device, and how they come about."""
     from qwen_mini.scaling_up import OWNED_BYTES, memory_per_rank
 
-    if gpus == 1:
-        return STATE_BYTES * parameters, f"{STATE_BYTES} bytes a parameter"
     found = memory_per_rank(shape, gpus)
+    if gpus == 1:
+        return found["owned"], f"{STATE_BYTES} bytes a parameter"
     gathered = found["gathered"] + found["gradients"]
     owned = f"{found['owned'] / GIB:.2f} owned: {OWNED_BYTES} bytes a parameter, shared by {gpus}"
     return found["owned"] + gathered, f"{owned}; {gathered / GIB:.2f} gathered"

@@ -40,6 +40,14 @@ def highest(value: int) -> int:
     return int(found)
 
 
+def wait_for_all() -> None:
+    """A barrier; outside torchrun nothing happens."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def patience() -> Callable[[], None]:
     """A barrier that waits for a day: for what one process prepares alone. All call this together, and then the barrier."""
     import torch.distributed as dist
