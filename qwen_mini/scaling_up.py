@@ -197,10 +197,7 @@ def load_sharded(folder: str | Path, trainer: Trainer) -> None:
     }
     try:
         _quietly(dcp.load, state, folder)
-    except (
-        Exception,
-        dcp.CheckpointException,
-    ):  # so can a damaged piece; the second is no Exception
+    except (Exception, dcp.CheckpointException):  # the second does not derive from the first
         raise CourseError(f"{folder} holds no complete state: delete it to begin anew") from None
     step = int(state.pop("steps"))
     restore_tensors(trainer, state, step)

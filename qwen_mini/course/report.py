@@ -360,6 +360,11 @@ class Figure:
     lines: list[tuple]
     axes: dict[str, str]
 
+    @property
+    def has_points(self) -> bool:
+        """Whether its lines are statements with a verdict."""
+        return bool(self.lines) and isinstance(self.lines[0][2], str)
+
 
 @dataclass(frozen=True)
 class Document:

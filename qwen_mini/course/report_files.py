@@ -87,7 +87,7 @@ def unmarked_name(name: str) -> str:
 
 def draw(axes, figure: Figure) -> None:
     """Draw a figure of the report into matplotlib axes."""
-    if figure.lines and isinstance(figure.lines[0][2], str):
+    if figure.has_points:
         for row, (_, (value, low, high), verdict) in enumerate(figure.lines):
             ends = [[max(0, value - low)], [max(0, high - value)]]
             axes.errorbar(
@@ -112,8 +112,7 @@ def draw(axes, figure: Figure) -> None:
 
 def height(figure: Figure) -> float:
     """Of a figure that is 6.5 inches wide, in inches."""
-    points = figure.lines and isinstance(figure.lines[0][2], str)
-    return 0.6 + 0.2 * len(figure.lines) if points else 2.8
+    return 0.6 + 0.2 * len(figure.lines) if figure.has_points else 2.8
 
 
 def png(figure: Figure) -> bytes:
@@ -286,8 +285,7 @@ class Paper:
     def figure(self, figure: Figure) -> None:
         tall, wide = 72 * height(figure), WIDTH - 2 * MARGIN
         self.room(tall + 30)
-        points = isinstance(figure.lines[0][2], str)
-        left, below = (190 if points else 40), 30
+        left, below = (190 if figure.has_points else 40), 30
         box = [MARGIN + left, HEIGHT - self.top - tall + below, wide - left, tall - below - 4]
         draw(
             self.sheet.add_axes([box[0] / WIDTH, box[1] / HEIGHT, box[2] / WIDTH, box[3] / HEIGHT]),
