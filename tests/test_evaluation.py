@@ -400,9 +400,9 @@ def test_lm_eval_gives_the_same_log_likelihoods(tmp_path, tokenizer):
             of_item = list(itertools.islice(each, len(item.choices)))
             plain, per_byte = (dataclasses.replace(item, per_byte=way) for way in (False, True))
             assert sample["acc"] == (chosen(of_item, plain) == item.gold)
-            assert sample["acc_norm"] == (chosen(of_item, per_byte) == item.gold)
-        share = sum(sample["acc_norm"] for sample in samples) / len(samples)
-        assert found["results"]["course"]["acc_norm,none"] == share
+            assert sample["acc_bytes"] == (chosen(of_item, per_byte) == item.gold)
+        share = sum(sample["acc_bytes"] for sample in samples) / len(samples)
+        assert found["results"]["course"]["acc_bytes,none"] == share
     tokens = [len(row) - first for row, first in zip(rows, firsts, strict=True)]
     off = lambda a, b: max(abs(x - y) / n for x, y, n in zip(a, b, tokens, strict=True))
     assert off(sums[64], theirs[64]) < 1e-6

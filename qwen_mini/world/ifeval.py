@@ -51,7 +51,7 @@ def is_json(text: str) -> bool:
 
 
 def highlights(text: str) -> int:
-    """Parts between stars, of which some are not blank; between double stars they count once more, as in IFEval."""
+    """How many non-blank parts stand between single stars or between double ones; `***a***` counts as both, as in IFEval."""
     single, double = r"\*[^\n*]*\*", r"\*\*[^\n*]*\*\*"
     found = re.findall(single, text) + re.findall(double, text)
     return sum(bool(part.strip("*").strip()) for part in found)
@@ -73,66 +73,66 @@ def has_title(text: str) -> bool:
     return any(found.lstrip("<").rstrip(">").strip() for found in re.findall(r"<<[^\n]+>>", text))
 
 
-_number = lambda name, *values, **others: [others | {name: value} for value in values]
+_each = lambda name, *values, **others: [others | {name: value} for value in values]
 
 KINDS = {
     "keywords:existence": Kind(
         "Use the words {keywords}.",
         lambda text, keywords: all(matches(word, text) for word in keywords),
-        _number("keywords", ["window", "bread"], ["river", "green"]),
+        _each("keywords", ["window", "bread"], ["river", "green"]),
     ),
     "keywords:frequency": Kind(
         'Use the word "{keyword}" {relation} {frequency} times.',
         lambda text, keyword, relation, frequency: related(matches(keyword, text), relation, frequency),
-        _number("frequency", 2, 3, keyword="time", relation="at least"),
+        _each("frequency", 2, 3, keyword="time", relation="at least"),
     ),
     "keywords:forbidden_words": Kind(
         "Do not use the words {forbidden_words}.",
         lambda text, forbidden_words: not any(matches(rf"\b{word}\b", text) for word in forbidden_words),
-        _number("forbidden_words", ["nice", "very"], ["is", "day"]),
+        _each("forbidden_words", ["nice", "very"], ["is", "day"]),
     ),
     "keywords:letter_frequency": Kind(
         "Let the letter {letter} occur {let_relation} {let_frequency} times.",
         lambda text, letter, let_relation, let_frequency: related(
             text.lower().count(letter), let_relation, let_frequency
         ),
-        _number("letter", "q", "z", let_relation="at least", let_frequency=2)
-        + _number("letter", "u", let_relation="less than", let_frequency=4),
+        _each("letter", "q", "z", let_relation="at least", let_frequency=2)
+        + _each("letter", "u", let_relation="less than", let_frequency=4),
     ),
     "length_constraints:number_words": Kind(
         "Answer with {relation} {num_words} words.",
         lambda text, relation, num_words: related(len(words_of(text)), relation, num_words),
-        _number("num_words", 30, 50, relation="less than") + _number("num_words", 60, relation="at least"),
+        _each("num_words", 30, 50, relation="less than") + _each("num_words", 60, relation="at least"),
     ),
     "length_constraints:number_paragraphs": Kind(
         "Write exactly {num_paragraphs} paragraphs, with a line of three stars, ***, between them.",
         lambda text, num_paragraphs: len(parts(text, "***") or ()) == num_paragraphs,
-        _number("num_paragraphs", 2, 3),
+        _each("num_paragraphs", 2, 3),
     ),
     "detectable_content:number_placeholders": Kind(
         "Leave at least {num_placeholders} placeholders in square brackets, such as [name].",
         lambda text, num_placeholders: len(re.findall(r"\[.*?\]", text)) >= num_placeholders,
-        _number("num_placeholders", 2, 3),
+        _each("num_placeholders", 2, 3),
     ),
     "detectable_content:postscript": Kind(
         "At the end add a postscript that begins with {postscript_marker}",
         lambda text, postscript_marker: matches(r"p\.\s?s\.", text) > 0,
-        _number("postscript_marker", "P.S."),
+        _each("postscript_marker", "P.S."),
     ),
     "detectable_format:number_bullet_lists": Kind(
         "Give exactly {num_bullets} bullet points, each on a line that begins with * and a blank.",
         lambda text, num_bullets: matches(r"^\s*\*[^*].*$", text) + matches(r"^\s*-.*$", text) == num_bullets,
-        _number("num_bullets", 2, 3, 4),
+        _each("num_bullets", 2, 3, 4),
     ),
     "detectable_format:number_highlighted_sections": Kind(
         "Highlight at least {num_highlights} parts of the answer with stars, like *this*.",
         lambda text, num_highlights: highlights(text) >= num_highlights,
-        _number("num_highlights", 2, 3),
+        _each("num_highlights", 2, 3),
     ),
     "detectable_format:multiple_sections": Kind(
         "Write at least {num_sections} sections, headed {section_spliter} 1, {section_spliter} 2 and so on.",
         lambda text, section_spliter, num_sections: len(re.findall(rf"{section_spliter}\s?\d+", text)) >= num_sections,
-        _number("section_spliter", "Section", "PART", num_sections=2),
+        _each("section_spliter", "Section", "PART", num_sections=2),
     ),
     "detectable_format:json_format": Kind("Give the whole answer as one JSON object.", is_json),
     "detectable_format:title": Kind(
@@ -144,7 +144,7 @@ KINDS = {
     "startend:end_checker": Kind(
         'End with exactly these words, and nothing after them: "{end_phrase}"',
         ends_with,
-        _number("end_phrase", "That is all.", "What do you think?"),
+        _each("end_phrase", "That is all.", "What do you think?"),
     ),
     "startend:quotation": Kind(
         "Put the whole answer in double quotation marks.",
@@ -154,10 +154,8 @@ KINDS = {
     "change_case:english_lowercase": Kind("Use small letters only, no capitals.", str.islower),
     "punctuation:no_comma": Kind("Use no commas.", lambda text: CONSTRAINTS["no_comma"].holds(text, "")),
 }  # fmt: skip
-ALONE = (
-    "detectable_format:json_format",
-    "combination:two_responses",
-)  # little else fits beside them
+# little else fits beside these
+ALONE = "detectable_format:json_format", "combination:two_responses"
 
 
 def fit(first: str, second: str) -> bool:
