@@ -1,4 +1,4 @@
-# make course | test | check | lab | chat | bench | gpu-check | outputs | measurements | clean; each prepares .venv first.
+# make setup | course | test | check | lab | chat | bench | gpu-check | outputs | measurements | clean; each but clean prepares .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
