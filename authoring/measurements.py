@@ -248,7 +248,8 @@ def _page(root: Path) -> str:
 
 
 _INTRODUCTION = """\
-Every number on this page was measured by the course on the processor named beside it. Absolute numbers differ from
+Every number on this page was measured by the course on the processor named beside it, unless the row says that it is
+estimated. Absolute numbers differ from
 machine to machine, ratios less so. `make measurements` writes the page from `data/records` and `docs/bench.json`."""
 _SPEED = """\
 `make bench` measures these on your machine, `python benchmarks/run.py --store` puts them on this page. "ours" and
@@ -258,7 +259,8 @@ Training falls short of our aim, two and a half times the speed of the usual loo
 larger half of a step, gain less than that from 16 bits."""
 _RECORDED = """\
 Experiments that take long, computed once at the scale `laptop` and read by the notebooks; `FRESH=1` computes them anew,
-`qwen-mini verify` compares. Seconds are those of the one thread that computed it."""
+`qwen-mini verify` compares. Minutes are summed over records, each computed by one thread beside another; the files in
+`data/records` hold those of each. Checkpoints were trained with the threads that their manifests name."""
 
 
 def _results(root: Path) -> str:
@@ -302,11 +304,31 @@ def _short(value: Any) -> str:
 
 
 def _recorded(root: Path) -> str:
-    rows = []
+    """A row for every chapter, processor and precision, and one for every checkpoint."""
+    groups: dict[tuple, list[dict]] = {}
     for path in sorted((root / "data" / "records" / SCALE).rglob("*.json")):
         record = records.read(path)
-        rows.append([record["name"], f"{record['seconds']:,.1f}", *_made(record["provenance"])])
-    heads = ["record", "seconds", "processor", "precision", "date"]
+        processor, precision, _ = _made(record["provenance"])
+        groups.setdefault((path.parent.name, processor, precision), []).append(record)
+    rows = []
+    for (chapter, *how), some in groups.items():
+        minutes = sum(record["seconds"] for record in some) / 60
+        dates = sorted({_made(record["provenance"])[2] for record in some})
+        rows.append(
+            [
+                chapter,
+                str(len(some)),
+                f"{minutes:.1f}",
+                *how,
+                " to ".join(dates[:1] + dates[1:][-1:]),
+            ]
+        )
+    for path in sorted((root / "data" / "checkpoints").glob("*/manifest.json")):
+        how = json.loads(path.read_text(encoding="utf-8"))["provenance"]
+        rows.append(
+            [f"checkpoint `{path.parent.name}`", "", f"{how['seconds'] / 60:.1f}", *_made(how)]
+        )
+    heads = ["made by", "records", "minutes", "processor", "precision", "date"]
     return _markdown(heads, rows) if rows else f"Nothing yet: {NOT_YET}."
 
 

@@ -246,7 +246,10 @@ def choose(model: Qwen, tokenizer: Tokenizer, items: Sequence[Item]) -> list[dic
 
 # %% ../notebooks/21_evaluation.ipynb #977898d8
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that at least one of `k` out of `n` samples is right if `c` of all are; ValueError unless 1 ≤ k ≤ n, 0 ≤ c ≤ n."""
+    """Chance that at least one of `k` out of `n` samples is right if `c` of all are.
+
+    ValueError unless 1 ≤ k ≤ n and 0 ≤ c ≤ n.
+    """
     if not (1 <= k <= n and 0 <= c <= n):
         raise ValueError(f"pass@k needs 1 ≤ k ≤ n and 0 ≤ c ≤ n, got n = {n}, c = {c}, k = {k}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)

@@ -269,8 +269,8 @@ def memory_per_rank(
     """Bytes of the fullest rank in sharded training with AdamW: owned, gathered, gradients (whole), activations.
 
     owned: of one process in 16 bits, also its 16-bit weights and gradients; gradients: also the float32 buffer in which
-    the largest unit's are summed. tokens: that a rank computes at once; width: bytes of a gathered weight; layers: how many are gathered at once, 1
-    without prefetching; recompute: a layer keeps its input alone, and computes the rest again when it goes backward.
+    the largest unit's are summed. tokens: that a rank computes at once; width: bytes of a gathered weight; layers: how
+    many are gathered at once, 1 without prefetching; recompute: a layer keeps its input alone, and computes the rest again when it goes backward.
     Activations are a rule of thumb. ValueError for less than one rank.
     """
     if ranks < 1:

@@ -79,7 +79,7 @@ def test_numbers_come_from_benchmarks_and_records(project):
     )
     assert row in page
     assert "encoding \\| decoding | 0.8 |  |  | s |  |" in page
-    assert "| 20_online_rl/final/grpo-1 | 61.5 | a processor | bfloat16 | 2025-01-02 |" in page
+    assert "| 20_online_rl | 2 | 2.0 | a processor | bfloat16 | 2025-01-02 |" in page  # 2 x 61.5 s
 
 
 def test_the_text_of_all_domains_counts_by_its_bytes(project):
