@@ -270,17 +270,16 @@ def memory_per_rank(
 
     owned: of one process in 16 bits, also its 16-bit weights and gradients; gradients: also the float32 buffer in which
     the largest unit's are summed. tokens: that a rank computes at once; width: bytes of a gathered weight; layers: how
-    many are gathered at once, 1 without prefetching; recompute: a layer keeps its input alone, and computes the rest again when it goes backward.
-    Activations are a rule of thumb. ValueError for less than one rank.
+    many are gathered at once, 1 without prefetching; recompute: a layer keeps its input alone, and computes the rest
+    again when it goes backward. Activations are a rule of thumb. ValueError for less than one rank.
     """
     if ranks < 1:
         raise ValueError(f"a run has at least one rank, got {ranks}")
     cut, sizes = _sizes(config)
     own = sum(-(-rows // ranks) * row for rows, row in cut)
     rest, apart = sum(rows * row for rows, row in cut) - sum(sizes), ranks > 1
-    beside = (
-        0 if apart or width == 4 else 2 * width
-    )  # 16-bit weights and gradients beside the masters
+    # one process in 16 bits keeps such weights and gradients beside the masters
+    beside = 0 if apart or width == 4 else 2 * width
     kept, logits = activation_bytes_per_token(config), 4 * config.vocab_size
     if recompute:
         inside = (kept - logits) // config.num_hidden_layers
