@@ -16,22 +16,6 @@ from pathlib import Path
 
 from qwen_mini.course.nb import notebooks, source
 
-# Notebooks whose prose still types results; each of them leaves the list when it is rewritten.
-NOT_YET = (
-    "07_corpus",
-    "08_training",
-    "09_pretraining",
-    "12_long_context",
-    "13_yarn_and_dual_chunk",
-    "14_sparse_prefill",
-    "15_tasks",
-    "16_sft",
-    "17_reward_model",
-    "18_dpo",
-    "19_grpo",
-    "20_online_rl",
-)
-
 REMEDY = "let `course.say` or `course.table` say it, or mark what no run decides with `<!-- constant: why -->`"
 MARK = re.compile(r"<!--\s*(?:constant|report)\b(?:(?!-->).)*-->", re.DOTALL)
 FILLED = re.compile(r"<!--\s*n:[\w.-]+\s*-->.*?<!--\s*/n\s*-->", re.DOTALL)
@@ -64,17 +48,10 @@ NOT_RESULTS = re.compile(
 
 def typed_numbers(root: Path) -> list[str]:
     """One sentence for each passage of the texts that types a result; [] if there is none."""
-    books = notebooks(root)
-    missing = sorted(set(NOT_YET) - {book.name for book in books})
-    problems = [
-        f"the list NOT_YET in authoring/digits.py names {name}, which does not exist"
-        for name in missing
-    ]
-    texts = {}
-    for book in books:
-        if book.name not in NOT_YET:
-            cells = [source(cell) for cell in book.cells if cell["cell_type"] == "markdown"]
-            texts[book.path] = "\n\n".join(cells)
+    texts, problems = {}, []
+    for book in notebooks(root):
+        cells = [source(cell) for cell in book.cells if cell["cell_type"] == "markdown"]
+        texts[book.path] = "\n\n".join(cells)
     for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         if path.exists() and not (text := path.read_text(encoding="utf-8")).startswith(GENERATED):
             texts[path] = text

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from authoring import digits
 from authoring.digits import typed, typed_numbers
 
 RESULTS = [
@@ -66,9 +65,8 @@ def test_the_result_and_its_sentence_are_quoted():
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
+def project(tmp_path):
     """A project of a notebook, a README and a page, with what each says."""
-    monkeypatch.setattr(digits, "NOT_YET", ("07_corpus",))
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "docs").mkdir()
 
@@ -89,25 +87,18 @@ def project(tmp_path, monkeypatch):
 
 def test_notebooks_readme_and_docs_are_read_and_named(project):
     assert project() == []
-    problems = project("It gains 13.4 points.", "", "It takes 3 s.", "It is 2x as fast.")
+    problems = project("It gains 13.4 points.", "By 3 %.", "It takes 3 s.", "It is 2x as fast.")
     assert [problem.split(" types ")[0] for problem in problems] == [
         "notebooks/00_start.ipynb",
+        "notebooks/07_corpus.ipynb",
         "README.md",
         "docs/page.md",
     ]
     assert '"13.4 points" in "It gains 13.4 points."' in problems[0] and "constant" in problems[0]
 
 
-def test_a_notebook_on_the_list_and_a_generated_page_are_left_alone(project):
-    assert (
-        project(corpus="It gains 13.4 points.", page="<!-- generated -->\nIt gains 13.4 points.")
-        == []
-    )
-
-
-def test_the_list_holds_no_notebook_that_is_gone(project, monkeypatch):
-    monkeypatch.setattr(digits, "NOT_YET", ("06_gone", "07_corpus"))
-    assert len(problems := project()) == 1 and "06_gone" in problems[0]
+def test_a_generated_page_is_left_alone(project):
+    assert project(page="<!-- generated -->\nIt gains 13.4 points.") == []
 
 
 @pytest.mark.parametrize(
