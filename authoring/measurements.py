@@ -249,8 +249,8 @@ def _page(root: Path) -> str:
 
 _INTRODUCTION = """\
 Every number on this page was measured by the course on the processor named beside it, unless the row says that it is
-estimated. Absolute numbers differ from
-machine to machine, ratios less so. `make measurements` writes the page from `data/records` and `docs/bench.json`."""
+estimated. Absolute numbers differ from machine to machine, ratios less so. `make measurements` writes the page from
+`data/records` and `docs/bench.json`."""
 _SPEED = """\
 `make bench` measures these on your machine, `python benchmarks/run.py --store` puts them on this page. "ours" and
 "peer" are in the unit of the row; the ratio says how many times better ours is.

@@ -335,11 +335,11 @@ def export_gguf(folder: str | Path, path: str | Path, dtype: torch.dtype = torch
     """Write the GGUF file of a Hugging Face folder with its tokenizer, dense or with experts; returns the path.
 
     dtype: of matrices (float32, float16 or bfloat16); vectors and routers stay float32. The file appears whole or not
-    at all. CourseError without the library gguf, ValueError as in `load_model` and `gguf_files.metadata`.
+    at all. CourseError without the library gguf, ValueError as in `load_model` and `gguf_files.metadata_of`.
     """
     model, tokenizer = load_model(folder), Tokenizer.from_pretrained(folder)
     end = gguf_files.end_of_answer(folder, tokenizer)
-    metadata, rows = gguf_files.metadata(model.config), model.config.vocab_size
+    metadata, rows = gguf_files.metadata_of(model.config), model.config.vocab_size
     return gguf_files.write(path, metadata, gguf_tensors(model), dtype, tokenizer, rows, end)
 
 

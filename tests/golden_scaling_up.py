@@ -43,7 +43,7 @@ def _():
     ]
     return {
         "names": list(map(digest, names)),
-        "values": [gguf_files.metadata(c) for c in (SMALL, experts)],
+        "values": [gguf_files.metadata_of(c) for c in (SMALL, experts)],
     }
 
 

@@ -503,15 +503,15 @@ def test_names_of_gguf_are_those_of_the_library(tmp_path):
                                      {"decoder_sparse_step": 2}, {"mlp_only_layers": (0,)}])  # fmt: skip
 def test_what_llama_cpp_would_compute_differently_is_refused(changes):
     even = dataclasses.replace(MOE, hidden_size=MOE.num_attention_heads * MOE.head_dim)
-    assert gguf_files.metadata(even)
+    assert gguf_files.metadata_of(even)
     with pytest.raises(ValueError, match="cannot be exported"):
-        gguf_files.metadata(dataclasses.replace(even, **changes))
+        gguf_files.metadata_of(dataclasses.replace(even, **changes))
     with pytest.raises(ValueError, match="share the hidden size evenly"):
-        gguf_files.metadata(dataclasses.replace(even, hidden_size=16))
+        gguf_files.metadata_of(dataclasses.replace(even, hidden_size=16))
 
 
 def test_numbers_of_the_metadata_have_the_type_that_llama_cpp_reads():
-    values = gguf_files.metadata(dataclasses.replace(EVEN, rope_theta=1_000_000))
+    values = gguf_files.metadata_of(dataclasses.replace(EVEN, rope_theta=1_000_000))
     kinds = {key: type(value) for key, value in values.items()}
     floats = {"qwen2.rope.freq_base", "qwen2.attention.layer_norm_rms_epsilon"}
     assert {key for key, kind in kinds.items() if kind is float} == floats

@@ -25,7 +25,7 @@ MOE_KEYS = {
 TYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
-def metadata(config: "ModelConfig") -> dict[str, int | float]:
+def metadata_of(config: "ModelConfig") -> dict[str, int | float]:
     """Key → value of the architecture; ValueError for a model that llama.cpp would compute differently."""
     from ..moe import MoeConfig
 
