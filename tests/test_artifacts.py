@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qwen_mini import course
-from qwen_mini.course import artifacts, claims
+from qwen_mini.course import artifacts, claims, records, stages
 
 
 def make(content: str, **inputs):
@@ -567,3 +567,19 @@ def test_a_lock_is_one_however_its_path_is_spelled(tmp_path, monkeypatch):
         held = path.with_name(".file.writer")
         assert held.exists()  # the outer one still holds it
     assert not held.exists()
+
+
+def test_everything_can_be_made_anew_and_a_chosen_start_still_ships(monkeypatch):
+    """`QWEN_MINI_SHIPPED=0`: neither stages nor records of a scale are taken from what ships."""
+    key = artifacts.read_manifest(artifacts.shipped_dir("sft"))["key"]
+    ready = lambda: (
+        artifacts.has("laptop", "sft"),
+        artifacts.find_by_key("laptop", "sft", key) is not None,
+        any(records._stored("laptop", "16_sft", "base")),
+    )
+    with_what_ships = ready()
+    monkeypatch.setenv("QWEN_MINI_SHIPPED", "0")
+    assert with_what_ships == (True, True, True) and ready() == (False, False, False)
+    with pytest.raises(artifacts.MissingStage, match="qwen-mini train sft --scale laptop"):
+        artifacts.find("laptop", "sft")
+    assert stages.shipped("sft") == artifacts.shipped_dir("sft")

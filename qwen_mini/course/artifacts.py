@@ -72,6 +72,14 @@ def shipped_dir(stage: str) -> Path:
     return home() / "data" / "checkpoints" / stage
 
 
+def use_shipped() -> bool:
+    """Whether a scale may take what ships for its own result; `QWEN_MINI_SHIPPED=0` makes everything anew.
+
+    Chapters that start from a shipped checkpoint by choice still do.
+    """
+    return os.environ.get("QWEN_MINI_SHIPPED") != "0"
+
+
 def state_file(scale_name: str, stage: str, key: str) -> Path:
     """Where an interrupted training of the stage with this key keeps its state."""
     return stage_dir(scale_name, "training_state") / f"{stage}-{key}.safetensors"
@@ -84,7 +92,8 @@ def made(scale_name: str, stage: str) -> bool:
 
 def has(scale_name: str, stage: str) -> bool:
     """Whether `find` would find the stage."""
-    return made(scale_name, stage) or read_manifest(shipped_dir(stage)).get("scale") == scale_name
+    shipped = use_shipped() and read_manifest(shipped_dir(stage)).get("scale") == scale_name
+    return made(scale_name, stage) or shipped
 
 
 def find(scale_name: str, stage: str, scale_digest: str | None = None) -> Path:
@@ -107,7 +116,7 @@ def find(scale_name: str, stage: str, scale_digest: str | None = None) -> Path:
 
 def find_by_key(scale_name: str, stage: str, key: str) -> Path | None:
     """The stage made with this key: from this scale's runs, else the shipped one, else None."""
-    for folder in (_whole(stage_dir(scale_name, stage)), shipped_dir(stage)):
+    for folder in (_whole(stage_dir(scale_name, stage)), use_shipped() and shipped_dir(stage)):
         if folder and read_manifest(folder).get("key") == key:
             return folder
     return None

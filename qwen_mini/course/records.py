@@ -241,7 +241,8 @@ def plain(value, name: str):
 
 def _stored(scale: str, notebook: str, name: str) -> Iterator[dict]:
     """The records of that name, checked: of the scale's own runs, then those that ship with the course."""
-    for folder in (runs() / scale / "records", home() / "data" / "records" / scale):
+    shipped = [home() / "data" / "records" / scale] if artifacts.use_shipped() else []
+    for folder in (runs() / scale / "records", *shipped):
         path = record_path(folder, notebook, name)
         if path.exists():
             yield read(path)
