@@ -42,28 +42,28 @@ def train(shape: ModelConfig, rows: int, steps: int) -> float:
     return rows * LENGTH / min(taken[1:])
 
 
-def rank_of_torchrun(threads: int) -> None:
+def rank_of_torchrun(threads: int, steps: dict[int, int]) -> None:
     """What each rank does; the first one prints bytes, and tokens a second for each batch size."""
     import psutil
     import torch
 
     rank, _ = join()
     torch.set_num_threads(threads)
-    smallest = min(STEPS)
+    smallest = min(steps)
     train(WARM, smallest, 2)
     before = psutil.Process().memory_info().rss
-    speeds = {smallest: train(SHAPE, smallest, STEPS[smallest])}
+    speeds = {smallest: train(SHAPE, smallest, steps[smallest])}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    speeds |= {rows: train(SHAPE, rows, n) for rows, n in STEPS.items() if rows != smallest}
+    speeds |= {rows: train(SHAPE, rows, n) for rows, n in steps.items() if rows != smallest}
     if rank == 0:
         print(json.dumps({"bytes": peak - before, "speeds": speeds}))
 
 
 def main() -> None:
-    launch = lambda: {n: json.loads(torchrun(__file__, 3 - n, ranks=n)) for n in (1, 2)}
-    found = launch()
+    launch = lambda rows: {n: json.loads(torchrun(__file__, 3 - n, *rows, ranks=n)) for n in (1, 2)}
+    found = launch(STEPS)
     os.environ |= GIVE_BACK
-    lean = launch()
+    lean = launch([min(STEPS)])
     for rows in STEPS:
         ours, peer = (found[ranks]["speeds"][str(rows)] for ranks in (2, 1))
         print(json.dumps({
@@ -82,4 +82,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    rank_of_torchrun(int(sys.argv[1])) if len(sys.argv) > 1 else main()
+    if len(sys.argv) > 1:
+        threads, *asked = map(int, sys.argv[1:])
+        rank_of_torchrun(threads, {rows: STEPS[rows] for rows in asked})
+    else:
+        main()

@@ -355,6 +355,7 @@ def generate(
     logprobs = torch.zeros(count, max_new_tokens)
     options = (stop_ids, generator, num_return_sequences, return_logprobs)
     steps = rollout(model, prompts, max_new_tokens, sampling, *options)
+    # one copy to the CPU at the end, not one a step
     rows, new, scores = zip(*steps, strict=True)
     running = torch.tensor([len(one) for one in rows])  # texts at each step
     places = torch.cat(rows).cpu(), torch.arange(len(rows)).repeat_interleave(running)

@@ -178,12 +178,18 @@ def has_state(folder: str | Path) -> bool:
 
 
 # %% ../notebooks/22_scaling_up.ipynb #c00ea9f1
+def _unreadable(folder: str | Path, error: BaseException) -> CourseError:
+    why = f"({type(error).__name__})"
+    unless = "unless memory, rights or another rank are the reason, delete it to begin anew"
+    return CourseError(f"{folder} holds no complete state, or it could not be read {why}: {unless}")
+
+
 def load_sharded(folder: str | Path, trainer: Trainer) -> None:
     """Put a trainer, on however many ranks, where `save_sharded` left it; CourseError for what is no state of it."""
     try:
         stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception:  # a damaged pickle can raise anything
-        raise CourseError(f"{folder} holds no complete state: delete it to begin anew") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise _unreadable(folder, error) from error
     masters = dict(zip(trainer.names, trainer.masters, strict=True))
     sizes = {f"model.{name}": p.shape for name, p in masters.items()}
     found = {key: facts.size for key, facts in stored.items() if key.startswith("model.")}
@@ -191,15 +197,15 @@ def load_sharded(folder: str | Path, trainer: Trainer) -> None:
         raise CourseError(f"{folder} is the state of another model: {wrong[0]} does not fit")
     like = lambda key: masters[key.partition(".")[2]]
     empty = lambda facts: torch.zeros((), dtype=facts.properties.dtype)
-    state = {
-        key: torch.zeros_like(like(key)) if facts.size else empty(facts)
-        for key, facts in stored.items()
-    }
     try:
+        state = {
+            key: torch.zeros_like(like(key)) if facts.size else empty(facts)
+            for key, facts in stored.items()
+        }
         _quietly(dcp.load, state, folder)
-    except (Exception, dcp.CheckpointException):  # the second does not derive from the first
-        raise CourseError(f"{folder} holds no complete state: delete it to begin anew") from None
-    step = int(state.pop("steps"))
+        step = int(state.pop("steps"))
+    except (Exception, dcp.CheckpointException) as error:  # the second is no Exception
+        raise _unreadable(folder, error) from error
     restore_tensors(trainer, state, step)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qwen_mini import course
-from qwen_mini.course import artifacts, claims, records, stages
+from qwen_mini.course import artifacts, claims, records, report, stages
 
 
 def make(content: str, **inputs):
@@ -580,6 +580,7 @@ def test_everything_can_be_made_anew_and_a_chosen_start_still_ships(monkeypatch)
     with_what_ships = ready()
     monkeypatch.setenv("QWEN_MINI_SHIPPED", "0")
     assert with_what_ships == (True, True, True) and ready() == (False, False, False)
+    assert not report.open_shelf("laptop").results
     with pytest.raises(artifacts.MissingStage, match="qwen-mini train sft --scale laptop"):
         artifacts.find("laptop", "sft")
     assert stages.shipped("sft") == artifacts.shipped_dir("sft")

@@ -19,7 +19,7 @@ from qwen_mini.course import CourseError, artifacts, home
 from qwen_mini.course.cli import main
 from qwen_mini.course.lm_eval_task import export_lm_eval
 from qwen_mini.course.nb import Notebook
-from qwen_mini.course.statistics import wilson_interval
+from qwen_mini.course.statistics import share_interval, standard_errors, wilson_interval
 from qwen_mini.evaluation import (
     BENCHMARKS,
     Item,
@@ -124,6 +124,21 @@ def test_wilson_solves_its_equation_and_equals_published_values():
                 assert z == pytest.approx(1.96, abs=1e-6)
     assert wilson_interval(0.45, 100) == pytest.approx((0.356, 0.548), abs=5e-4)
     assert wilson_interval(0, 50) == pytest.approx((0, 0.071), abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: wilson_interval(0, 0),
+        lambda: share_interval([]),
+        lambda: standard_errors([], 0.5),
+        lambda: standard_errors([1], 0.0),
+        lambda: standard_errors([1], 1.0),
+    ],
+)
+def test_no_trial_has_no_interval(call):
+    with pytest.raises(ValueError, match="trial"):
+        call()
 
 
 @pytest.mark.parametrize("n, c", [(6, 0), (6, 1), (6, 3), (6, 6), (1, 1)])

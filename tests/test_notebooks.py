@@ -10,12 +10,9 @@ from qwen_mini.course.nb import notebooks
 from qwen_mini.course.versions import closure
 
 BOOKS = notebooks(home())
-# chapter 15 and all that follow from it judge programs in a sandbox, which forks
-FORKING = (
-    {nb.name for nb in BOOKS if nb.module and "tasks" in closure(nb.module)}
-    if os.name == "nt"
-    else set()
-)
+# chapter 22 forks its ranks, chapter 15 its sandbox, in which all that follow from it judge programs
+forks = lambda nb: nb.module == "scaling_up" or (nb.module and "tasks" in closure(nb.module))
+FORKING = {nb.name for nb in BOOKS if os.name == "nt" and forks(nb)}
 
 pytestmark = pytest.mark.notebooks
 

@@ -245,8 +245,16 @@ def test_a_damaged_state_is_refused(saved, damage, tmp_path):
             path.write_bytes(content)
             piece = next(folder.glob("*.distcp"))
             piece.write_bytes(piece.read_bytes()[:100])
-    with pytest.raises(CourseError, match="no complete state: delete it"):
+    with pytest.raises(CourseError, match="no complete state, or it could not be read"):
         load_sharded(folder, Trainer(made(), settings(optimizer="muon"), STEPS))
+
+
+def test_a_state_with_a_tensor_of_nobody_is_refused(tmp_path):
+    trainer = Trainer(made(), settings(), STEPS)
+    state = training_tensors(trainer) | {"steps": torch.tensor(0), "exp_avg.nobody": torch.zeros(2)}
+    torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path / "state", no_dist=True)
+    with pytest.raises(CourseError, match=r"no complete state, .* \(KeyError\)"):
+        load_sharded(tmp_path / "state", trainer)
 
 
 @pytest.mark.parametrize(
@@ -583,6 +591,8 @@ def test_a_check_without_time_has_not_succeeded(capsys):
     [("Tesla T4", "T4"), ("NVIDIA L4", "L4"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100 80GB PCIe", "A100"),
      ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA H200", "H100 SXM"), ("NVIDIA GeForce RTX 4090", "RTX 4090"),
      ("NVIDIA H100 PCIe", None), ("NVIDIA L40S", None), ("NVIDIA GeForce RTX 3090", None),
+     ("NVIDIA H200 NVL", None),
+     ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
      ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA RTX 6000 Ada Generation", None)],
 )  # fmt: skip
 def test_the_peak_of_a_card_by_its_name(name, card):

@@ -84,7 +84,7 @@ def write(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
-        return aside.rename(path)
+        return aside.replace(path)
     except OSError as error:
         raise CourseError(f"{path} could not be written: {error.strerror}") from None
     finally:

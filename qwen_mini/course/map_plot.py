@@ -53,7 +53,7 @@ def _heights(sections, parts) -> tuple[list[float], dict[str, float], dict[str, 
         top = first - 1 + 0.9 * part
         bands[title] = (top - 1.3, last - 0.45 + 0.9 * part)
         rows += [top + i for i in range(last - first + 1)]
-        own = [section for section in sections if section[1] == "2345"[part]]
+        own = [section for section in sections if section[1] == "2345"[part]]  # §2 is of part I
         step = (last - first + 1) / len(own)
         for i, section in enumerate(own):
             places[section] = top - 0.5 + step * (i + 0.5)

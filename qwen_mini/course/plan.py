@@ -20,7 +20,8 @@ def peak_flops(name: str) -> float | None:
     """Peak of a card in FLOP/s by the driver's name for it; None for one that `GPUS` does not list."""
     words = set(re.split(r"[\s-]", name))
     known = [GPUS[CARDS[word]] for word in words & CARDS.keys()]
-    slower = {"H100", "PCIe"} <= words or "Laptop" in words  # than the card of that name
+    # another card of that name, or a part of one
+    slower = words & {"Laptop", "MIG", "NVL", "D"} or {"H100", "PCIe"} <= words
     return known[0] if known and not slower else None
 
 

@@ -41,7 +41,7 @@ def highest(value: int) -> int:
 
 
 def wait_for_all() -> None:
-    """A barrier; outside torchrun nothing happens."""
+    """A barrier; outside a group nothing happens."""
     import torch.distributed as dist
 
     if dist.is_initialized():
