@@ -5,7 +5,6 @@ datasketch where it is installed. `ratio` says how many times faster ours is.
 """
 
 import importlib.util
-import json
 import os
 import random
 import re
@@ -16,6 +15,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+
+from lines import report
 
 from qwen_mini.data_quality import TestIndex, decontaminate, near_duplicates
 from qwen_mini.kernels.text_scores import Reference
@@ -111,13 +112,6 @@ def speed(function) -> float:
     return best
 
 
-def report(name: str, ours: float, peer: float, peer_name: str) -> None:
-    line = {"name": name, "ours": ours, "peer": peer, "peer_name": peer_name, "unit": "MB/s"}
-    line["ratio"] = ours / peer
-    short = {k: float(f"{x:.3g}") if isinstance(x, float) else x for k, x in line.items()}
-    print(json.dumps(short), flush=True)
-
-
 def main() -> None:
     peer = "datasketch" if importlib.util.find_spec("datasketch") else "plain Python"
     report(
@@ -125,12 +119,14 @@ def main() -> None:
         speed(minhash_and_filters),
         speed(plain_minhash),
         f"MinHash alone, {peer}",
+        "MB/s",
     )
     report(
         f"decontamination against {TEST_ITEMS:,} items, 2 processes",
         speed(decontamination),
         speed(plain_decontamination),
         "n-grams in a Python set, candidates unchecked",
+        "MB/s",
     )
 
 

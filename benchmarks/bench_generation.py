@@ -6,13 +6,13 @@ Then one prompt alone, greedily, all in float32, also against llama.cpp on the G
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 import transformers
+from lines import report
 from transformers import AutoModelForCausalLM
 
 from qwen_mini import course
@@ -49,13 +49,6 @@ def fastest(functions: dict, rounds: int) -> dict[str, float]:
             function()
             best[name] = min(best[name], time.process_time() - begin)
     return best
-
-
-def report(name: str, ours: float, peer: float, peer_name: str, unit: str) -> None:
-    """Print one result; rates, so a ratio above 1 means that ours is faster."""
-    line = {"name": name, "ours": round(ours), "peer": round(peer), "peer_name": peer_name, "unit": unit,
-            "ratio": round(ours / peer, 2)}  # fmt: skip
-    print(json.dumps(line), flush=True)
 
 
 def compare(

@@ -4,11 +4,11 @@ The shipped long-context checkpoint in the faster precision; every pair is timed
 several rounds. The ratio is peer's time / ours.
 """
 
-import json
 import time
 
 import numpy as np
 import torch
+from lines import report
 
 from qwen_mini.course import artifacts, hardware
 from qwen_mini.dual_chunk import position_scheme
@@ -22,17 +22,6 @@ def seconds(run) -> float:
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
-
-
-def report(name, ours, peer, peer_name):
-    line = {
-        "name": name,
-        "ours": round(ours, 3),
-        "peer": round(peer, 3),
-        "peer_name": peer_name,
-        "unit": "s",
-    }
-    print(json.dumps(line | {"ratio": round(peer / ours, 2)}), flush=True)
 
 
 def main():

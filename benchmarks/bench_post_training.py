@@ -9,11 +9,12 @@ ratio is TRL's time / ours.
 import contextlib
 import dataclasses
 import io
-import json
 import random
 import statistics
 import tempfile
 import time
+
+from lines import report
 
 from qwen_mini import course  # first: it keeps threads that wait from spinning
 
@@ -129,17 +130,6 @@ def bench_grpo(config, start, folder, tokenizer, dtype):
         peer,
         "TRL's GRPOTrainer",
     )
-
-
-def report(name, ours, peer, peer_name):
-    line = {
-        "name": name,
-        "ours": round(ours, 3),
-        "peer": round(peer, 3),
-        "peer_name": peer_name,
-        "unit": "s",
-    }
-    print(json.dumps(line | {"ratio": round(peer / ours, 2)}), flush=True)
 
 
 def main():

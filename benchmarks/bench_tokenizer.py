@@ -4,7 +4,6 @@
 its time is integrated from single merges measured at a few places along the way; its name says so.
 """
 
-import json
 import os
 import sysconfig
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 os.environ["RAYON_NUM_THREADS"] = "1"  # `tokenizers` on one thread, read when it is imported
 
 from pydoc_data.topics import topics
+
+from lines import report
 
 from qwen_mini.tokenizer import (
     Tokenizer,
@@ -80,24 +81,6 @@ def naive_seconds(
         cost.append(cpu_seconds(lambda words=words: naive_step(words), repeat=1))
     return sum(
         (b - a) * (x + y) / 2 for (a, b), (x, y) in zip(pairwise(at), pairwise(cost), strict=True)
-    )
-
-
-def report(name: str, ours: float, peer: float, peer_name: str, unit: str) -> None:
-    ratio = peer / ours if unit == "s" else ours / peer
-    line = {
-        "name": name,
-        "ours": ours,
-        "peer": peer,
-        "peer_name": peer_name,
-        "unit": unit,
-        "ratio": ratio,
-    }
-    print(
-        json.dumps(
-            {key: float(f"{x:.3g}") if isinstance(x, float) else x for key, x in line.items()}
-        ),
-        flush=True,
     )
 
 
