@@ -12,6 +12,8 @@ import resource
 import sys
 import time
 
+from lines import report
+
 from qwen_mini import course
 from qwen_mini.course.launch import join, torchrun
 from qwen_mini.course.ranks import world
@@ -66,19 +68,14 @@ def main() -> None:
     lean = launch([min(STEPS)])
     for rows in STEPS:
         ours, peer = (found[ranks]["speeds"][str(rows)] for ranks in (2, 1))
-        print(json.dumps({
-            "name": f"sharded training, 2 ranks x 1 thread, 15M parameters, {rows * LENGTH:,} tokens a step",
-            "ours": round(ours), "peer": round(peer), "peer_name": "1 process x 2 threads", "unit": "tokens/s",
-            "ratio": round(ours / peer, 2),
-        }))  # fmt: skip
+        name = (
+            f"sharded training, 2 ranks x 1 thread, 15M parameters, {rows * LENGTH:,} tokens a step"
+        )
+        report(name, ours, peer, "1 process x 2 threads", "tokens/s")
     for ranks, one in lean.items():
         planned = memory_per_rank(SHAPE, ranks, min(STEPS) * LENGTH // ranks, width=4, layers=1)
-        planned = sum(planned.values())
-        print(json.dumps({
-            "name": f"memory of a rank of {ranks}", "ours": round(one["bytes"] / 2**20),
-            "peer": round(planned / 2**20), "peer_name": "predicted", "unit": "MiB",
-            "ratio": round(one["bytes"] / planned, 2),
-        }))  # fmt: skip
+        mib = [size / 2**20 for size in (one["bytes"], sum(planned.values()))]
+        report(f"memory of a rank of {ranks}", *mib, "predicted", "MiB")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,12 @@ import json
 import os
 
 import pytest
+from tiny import forks
 
 from qwen_mini.course import home, load_scale, runner
 from qwen_mini.course.nb import notebooks
-from qwen_mini.course.versions import closure
 
 BOOKS = notebooks(home())
-# chapter 22 forks its ranks, chapter 15 its sandbox, in which all that follow from it judge programs
-forks = lambda nb: nb.module == "scaling_up" or (nb.module and "tasks" in closure(nb.module))
 FORKING = {nb.name for nb in BOOKS if os.name == "nt" and forks(nb)}
 
 pytestmark = pytest.mark.notebooks

@@ -4,16 +4,14 @@ import os
 import subprocess
 
 import pytest
+from tiny import forks
 
 from qwen_mini.course import home, runner
 from qwen_mini.course.nb import notebooks
 from qwen_mini.course.outputs import SCALE, differences
 from qwen_mini.course.stale import record_files
 from qwen_mini.course.verify import _commits, in_turn, verify
-from qwen_mini.course.versions import closure
 
-# chapter 22 forks its ranks, chapter 15 its sandbox, in which all that follow from it judge programs
-forks = lambda nb: nb.module == "scaling_up" or (nb.module and "tasks" in closure(nb.module))
 BOOKS = [nb for nb in notebooks(home()) if os.name != "nt" or not forks(nb)]
 IN_TURN = 4
 

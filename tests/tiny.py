@@ -12,6 +12,7 @@ import torch
 
 from qwen_mini.course import stages
 from qwen_mini.course.nb import Notebook
+from qwen_mini.course.versions import closure
 from qwen_mini.long_context import task_scores
 from qwen_mini.model import ModelConfig, Qwen
 from qwen_mini.training import Batch, Trainer
@@ -276,3 +277,8 @@ def refuses(exercise, body: str, space: dict, errors=AssertionError) -> None:
     exec(answered(solution, body), space)
     with pytest.raises(errors):
         exec(check, space)
+
+
+def forks(nb: Notebook) -> bool:
+    """Whether a notebook forks: chapter 22 its ranks, chapter 15 its sandbox, in which later ones judge programs."""
+    return nb.module == "scaling_up" or bool(nb.module and "tasks" in closure(nb.module))

@@ -241,11 +241,16 @@ def plain(value, name: str):
 
 def _stored(scale: str, notebook: str, name: str) -> Iterator[dict]:
     """The records of that name, checked: of the scale's own runs, then those that ship with the course."""
-    shipped = [home() / "data" / "records" / scale] if artifacts.use_shipped() else []
-    for folder in (runs() / scale / "records", *shipped):
+    for folder in folders(scale):
         path = record_path(folder, notebook, name)
         if path.exists():
             yield read(path)
+
+
+def folders(scale: str) -> list[Path]:
+    """Where a scale's records are looked for: its own runs, then what ships with the course if that may be used."""
+    shipped = [home() / "data" / "records" / scale] if artifacts.use_shipped() else []
+    return [runs() / scale / "records", *shipped]
 
 
 def record_path(folder: Path, notebook: str, name: str) -> Path:

@@ -99,10 +99,8 @@ def open_shelf(scale: str, shipped: Path | None = None) -> Shelf:
     shipped: a folder in place of `data/records/<scale>`; then nothing else is read but checkpoints. Records of other
     versions of a chapter are left out; BadRecord for one that is damaged.
     """
-    ships = [home() / "data/records" / scale] if artifacts.use_shipped() else []
-    folders = [shipped] if shipped else [*ships, runs() / scale / "records"]
     found = {}
-    for folder in folders:
+    for folder in [shipped] if shipped else reversed(records.folders(scale)):  # own runs count
         for path in sorted(folder.glob("*/*.json")):
             record = records.read(path)
             if not other_versions(record["versions"]):
