@@ -4,11 +4,11 @@ Tokens per second of one forward pass without gradients, and of forward, the sam
 loss, and backward, in turns in one process, best of several rounds.
 """
 
-import json
 import time
 
 import torch
 import torch.nn.functional as F
+from lines import report
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_mini.model import ModelConfig, Qwen
@@ -54,14 +54,10 @@ def main():
         models = {"ours": ours, "theirs": lambda ids, model=theirs: model(ids).logits}
         for work in (forward, forward_backward):
             best = best_seconds(models, work, ids)
-            print(json.dumps({
-                "name": f"{work.__name__} {size} float32, {torch.get_num_threads()} thread(s)",
-                "ours": round(ids.numel() / best["ours"]),
-                "peer": round(ids.numel() / best["theirs"]),
-                "peer_name": "transformers Qwen2ForCausalLM",
-                "unit": "tokens/s",
-                "ratio": round(best["theirs"] / best["ours"], 2),
-            }))  # fmt: skip
+            what = f"{work.__name__} {size} float32, {torch.get_num_threads()} thread(s)"
+            rate = {who: ids.numel() / seconds for who, seconds in best.items()}
+            peer_name = "transformers Qwen2ForCausalLM"
+            report(what, rate["ours"], rate["theirs"], peer_name, "tokens/s")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ Both blocks of Qwen2Moe have the same weights and get the same tokens. The dense
 uses, shared expert included. Milliseconds, in turns in one process, best of several rounds.
 """
 
-import json
 import time
 
 import torch
+from lines import report
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
@@ -61,14 +61,8 @@ def main():
             ("theirs", "transformers Qwen2MoeSparseMoeBlock"),
             ("dense", "dense layer of equal active width"),
         ):
-            print(json.dumps({
-                "name": f"experts, forward and backward, {name}, float32, {threads} thread(s)",
-                "ours": round(best["ours"] * 1e3, 2),
-                "peer": round(best[peer] * 1e3, 2),
-                "peer_name": label,
-                "unit": "ms",
-                "ratio": round(best[peer] / best["ours"], 2),
-            }), flush=True)  # fmt: skip
+            what = f"experts, forward and backward, {name}, float32, {threads} thread(s)"
+            report(what, best["ours"] * 1e3, best[peer] * 1e3, label, "ms")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+from lines import report
+
 from qwen_mini.course.sandbox import run_sandboxed, stop_workers
 
 PROGRAM = (
@@ -45,10 +47,8 @@ def in_fresh_processes() -> float:
 
 def main() -> None:
     ours, peer = in_sandbox(), in_fresh_processes()
-    print(json.dumps({
-        "name": "programs in the sandbox, one worker", "ours": round(ours), "peer": round(peer),
-        "peer_name": "a fresh `python -I` each", "unit": "programs/s", "ratio": round(ours / peer, 2),
-    }))  # fmt: skip
+    what = "programs in the sandbox, one worker"
+    report(what, ours, peer, "a fresh `python -I` each", "programs/s")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@ batch, one process, in turns.
 """
 
 import dataclasses
-import json
 import statistics
 import time
 
 import torch
+from lines import report
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_mini.course import hardware, load_scale
@@ -68,18 +68,8 @@ def main():
                     seconds[key].append(time.perf_counter() - begin)
         rate = {key: ROWS * LENGTH / statistics.median(values) for key, values in seconds.items()}
         for peer in ("fp32", "bf16 autocast"):
-            print(
-                json.dumps(
-                    {
-                        "name": f"training, {name} parameters, {threads} threads",
-                        "ours": round(rate["ours"]),
-                        "peer": round(rate[peer]),
-                        "peer_name": f"transformers Qwen2 {peer}",
-                        "unit": "tokens/s",
-                        "ratio": round(rate["ours"] / rate[peer], 2),
-                    }
-                )
-            )
+            what = f"training, {name} parameters, {threads} threads"
+            report(what, rate["ours"], rate[peer], f"transformers Qwen2 {peer}", "tokens/s")
 
 
 if __name__ == "__main__":

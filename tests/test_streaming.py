@@ -115,7 +115,7 @@ def test_batches_are_the_ranks_rows_and_a_wrong_step_is_refused(tmp_path):
 def test_a_source_that_ends_too_early_is_an_error_not_a_second_epoch(tmp_path):
     stream = TokenStream(parquet(tmp_path, TEXTS[:9]), TOKENIZER, 12_345, 1, 2)
     count = len(tokens_of(TokenStream(stream.source, TOKENIZER, 1, 1, 2)))
-    match = f"'web' ended after {count} of 12,345 tokens on process 2 of 2: name a larger source"
+    match = f"'web' ended after {count} of 12,345 tokens on rank 1 of 2: name a larger source"
     with pytest.raises(CourseError, match=match):
         while True:
             stream.window(30)
@@ -151,7 +151,7 @@ def test_other_columns_and_documents_of_the_corpus(tmp_path):
 def test_an_empty_source_has_no_window(tmp_path):
     for texts in ([], ["", ""]):
         stream = TokenStream(parquet(tmp_path, pa.array(texts, "string"), 1), TOKENIZER, 9)
-        with pytest.raises(CourseError, match="ended after 0 of 9 tokens on process 1 of 1"):
+        with pytest.raises(CourseError, match="ended after 0 of 9 tokens on rank 0 of 1"):
             stream.window(1)
 
 

@@ -299,7 +299,8 @@ def test_any_loss_goes_through_the_two_halves_of_a_step(config):
     found = parts.update()
     assert found == pytest.approx(expected, rel=1e-5)
     for a, b in zip(whole.masters, parts.masters, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        # AdamW divides by a gradient's size: one of almost nothing carries its last digits into the weight
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert parts.step(text_batch(4))["loss"] == pytest.approx(
         whole.step(text_batch(4))["loss"], rel=1e-5
     )

@@ -68,7 +68,7 @@ class TokenStream:
         if not block:
             had = f"ended after {self.taken + len(self.left):,} of {self.wanted:,} tokens"
             remedy = "name a larger source or train on fewer tokens, for none are read twice"
-            who = f"on process {self.rank + 1} of {self.ranks}"
+            who = f"on rank {self.rank} of {self.ranks}"
             raise CorpusError(f"source {self.source.name!r} {had} {who}: {remedy}")
         kept = [text for text in block if text and self.keep(text)]
         ids, end = self.tokenizer.encode_batch(kept), self.tokenizer.endoftext_id
