@@ -290,6 +290,9 @@ def test_any_loss_goes_through_the_two_halves_of_a_step(config):
         fresh(config, optimizer="adamw"),
         fresh(config, optimizer="adamw"),
     )
+    # AdamW divides by a gradient's size: in float32 one of almost nothing carries its last digits into the weight
+    for trainer in (whole, parts):
+        trainer.model.double()
     expected, share = whole.step(batch), batch.weights[:3].sum() / batch.weights.sum()
     for rows, part in ((slice(3), share), (slice(3, None), 1 - share)):
         cut = batch.input_ids[rows], batch.targets[rows], batch.weights[rows]
@@ -299,8 +302,7 @@ def test_any_loss_goes_through_the_two_halves_of_a_step(config):
     found = parts.update()
     assert found == pytest.approx(expected, rel=1e-5)
     for a, b in zip(whole.masters, parts.masters, strict=True):
-        # AdamW divides by a gradient's size: one of almost nothing carries its last digits into the weight
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert parts.step(text_batch(4))["loss"] == pytest.approx(
         whole.step(text_batch(4))["loss"], rel=1e-5
     )
